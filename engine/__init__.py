@@ -1,0 +1,1 @@
+"""What the training loop calls: the step, checkpoints, reports, processes."""

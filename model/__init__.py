@@ -1,0 +1,1 @@
+"""The networks: U2NET, U2NETP and their Mamba versions."""

@@ -1,0 +1,1 @@
+"""Triton kernels; each stands beside the slow definition that a test compares it with."""
