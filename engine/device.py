@@ -1,0 +1,72 @@
+"""What the run computes on: device, precision, threads, random numbers. Decided once, before the loop."""
+
+import os
+import platform
+import random
+
+import numpy as np
+import torch
+
+from engine.run import UserError
+
+
+def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
+    """The best device there is, or the one wanted, and a line that names it.
+
+    wanted: "auto", "cuda", "mps" or "cpu"; gpu: index among the GPUs that CUDA shows.
+    Raises UserError when the one wanted is not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError('device = "cuda": PyTorch sees no CUDA GPU here; use device = "auto" or "cpu"')
+    if wanted == "mps" and not torch.backends.mps.is_available():
+        raise UserError('device = "mps": PyTorch sees no Apple GPU here; use device = "auto" or "cpu"')
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if gpu >= count:
+            raise UserError(f"gpu = {gpu}: there are {count} GPUs, numbered from 0")
+        torch.cuda.set_device(gpu)
+        properties = torch.cuda.get_device_properties(gpu)
+        return torch.device("cuda", gpu), f"GPU {gpu} of {count}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps"), f"Apple GPU ({platform.processor() or platform.machine()})"
+    why = "" if wanted == "cpu" else ", PyTorch sees no GPU"
+    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores{why}"
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """The precision wanted, or "fp32" with the reason where the device is not made for it."""
+    if wanted == "bf16":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return "fp32", "fp32 (this GPU has no bf16; it came with Ampere, compute capability 8.0)"
+        if device.type == "cpu" and not _cpu_has_bf16():
+            return "fp32", "fp32 (this CPU has no bf16 instructions)"
+        if device.type == "mps":
+            return "fp32", "fp32 (bf16 autocast is not tried on Apple GPUs)"
+    return wanted, wanted
+
+
+def _cpu_has_bf16() -> bool:
+    """AVX-512 BF16 or AMX: without them bf16 is emulated and slower than fp32."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def memory_in_use(device: torch.device) -> float:
+    """GiB: the most that PyTorch held on a GPU, or what the process holds now (Linux; 0 where it cannot be told)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the reference transforms draw from it, as published
+    torch.manual_seed(seed)

@@ -1,0 +1,144 @@
+"""What a run prints and keeps to look at: lines, a CSV of them, TensorBoard, preview.png, a progress bar on a terminal."""
+
+import csv
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.io import write_png
+from tqdm import tqdm
+
+from engine.step import Means
+
+COLUMNS = (
+    "ite", "epoch", "loss", "tar", "d1", "d2", "d3", "d4", "d5", "d6", "IoU", "lr", "img_s", "wait", "memory_GiB",
+    "bad_steps", "val_IoU", "val_MAE", "val_maxF", "seconds",
+)  # fmt: skip
+
+
+class RunReport:
+    """Prints and records. `iteration`: the one the run goes on from; rows of later ones, which a killed run left, go."""
+
+    def __init__(self, folder: Path, epochs: int, pairs: int, iterations: int, iteration: int = 0, seconds: float = 0.0):
+        self.folder, self.epochs, self.pairs, self.iterations = folder, epochs, pairs, iterations
+        self._start = time.monotonic() - seconds
+        self._csv_path = folder / "log.csv"
+        self._warned = False
+        self._keep_rows(iteration)
+        self._board = _tensorboard(folder / "tensorboard", iteration, self.say)
+        self._bar = None
+        self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
+        self._images = self._waited = 0.0
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=iterations, initial=iteration, unit="ite", dynamic_ncols=True, smoothing=0.05)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run, over all its starts."""
+        return time.monotonic() - self._start
+
+    def say(self, text: str) -> None:
+        """A plain line, above the progress bar where there is one."""
+        if getattr(self, "_bar", None):
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+    def count(self, images: int, waited: float) -> None:
+        """One iteration of `images` pairs, for which the loop waited `waited` seconds."""
+        self._images += images
+        self._waited += waited
+        if self._bar:
+            self._bar.update()
+
+    def training_line(self, epoch: int, position: int, iteration: int, means: Means, lr: float, memory: float) -> None:
+        now = time.monotonic()
+        since, since_iteration = self._mark
+        elapsed = max(now - since, 1e-9)
+        speed, wait = self._images / elapsed, self._waited / elapsed
+        done = iteration - since_iteration if since_iteration else None
+        eta = (self.iterations - iteration) * elapsed / done if done else None
+        self._mark, self._images, self._waited = (now, iteration), 0.0, 0.0
+        self.say(
+            f"[epoch: {epoch}/{self.epochs}, batch: {position}/{self.pairs}, ite: {iteration}] "
+            f"train loss: {means.loss:.3f}, tar: {means.losses[0]:.3f}, IoU: {means.iou:.3f}"
+            f" | lr {lr:.2e}, {speed:.1f} img/s, wait {wait:.0%}, {memory:.1f} GiB"
+            + (f", eta {datetime.timedelta(seconds=round(eta))}" if eta is not None else "")
+            + (f", {means.bad_steps} bad steps" if means.bad_steps else "")
+        )
+        row = {"ite": iteration, "epoch": epoch, "loss": means.loss, "tar": means.losses[0], "IoU": means.iou, "lr": lr}
+        row |= {f"d{i}": means.losses[i] for i in range(1, 7)}
+        row |= {"img_s": speed, "wait": wait, "memory_GiB": memory, "bad_steps": means.bad_steps}
+        self._record("train", iteration, row)
+
+    def validation_line(self, epoch: int, iteration: int, values: dict[str, float], best: bool, took: float) -> None:
+        figures = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
+        self.say(f"[epoch: {epoch}/{self.epochs}] held-out {figures}{' (best)' if best else ''} | {took:.1f} s")
+        self._record("val", iteration, {"ite": iteration, "epoch": epoch} | {f"val_{k}": v for k, v in values.items()})
+        # the time of a validation is nobody's img/s
+        self._mark, self._images, self._waited = (time.monotonic(), iteration), 0.0, 0.0
+
+    def picture(self, sheet: Tensor, iteration: int) -> None:
+        """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
+        temporary = self.folder / ".preview.tmp.png"
+        try:
+            write_png(sheet, str(temporary))
+            os.replace(temporary, self.folder / "preview.png")
+        except (OSError, RuntimeError) as error:
+            self._warn(error)
+        if self._board:
+            self._board.add_image("held-out/image, mask, d0", sheet, iteration)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+        if self._board:
+            self._board.close()
+
+    def _record(self, group: str, iteration: int, row: dict) -> None:
+        try:
+            with self._csv_path.open("a", newline="", encoding="utf-8") as file:
+                row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                csv.DictWriter(file, COLUMNS).writerow(row | {"seconds": f"{self.seconds:.1f}"})
+        except OSError as error:
+            self._warn(error)
+        if self._board:
+            for name, value in row.items():
+                if name not in ("ite", "epoch"):
+                    self._board.add_scalar(f"{group}/{name.removeprefix('val_')}", float(value), iteration)
+
+    def _keep_rows(self, iteration: int) -> None:
+        """Leaves the rows up to `iteration`; starts the file when there are none."""
+        try:
+            rows = []
+            if iteration and self._csv_path.exists():
+                with self._csv_path.open(newline="", encoding="utf-8") as file:
+                    rows = [r for r in csv.DictReader(file) if (r.get("ite") or "x").isdigit() and int(r["ite"]) <= iteration]
+            temporary = self._csv_path.with_suffix(".tmp")
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(temporary, self._csv_path)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self.say(f"warning: {self._csv_path.parent} cannot be written ({error}); training goes on")
+        self._warned = True
+
+
+def _tensorboard(folder: Path, iteration: int, say):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("TensorBoard is not installed: its scalars and pictures are left out (pip install tensorboard)")
+        return None
+    try:
+        return SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+    except OSError:
+        return None

@@ -1,0 +1,51 @@
+"""How a run ends: exit codes, one line for what the user can mend, and stop signals that wait for the step to finish."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+EXIT_DONE, EXIT_SET_ASIDE, EXIT_BAD_INPUT, EXIT_INTERRUPT, EXIT_TERMINATED = 0, 1, 2, 130, 143
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message names it, where it is, and the mend."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what a user can cause into one line on stderr and exit code 2; a second Ctrl-C into 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPT)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone; nobody is left to read a line
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_TERMINATED)
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM so that the loop can save first; a second Ctrl-C interrupts at once.
+
+    `exit_code` is 0 until a signal came, then 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        if self.exit_code and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_INTERRUPT if number == signal.SIGINT else EXIT_TERMINATED
+        # os.write: print is not safe inside a signal handler
+        os.write(2, b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n")
+
+    def __bool__(self) -> bool:
+        return self.exit_code != 0

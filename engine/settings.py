@@ -1,0 +1,77 @@
+"""The constants of a script, given in its file or on the command line, checked before anything is started."""
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from engine.run import UserError
+
+C = TypeVar("C")
+
+
+def read_settings(
+    default: C, presets: Mapping[str, C], limits: Mapping[str, tuple[float, float]], argv: Sequence[str] | None = None
+) -> C:
+    """The constants of `default`, or of the preset that the first word names, changed by `--key value` words.
+
+    limits: constant -> (least, most), both allowed. argv: words after the script's name (None: the process's).
+    Raises UserError for a value of the wrong type or out of range; exits with 2 for an unknown `--key`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in presets:
+            raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
+        default = presets[argv.pop(0)]
+    check_settings(default, limits)  # before tyro, which would blame the command line for a constant of the file
+    description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the one chosen"
+    config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
+    check_settings(config, limits)
+    return config
+
+
+def check_settings(config: Any, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError naming the first constant whose type, choice or range is wrong."""
+    for field, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+        if choices and value not in choices:
+            raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
+        if not choices and not _is_a(value, hint):
+            raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
+        least, most = limits.get(field, (None, None))
+        if least is not None and not least <= value <= most:  # "not <=" so that nan is refused too
+            raise UserError(f"{field} = {value!r}: must be from {least:g} to {most:g}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, h) for h in typing.get_args(hint))
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_is_a(v, item) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) -> list[str]:
+    """`key: a -> b` for each constant in which two runs differ; one that only one of them knows counts too."""
+    keys = [k for k in dict.fromkeys((*a, *b)) if k not in ignore]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if _plain(a.get(k)) != _plain(b.get(k))]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def as_plain_dict(config: Any) -> dict[str, Any]:
+    """The constants as a dict of plain values, which a checkpoint may hold under weights_only=True."""
+    return {k: _plain(v) for k, v in dataclasses.asdict(config).items()}

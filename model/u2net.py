@@ -1,0 +1,142 @@
+"""U²-Net and its small version, to the letter of the published networks, with optional Mamba layers inside.
+
+Source: Qin et al., "U²-Net: Going deeper with nested U-structure for salient object detection", Pattern Recognition
+2020, arXiv 2005.09007, figures 3 (RSU) and 5 (network), and the state dicts of the authors' u2net.pth and u2netp.pth.
+
+Glossary: RSU(L, in, mid, out) is a residual U-block of height L; d1..d6 are the side outputs, d0 their fusion.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.layers import batch_norm_relu, max_pool, upsample_cat, upsample_to
+
+# name: (height L, dilated, in, mid, out); RSU-4F, the dilated one, keeps its size and needs no pooling
+RSU_TABLE = {
+    "stage1": (7, False, 3, 32, 64),
+    "stage2": (6, False, 64, 32, 128),
+    "stage3": (5, False, 128, 64, 256),
+    "stage4": (4, False, 256, 128, 512),
+    "stage5": (4, True, 512, 256, 512),
+    "stage6": (4, True, 512, 256, 512),
+    "stage5d": (4, True, 1024, 256, 512),
+    "stage4d": (4, False, 1024, 128, 256),
+    "stage3d": (5, False, 512, 64, 128),
+    "stage2d": (6, False, 256, 32, 64),
+    "stage1d": (7, False, 128, 16, 64),
+}
+# the small network: mid 16 and out 64 everywhere
+RSU_TABLE_SMALL = {
+    name: (height, dilated, 3 if name == "stage1" else 128 if name.endswith("d") else 64, 16, 64)
+    for name, (height, dilated, *_) in RSU_TABLE.items()
+}
+MIN_SIZE = 32  # pixels: five poolings of the network must leave at least one
+
+
+class REBNCONV(nn.Module):
+    """3x3 convolution + batch norm + ReLU: (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, in_ch: int, out_ch: int, dilation: int = 1):
+        super().__init__()
+        self.conv_s1 = nn.Conv2d(in_ch, out_ch, 3, padding=dilation, dilation=dilation)
+        self.bn_s1 = nn.BatchNorm2d(out_ch)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return batch_norm_relu(self.conv_s1, self.bn_s1, x, residual)
+
+
+class RSU(nn.Module):
+    """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W).
+
+    mamba: None, or a function dim -> layer that makes a (B, dim, H, W) -> (B, dim, H, W) layer.
+    mamba_levels: the REBNCONVs (1..L) after which h + layer(h) is computed; the layer of level i is `mamba<i>`.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        dilated: bool,
+        in_ch: int,
+        mid_ch: int,
+        out_ch: int,
+        mamba: Callable[[int], nn.Module] | None = None,
+        mamba_levels: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.height, self.dilated = height, dilated
+        self.rebnconvin = REBNCONV(in_ch, out_ch)
+        for level in range(1, height):
+            dilation = 2 ** (level - 1) if dilated else 1
+            setattr(self, f"rebnconv{level}", REBNCONV(out_ch if level == 1 else mid_ch, mid_ch, dilation))
+        setattr(self, f"rebnconv{height}", REBNCONV(mid_ch, mid_ch, 2 ** (height - 1) if dilated else 2))
+        for level in range(height - 1, 0, -1):
+            dilation = 2 ** (level - 1) if dilated else 1
+            setattr(self, f"rebnconv{level}d", REBNCONV(2 * mid_ch, out_ch if level == 1 else mid_ch, dilation))
+        for level in mamba_levels if mamba else ():
+            setattr(self, f"mamba{level}", mamba(mid_ch))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hx_in = self.rebnconvin(x)
+        skips = []
+        h = hx_in
+        for level in range(1, self.height + 1):
+            pooled = not self.dilated and 1 < level < self.height
+            h = getattr(self, f"rebnconv{level}")(max_pool(h) if pooled else h)
+            layer = getattr(self, f"mamba{level}", None)
+            if layer is not None:
+                h = h + layer(h)
+            skips.append(h)
+        h = skips.pop()
+        for level in range(self.height - 1, 0, -1):
+            decoder = getattr(self, f"rebnconv{level}d")
+            h = decoder(upsample_cat(h, skips.pop()), residual=hx_in if level == 1 else None)
+        return h
+
+
+class U2NET(nn.Module):
+    """U²-Net: (B, 3, H, W) float, H and W at least 32 -> (d0, ..., d6), each (B, 1, H, W).
+
+    `net(x)` gives probabilities, `net(x, logits=True)` the values before the sigmoid, which the loss uses.
+    Raises ValueError for another shape or for images smaller than 32x32.
+    """
+
+    table = RSU_TABLE
+
+    def __init__(self, in_ch: int = 3, out_ch: int = 1, mamba: Callable[[int], nn.Module] | None = None, levels=None):
+        super().__init__()
+        widths = {}
+        for name, (height, dilated, rsu_in, mid, out) in self.table.items():
+            mamba_levels = levels(name, height) if levels else ()
+            rsu_in = in_ch if name == "stage1" else rsu_in
+            setattr(self, name, RSU(height, dilated, rsu_in, mid, out, mamba, mamba_levels))
+            widths[name] = out
+        for i, name in enumerate(("stage1d", "stage2d", "stage3d", "stage4d", "stage5d", "stage6"), start=1):
+            setattr(self, f"side{i}", nn.Conv2d(widths[name], out_ch, 3, padding=1))
+        self.outconv = nn.Conv2d(6 * out_ch, out_ch, 1)
+
+    def forward(self, x: Tensor, logits: bool = False) -> tuple[Tensor, ...]:
+        if x.ndim != 4 or min(x.shape[2:]) < MIN_SIZE:
+            raise ValueError(f"images must be (B, 3, H, W) with H, W >= {MIN_SIZE}; got {tuple(x.shape)}")
+        skips = []
+        h = x
+        for i in range(1, 7):
+            h = getattr(self, f"stage{i}")(h if i == 1 else max_pool(h))
+            skips.append(h)
+        h = skips.pop()
+        sides = [self.side6(h)]
+        for i in range(5, 0, -1):
+            h = getattr(self, f"stage{i}d")(upsample_cat(h, skips.pop()))
+            sides.insert(0, getattr(self, f"side{i}")(h))
+        size = sides[0].shape[2:]
+        sides = [sides[0], *(upsample_to(s, size) for s in sides[1:])]
+        outputs = (self.outconv(torch.cat(sides, 1)), *sides)
+        return outputs if logits else tuple(torch.sigmoid(d) for d in outputs)
+
+
+class U2NETP(U2NET):
+    """The small U²-Net (1.1 million parameters); shapes as U2NET."""
+
+    table = RSU_TABLE_SMALL

@@ -1,0 +1,76 @@
+"""Constants of the wrong type or out of range are refused by name; presets and keys change what they should."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from engine.run import UserError
+from engine.settings import check_settings, differences, read_settings
+
+
+@dataclass
+class Constants:
+    lr: float = 1e-4
+    batch: int = 12
+    arch: Literal["a", "b"] = "a"
+    cache: bool = True
+    name: str = "u2net"
+
+
+LIMITS = {"lr": (0, 10), "batch": (1, 64)}
+PRESETS = {"fast": Constants(lr=1e-3, batch=32)}
+
+
+def read(*argv):
+    return read_settings(Constants(), PRESETS, LIMITS, argv)
+
+
+def test_defaults_presets_and_keys():
+    assert read() == Constants()
+    assert read("fast") == Constants(lr=1e-3, batch=32)
+    assert read("fast", "--lr", "0.5", "--arch", "b", "--no-cache") == Constants(0.5, 32, "b", False)
+    assert read("--batch", "3").batch == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"lr": "1e-4"}, "lr = '1e-4': must be of type float"),
+        ({"lr": -1.0}, "lr = -1.0: must be from 0 to 10"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"batch": 12.0}, "batch = 12.0: must be of type int"),
+        ({"batch": True}, "batch = True"),
+        ({"batch": 0}, "batch = 0: must be from 1 to 64"),
+        ({"arch": "c"}, "arch = 'c': must be one of 'a', 'b'"),
+        ({"cache": 1}, "cache = 1: must be of type bool"),
+        ({"name": None}, "name = None"),
+    ],
+)
+def test_wrong_constants_are_named(wrong, says):
+    with pytest.raises(UserError) as error:
+        check_settings(Constants(**wrong), LIMITS)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_int_is_a_float():
+    check_settings(Constants(lr=1), LIMITS)
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(UserError, match="fastest.*fast"):
+        read("fastest")
+
+
+@pytest.mark.parametrize("argv", [("--learning-rate", "1"), ("--lr", "much"), ("--batch", "1.5"), ("--arch", "c")])
+def test_unusable_words_end_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(*argv)
+    assert end.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_differences_name_both_values_and_skip_what_may_change():
+    a, b = {"lr": 1, "gpu": 0, "sizes": [1, 2]}, {"lr": 2, "gpu": 1, "sizes": (1, 2), "new": 3}
+    assert differences(a, b, {"gpu"}) == ["lr: 1 -> 2", "new: None -> 3"]
