@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,21 @@ def save_or_warn(content: Any, path: Path, say: Callable[[str], None]) -> bool:
         say(f"warning: {path} could not be written ({error.strerror or error}); training goes on")
         return False
     return True
+
+
+class LastFile:
+    """`last.pth`, from which a run goes on: when it was written last, and when it is due again."""
+
+    def __init__(self, path: Path, minutes: float, say: Callable[[str], None]):
+        self.path, self._minutes, self._say = path, minutes, say
+        self._written = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._written > 60 * self._minutes
+
+    def write(self, content: dict[str, Any]) -> None:
+        self._written = time.monotonic()
+        save_or_warn(content, self.path, self._say)
 
 
 def find_last(folder: Path, resume: str) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from engine.run import UserError
+from model.kernels.launch import triton_runs
+from model.selective_scan import choose_backend
 
 
 def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
@@ -26,7 +28,9 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
             raise UserError(f"gpu = {gpu}: there are {count} GPUs, numbered from 0")
         torch.cuda.set_device(gpu)
         properties = torch.cuda.get_device_properties(gpu)
-        return torch.device("cuda", gpu), f"GPU {gpu} of {count}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        return torch.device(
+            "cuda", gpu
+        ), f"GPU {gpu} of {count}, {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if wanted in ("auto", "mps") and torch.backends.mps.is_available():
         return torch.device("mps"), f"Apple GPU ({platform.processor() or platform.machine()})"
     why = "" if wanted == "cpu" else ", PyTorch sees no GPU"
@@ -43,6 +47,28 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
         if device.type == "mps":
             return "fp32", "fp32 (bf16 autocast is not tried on Apple GPUs)"
     return wanted, wanted
+
+
+def choose_kernels(wanted: bool, device: torch.device, precision: str, channels_last: bool) -> tuple[bool, str]:
+    """Whether the fused Triton kernels run, and a line that says so or why not."""
+    if not wanted:
+        return False, "plain PyTorch layers"
+    missing = [] if device.type == "cuda" else ["a CUDA GPU"]
+    missing += [] if triton_runs(torch.empty(1, device=device)) or missing else ["Triton"]
+    missing += [] if precision == "bf16" else ['precision = "bf16"']
+    missing += [] if channels_last else ["channels_last = True"]
+    if missing:
+        return False, f"plain PyTorch layers (the fused kernels want {', '.join(missing)})"
+    return True, "fused Triton kernels"
+
+
+def choose_scan(device: torch.device, wanted: str) -> tuple[str, str]:
+    """The backend of the selective scan and a line that says which and why. Raises UserError for one that cannot run."""
+    try:
+        backend, reason = choose_backend(device, wanted)
+    except ValueError as error:
+        raise UserError(f"scan_backend: {error}") from None
+    return backend, f"{backend} ({reason})"
 
 
 def _cpu_has_bf16() -> bool:

@@ -1,7 +1,7 @@
 """The figures that the run prints and validates by, on any device and without synchronising.
 
-The metrics of the papers on test sets come from PySODMetrics; `ValidationMetrics` equals it (a test holds them together)
-and exists because validation after every epoch has to stay on the GPU.
+The metrics of the papers on test sets come from PySODMetrics. `ValidationMetrics` equals it (a test holds
+them together) and exists because validation after every epoch has to stay on the GPU.
 """
 
 import torch
@@ -14,8 +14,8 @@ LEVELS = 256  # thresholds
 def iou_per_image(prediction: Tensor, target: Tensor) -> Tensor:
     """Jaccard index of each image, (B, ...) probabilities and masks -> (B,); both are cut at 0.5.
 
-    An empty mask predicted empty counts 1, where torchmetrics' BinaryJaccardIndex answers 0; otherwise equal to it image
-    by image. (torchmetrics' samplewise scores, which would do this in one call, fail for a batch of one.)
+    An empty mask predicted empty counts 1, where torchmetrics' BinaryJaccardIndex answers 0; otherwise equal to it
+    image by image. (torchmetrics' samplewise scores, which would do this in one call, fail for a batch of one.)
     """
     p, t = prediction.flatten(1) > 0.5, target.flatten(1) > 0.5
     union = (p | t).sum(1)
@@ -40,7 +40,9 @@ class ValidationMetrics:
         prediction = prediction.float().reshape(b, -1)
         target = target.float().reshape(b, -1)
         truth = target > 0.5
-        self._sums += torch.stack((iou_per_image(prediction, target).sum(), (prediction - truth.float()).abs().mean(1).sum()))
+        self._sums += torch.stack(
+            (iou_per_image(prediction, target).sum(), (prediction - truth.float()).abs().mean(1).sum())
+        )
         level = (prediction * (LEVELS - 1)).long().clamp_(0, LEVELS - 1)
         hist = torch.zeros(b, 2 * LEVELS, device=prediction.device)
         hist.scatter_add_(1, level + LEVELS * truth.long(), torch.ones_like(prediction))

@@ -1,4 +1,4 @@
-"""What a run prints and keeps to look at: lines, a CSV of them, TensorBoard, preview.png, a progress bar on a terminal."""
+"""What a run prints and keeps to look at: lines, log.csv, TensorBoard, preview.png, a progress bar on a terminal."""
 
 import csv
 import datetime
@@ -20,9 +20,11 @@ COLUMNS = (
 
 
 class RunReport:
-    """Prints and records. `iteration`: the one the run goes on from; rows of later ones, which a killed run left, go."""
+    """Prints and records. `iteration`: where the run goes on; rows of later ones, left by a killed run, go."""
 
-    def __init__(self, folder: Path, epochs: int, pairs: int, iterations: int, iteration: int = 0, seconds: float = 0.0):
+    def __init__(
+        self, folder: Path, epochs: int, pairs: int, iterations: int, iteration: int = 0, seconds: float = 0.0
+    ):
         self.folder, self.epochs, self.pairs, self.iterations = folder, epochs, pairs, iterations
         self._start = time.monotonic() - seconds
         self._csv_path = folder / "log.csv"
@@ -113,10 +115,15 @@ class RunReport:
     def _keep_rows(self, iteration: int) -> None:
         """Leaves the rows up to `iteration`; starts the file when there are none."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             rows = []
             if iteration and self._csv_path.exists():
                 with self._csv_path.open(newline="", encoding="utf-8") as file:
-                    rows = [r for r in csv.DictReader(file) if (r.get("ite") or "x").isdigit() and int(r["ite"]) <= iteration]
+                    rows = [
+                        r
+                        for r in csv.DictReader(file)
+                        if (r.get("ite") or "x").isdigit() and int(r["ite"]) <= iteration
+                    ]
             temporary = self._csv_path.with_suffix(".tmp")
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")

@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, one line for what the user can mend, and stop signals that wait for the step to finish."""
+"""How a run ends: exit codes, one line for what the user can mend, stop signals that wait for the step."""
 
 import contextlib
 import os

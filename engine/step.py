@@ -1,7 +1,10 @@
 """One training step: forward, loss, backward, clipping, optimizer, averaged weights, without a synchronisation.
 
-A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the batch norm
-statistics; it is counted, and `TrainStep.read` tells.
+A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the
+batch norm statistics; it is counted, and `TrainStep.read` tells.
+
+On a CUDA GPU the whole step is captured in a graph and replayed: U²-Net launches some 5,000 kernels a step, and the CPU
+cannot launch them as fast as the GPU runs them. The same code runs eagerly everywhere else.
 """
 
 import copy
@@ -13,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.metrics import iou_per_image
+from engine.run import UserError
+from model.layers import fused
 
 OUTPUTS = 7  # d0..d6
+EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
 
 
 @dataclass
@@ -32,8 +38,10 @@ class Means:
 class TrainStep:
     """Calling it trains `net` by one batch.
 
-    loss: (logits d0..d6, masks) -> (7,) losses. precision: "fp32", or "bf16" for autocast with fp32 weights.
+    optimizer: one of PyTorch's with fused=True. loss: (logits d0..d6, masks) -> (7,) losses.
+    precision: "fp32"; or "bf16", activations and convolutions in bf16, weights and everything of Mamba in fp32.
     clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
+    graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
     """
 
     def __init__(
@@ -45,11 +53,18 @@ class TrainStep:
         precision: str = "fp32",
         clip: float = 0.0,
         ema_decay: float = 0.0,
+        graph: bool = False,
+        kernels: bool = False,
     ):
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self.clip = clip or math.inf
+        self.clip, self.kernels = clip, kernels
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not graph
+        )
         self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.convolutions = [
+            m for m in net.modules() if kernels and isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+        ]
         self.statistics = _flatten_statistics(net)
         self.ema_decay, self.ema = ema_decay, None
         if ema_decay:
@@ -57,18 +72,73 @@ class TrainStep:
         # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
-        self.ema_steps = 0
+        self.ema_steps = self.eager_steps = 0
+        self.graph = self.images = self.masks = None
+        self.wants_graph = graph and device.type == "cuda"
+        for group in optimizer.param_groups if self.wants_graph else ():
+            group["capturable"] = True
+            group["lr"] = torch.tensor(float(group["lr"]), device=device)  # so that it can change without a new capture
 
     def __call__(self, images: Tensor, masks: Tensor) -> None:
-        """images: (B, 3, H, W) normalised, masks: (B, 1, H, W) in [0, 1], both on the step's device."""
-        statistics = self.statistics.clone()
+        """images: (B, 3, H, W) normalised, masks: (B, 1, H, W) in [0, 1], both on the step's device.
+
+        Raises UserError naming a batch size to try when the memory does not suffice.
+        """
         self.net.train()
-        with self.autocast:
+        try:
+            if not self.wants_graph:
+                self._step(images, masks)
+            elif self.graph is None and self.eager_steps < EAGER_STEPS:
+                self._on_side_stream(images, masks)
+            elif self.graph is None:
+                self._capture(images, masks)
+            elif images.shape == self.images.shape:
+                self.images.copy_(images)
+                self.masks.copy_(masks)
+                self.graph.replay()
+            else:  # the last, smaller batch of an epoch
+                self._step(images, masks)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            less = max(len(images) // 2, 1)
+            raise UserError(
+                f"a batch of {len(images)} does not fit into the memory of {self.device}: try batch_size_train = {less}"
+            ) from None
+        self.ema_steps += bool(self.ema)
+
+    def _on_side_stream(self, images: Tensor, masks: Tensor) -> None:
+        """As PyTorch asks of what runs before a capture: gradients must not belong to the default stream."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._step(images, masks)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.eager_steps += 1
+
+    def _capture(self, images: Tensor, masks: Tensor) -> None:
+        self.images, self.masks = images.clone(), masks.clone()  # clone keeps the memory format
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(self.images, self.masks)
+        self.graph = graph
+        self.graph.replay()  # the capture itself computed nothing
+
+    def _step(self, images: Tensor, masks: Tensor) -> None:
+        statistics = self.statistics.clone()
+        self._copy_weights()
+        with self.autocast, fused(self.kernels):
             logits = self.net(images, logits=True)
         losses = self.loss(logits, masks)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip, error_if_nonfinite=False)
+        self._fetch_gradients()
+        if self.clip:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         ok = torch.isfinite(norm) & torch.isfinite(losses.detach().sum())
         self.optimizer.found_inf = (~ok).float()  # read by the fused optimizers: they then change nothing
         self.optimizer.step()
@@ -76,7 +146,25 @@ class TrainStep:
         self._count(ok, logits[0].detach(), masks, losses.detach())
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
-            self.ema_steps += 1
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        """bf16 copies of the convolutions' weights, all in a few kernels where autocast takes one for each."""
+        if not self.convolutions:
+            return
+        for m in self.convolutions:
+            if not hasattr(m, "copy"):
+                m.copy = m.weight.detach().to(torch.bfloat16).requires_grad_()  # a plain tensor: not in the state dict
+            m.copy.grad = None
+        torch._foreach_copy_([m.copy for m in self.convolutions], [m.weight for m in self.convolutions])
+
+    @torch.no_grad()
+    def _fetch_gradients(self) -> None:
+        used = [m for m in self.convolutions if m.copy.grad is not None]
+        for m in used:
+            m.weight.grad = torch.empty_like(m.weight)
+        if used:
+            torch._foreach_copy_([m.weight.grad for m in used], [m.copy.grad for m in used])
 
     @torch.no_grad()
     def _count(self, ok: Tensor, d0: Tensor, masks: Tensor, losses: Tensor) -> None:
@@ -97,14 +185,12 @@ class TrainStep:
     def reset(self) -> None:
         self.sums.zero_()
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
+    def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
     def averaged(self) -> nn.Module:
         """The network to validate and to keep: with the averaged weights where there are any, else the one trained."""
@@ -120,12 +206,18 @@ class TrainStep:
 
     def state_dict(self) -> dict:
         """What `last.pth` keeps of the step besides the weights."""
-        optimizer = self.optimizer.state_dict()
         ema = [t.cpu() for t in self.ema] if self.ema else None
-        return {"optimizer": optimizer, "ema": ema, "ema_steps": self.ema_steps, "sums": self.sums.cpu(), "bad": self.bad.cpu()}
+        return {
+            "optimizer": self.optimizer.state_dict()["state"],
+            "ema": ema,
+            "ema_steps": self.ema_steps,
+            "sums": self.sums.cpu(),
+            "bad": self.bad.cpu(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are constants
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self.sums.copy_(state["sums"])
         self.bad.copy_(state["bad"])
         self.ema_steps = state["ema_steps"]

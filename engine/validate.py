@@ -1,27 +1,27 @@
 """Validation on the held-out pairs, and the pictures of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from data_loader import IMAGENET_MEAN, IMAGENET_STD
+from data_loader import MEAN, STD, Batch
 from engine.metrics import ValidationMetrics
+from engine.run import StopSignal
 
 
 @torch.no_grad()
-def validate(
-    net: nn.Module, batches: Iterable, device: torch.device, stop: Callable[[], bool] = lambda: False
-) -> dict[str, float] | None:
-    """{"IoU", "MAE", "maxF"} of d0 over `batches` of (images, masks); None when `stop()` said so in between."""
+def validate(net: nn.Module, batches: Iterable[Batch], stop: StopSignal) -> dict[str, float] | None:
+    """{"IoU", "MAE", "maxF"} of d0 over `batches`; None where there are none, or when `stop` became true in between."""
     net.eval()
-    metrics = ValidationMetrics(device)
-    for images, masks in batches:
-        if stop():
+    metrics = None
+    for batch in batches:
+        if stop:
             return None
-        metrics.update(net(images.to(device))[0], masks.to(device))
-    return metrics.result()
+        metrics = metrics or ValidationMetrics(batch.x.device)
+        metrics.update(net(batch.x)[0], batch.y)
+    return metrics and metrics.result()
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: as the loop gives them."""
     net.eval()
     d0 = net(images)[0].float().cpu()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     photographs = (images.float().cpu() * std + mean).clamp(0, 1)
     columns = [photographs, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
     tiles = torch.stack(columns, 1).flatten(0, 1)

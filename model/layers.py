@@ -1,30 +1,63 @@
-"""The four operations between U²-Net's convolutions, each in its plain PyTorch form.
+"""The operations between U²-Net's convolutions: plain PyTorch, or inside `fused()` the kernels of model/kernels.
 
-The networks call these and nothing else, so that a faster form of one has a single place to join.
+Both compute the same; the plain form is the definition, and what runs on everything but the fast training step.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import kernels
+
+_fused = False
+
+
+@contextlib.contextmanager
+def fused(on: bool = True) -> Iterator[None]:
+    """Within it the networks train through the fused kernels: for bf16 activations, channels_last."""
+    global _fused
+    before, _fused = _fused, on
+    try:
+        yield
+    finally:
+        _fused = before
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight to compute with: the low-precision copy that the fast step keeps as `layer.copy`, where it does."""
+    return getattr(layer, "copy", layer.weight)
+
 
 def batch_norm_relu(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(bn(conv(x))) [+ residual]: (B, in, H, W) -> (B, out, H, W)."""
+    if _fused and bn.training:
+        # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
+        y = F.conv2d(x.to(weight_of(conv).dtype), weight_of(conv), None, 1, conv.padding, conv.dilation)
+        moving = (bn.running_mean, bn.running_var, bn.momentum, bn.eps)
+        return kernels.batch_norm_relu(y, bn.weight, bn.bias, *moving, conv_bias=conv.bias, residual=residual)
     y = F.relu(bn(conv(x)))
     return y if residual is None else y + residual
 
 
-def max_pool(x: Tensor) -> Tensor:
-    """2x2 maximum, stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
-    return F.max_pool2d(x, 2, stride=2, ceil_mode=True)
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """2x2 maximum, stride 2, odd sizes rounded up: (B, C, H, W) -> (B, C, H/2, W/2), and x for the skip connection."""
+    if _fused:
+        return kernels.max_pool2x2_skip(x)
+    return F.max_pool2d(x, 2, stride=2, ceil_mode=True), x
 
 
 def upsample_to(x: Tensor, size: torch.Size) -> Tensor:
     """Bilinear, corners not aligned: (B, C, h, w) -> (B, C, *size)."""
+    if _fused:
+        return kernels.upsample_to(x, tuple(size))
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
     """x brought to skip's size and put before it: (B, C, h, w), (B, D, H, W) -> (B, C + D, H, W)."""
-    up = x if x.shape[2:] == skip.shape[2:] else upsample_to(x, skip.shape[2:])
-    return torch.cat((up, skip), 1)
+    if x.shape[2:] == skip.shape[2:]:
+        return torch.cat((x, skip), 1)
+    return kernels.upsample_cat(x, skip) if _fused else torch.cat((upsample_to(x, skip.shape[2:]), skip), 1)

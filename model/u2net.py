@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.layers import batch_norm_relu, max_pool, upsample_cat, upsample_to
 
@@ -83,8 +82,9 @@ class RSU(nn.Module):
         skips = []
         h = hx_in
         for level in range(1, self.height + 1):
-            pooled = not self.dilated and 1 < level < self.height
-            h = getattr(self, f"rebnconv{level}")(max_pool(h) if pooled else h)
+            if not self.dilated and 1 < level < self.height:
+                h, skips[-1] = max_pool(h)
+            h = getattr(self, f"rebnconv{level}")(h)
             layer = getattr(self, f"mamba{level}", None)
             if layer is not None:
                 h = h + layer(h)
@@ -123,7 +123,9 @@ class U2NET(nn.Module):
         skips = []
         h = x
         for i in range(1, 7):
-            h = getattr(self, f"stage{i}")(h if i == 1 else max_pool(h))
+            if i > 1:
+                h, skips[-1] = max_pool(h)
+            h = getattr(self, f"stage{i}")(h)
             skips.append(h)
         h = skips.pop()
         sides = [self.side6(h)]

@@ -36,7 +36,9 @@ def test_channels_last_weights_are_saved_in_the_plain_order(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     checkpoint.save({"a": torch.ones(3)}, path)
-    monkeypatch.setattr(torch, "save", lambda content, file: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "full"))))
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "full")))
+    )
     said = []
     assert not checkpoint.save_or_warn({"a": torch.zeros(3)}, path, said.append)
     assert len(said) == 1 and str(path) in said[0] and "full" in said[0]
@@ -63,7 +65,9 @@ def test_a_truncated_file(tmp_path, part):
     one_line(error, path)
 
 
-@pytest.mark.parametrize("content", [b"not a checkpoint at all", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(60)])
+@pytest.mark.parametrize(
+    "content", [b"not a checkpoint at all", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(60)]
+)
 def test_a_file_of_another_kind(tmp_path, content):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
@@ -88,9 +92,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
     assert not Path("ran.txt").exists()
 
 
-@pytest.mark.parametrize(
-    ("network", "options"), [(U2NETP, {}), (U2MAMBAP, {}), (U2MAMBAP, {"mamba_at": "encoder"})]
-)
+@pytest.mark.parametrize(("network", "options"), [(U2NETP, {}), (U2MAMBAP, {}), (U2MAMBAP, {"mamba_at": "encoder"})])
 def test_the_network_is_found_from_its_weights(network, options, tmp_path):
     net = network(**options)
     path = tmp_path / "w.pth"

@@ -64,7 +64,7 @@ def test_outputs_have_the_size_of_the_image_and_are_probabilities(size):
     assert len(outputs) == 7
     for d in outputs:
         assert d.shape == (2, 1, *size)
-        assert 0 <= d.min() and d.max() <= 1
+        assert d.min() >= 0 and d.max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 3, 64, 16), (3, 64, 64)])
@@ -121,7 +121,9 @@ def test_an_rsu_equals_its_definition_written_out():
 
 def test_mamba_stands_where_it_should():
     with torch.device("meta"):
-        bottleneck = {k.split(".mamba")[0] + ".mamba" + k.split(".mamba")[1][0] for k in U2MAMBAP().state_dict() if ".mamba" in k}
+        bottleneck = {
+            k.split(".mamba")[0] + ".mamba" + k.split(".mamba")[1][0] for k in U2MAMBAP().state_dict() if ".mamba" in k
+        }
         encoder = {
             k.split(".mamba")[0] + ".mamba" + k.split(".mamba")[1][0]
             for k in U2MAMBAP(mamba_at="encoder").state_dict()

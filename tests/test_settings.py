@@ -59,7 +59,7 @@ def test_an_int_is_a_float():
 
 
 def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(UserError, match="fastest.*fast"):
+    with pytest.raises(UserError, match=r"fastest.*fast"):
         read("fastest")
 
 

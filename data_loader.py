@@ -1,0 +1,449 @@
+"""Pairs on disk -> batches for training.
+
+Two ways to the same pictures: the classes that users of U-2-Net know (`SalObjDataset`, `RescaleT`, `RandomCrop`,
+`ToTensorLab`, ...; scikit-image on every access), which define them, and the quick way that the training run takes:
+pairs at 320x320 as bytes in memory (data_cache.py), and crop, flips and normalisation of a whole batch at once, on any
+device. What happens to each picture of an epoch stands in a plan, a tensor made from (seed, epoch), so that a run can
+go on in the middle of an epoch and streaming from disk gives what the cache gives.
+
+    data = open_data("train_data/DUTS-TR/DUTS-TR/im_aug", "train_data/DUTS-TR/DUTS-TR/gt_aug")
+    for x, y, rows, wait in batches(data.train, epoch_plan(len(data.train), epoch=0, seed=0), batch_size=12): ...
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from skimage import color, transform
+from torch.utils.data import DataLoader, Dataset
+
+from data_cache import MEMORY_SHARE, PairCache, available_memory, cached_pairs, in_words, rescale_image, rescale_mask
+from data_check import (
+    BadFile,
+    DataError,
+    Pair,
+    Report,
+    check_pairs,
+    find_pairs,
+    hold_out,
+    is_held_out,
+    read_image,
+    read_mask,
+    read_pair,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+STREAM_WORKERS = min(8, os.cpu_count() or 1)  # processes that decode where the cache does not fit
+INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
+UPSIDE_DOWN, MIRROR = 1, 2  # bits of the column FLIP
+
+
+# ---------------------------------------------------------------------------- the classes that U-2-Net published
+
+Sample = dict  # {"imidx": (1,) int, "image": (H, W, 3), "label": (H, W, 1)}, arrays; tensors after ToTensor[Lab]
+
+
+def _flip_upside_down(sample: Sample) -> Sample:
+    if torch.rand(()) >= 0.5:  # torch's generator: DataLoader seeds it differently in every worker
+        return {**sample, "image": sample["image"][::-1], "label": sample["label"][::-1]}
+    return sample
+
+
+def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
+    image = transform.resize(sample["image"], size, mode="constant")
+    label = transform.resize(sample["label"], size, mode="constant", order=0, preserve_range=True)
+    return {**sample, "image": image, "label": label}
+
+
+class RescaleT:
+    """Squash image and label to `output_size` (a side, or height and width); the image becomes float in 0-1."""
+
+    def __init__(self, output_size: int | tuple[int, int]):
+        # Slip mended: the published one takes a tuple and then fails on it.
+        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+
+    def __call__(self, sample: Sample) -> Sample:
+        return _resize(sample, self.output_size)
+
+
+class Rescale:
+    """Turn upside down with p = 0.5, then scale the shorter side to `output_size`, or to (height, width)."""
+
+    def __init__(self, output_size: int | tuple[int, int]):
+        self.output_size = output_size
+
+    def __call__(self, sample: Sample) -> Sample:
+        height, width = sample["image"].shape[:2]
+        size = self.output_size
+        if isinstance(size, int):
+            size = (int(size * height / width), size) if height > width else (size, int(size * width / height))
+        return _resize(_flip_upside_down(sample), tuple(size))
+
+
+class RandomCrop:
+    """Turn upside down with p = 0.5, then cut out a window of `output_size` at random.
+
+    Raises ValueError when the image is smaller.
+    """
+
+    def __init__(self, output_size: int | tuple[int, int]):
+        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+
+    def __call__(self, sample: Sample) -> Sample:
+        sample = _flip_upside_down(sample)
+        (height, width), (rows, columns) = sample["image"].shape[:2], self.output_size
+        if rows > height or columns > width:
+            raise ValueError(f"RandomCrop({self.output_size}): the image is only {height}x{width}")
+        # Slip mended: randint(0, h - rows) never takes the last offset, and fails when the sizes match.
+        top, left = (int(torch.randint(room + 1, ())) for room in (height - rows, width - columns))
+        window = np.s_[top : top + rows, left : left + columns]
+        return {**sample, "image": sample["image"][window], "label": sample["label"][window]}
+
+
+def _divide(values: np.ndarray, by: float) -> np.ndarray:
+    # Slip mended: an all-black image or a channel of one value is divided by zero and the loss becomes nan.
+    return values / by if by > 1e-6 else values
+
+
+def _label_in_01(label: np.ndarray) -> np.ndarray:
+    # Slip mended: divided by the crop's own maximum, a crop that holds only noise or a soft rim of the object becomes
+    # full foreground. read_mask has put the file's maximum at 255; labels that end at 1 stay.
+    return label / (255 if label.max() > 1 else 1)
+
+
+def _standardise(channels: np.ndarray) -> np.ndarray:
+    """Each channel to 0-1 by its own range, then to mean 0 and deviation 1."""
+    out = np.empty(channels.shape)
+    for c in range(channels.shape[2]):
+        plane = channels[:, :, c] - channels[:, :, c].min()
+        plane = _divide(plane, plane.max())
+        out[:, :, c] = _divide(plane - plane.mean(), plane.std())
+    return out
+
+
+class ToTensorLab:
+    """Arrays -> tensors {"imidx", "image" (3 or 6, H, W), "label" (1, H, W) in 0-1}, float64 as published.
+
+    flag 0: RGB divided by the image's maximum, then ImageNet mean and deviation; 1: Lab; 2: RGB and Lab, both
+    standardised channel by channel.
+    """
+
+    def __init__(self, flag: int = 0):
+        self.flag = flag
+
+    def __call__(self, sample: Sample) -> Sample:
+        image, label = sample["image"], _label_in_01(sample["label"])
+        if image.shape[2] == 1:
+            image = np.repeat(image, 3, axis=2)
+        if self.flag == 1:
+            image = _standardise(color.rgb2lab(image))
+        elif self.flag == 2:
+            image = _standardise(np.concatenate([image, color.rgb2lab(image)], axis=2))
+        else:
+            image = (_divide(image, image.max()) - MEAN) / STD
+        to_chw = (torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))) for array in (image, label))
+        return {"imidx": torch.from_numpy(sample["imidx"]), **dict(zip(("image", "label"), to_chw, strict=True))}
+
+
+class ToTensor(ToTensorLab):
+    """ToTensorLab with flag 0."""
+
+    def __init__(self):
+        super().__init__(0)
+
+
+class SalObjDataset(Dataset):
+    """Samples of image files and mask files, in the order given; no mask names: labels of zeros."""
+
+    def __init__(
+        self,
+        img_name_list: Sequence[str | os.PathLike],
+        lbl_name_list: Sequence[str | os.PathLike],
+        transform: Callable[[Sample], Sample] | None = None,
+    ):
+        self.image_name_list, self.label_name_list, self.transform = img_name_list, lbl_name_list, transform
+
+    def __len__(self) -> int:
+        return len(self.image_name_list)
+
+    def __getitem__(self, idx: int) -> Sample:
+        image = read_image(self.image_name_list[idx])
+        label = read_mask(self.label_name_list[idx]) if self.label_name_list else np.zeros(image.shape[:2], np.uint8)
+        sample = {"imidx": np.array([idx]), "image": image, "label": label[:, :, None]}
+        return self.transform(sample) if self.transform else sample
+
+
+# ----------------------------------------------------------------------------------------- plan and augmentation
+
+
+def epoch_plan(
+    n: int, epoch: int, seed: int, rescale: int = 320, crop: int = 288, p_flip: float = 0.5, p_mirror: float = 0.0
+) -> torch.Tensor:
+    """What happens to each of `n` pictures in an epoch: (n, 4) int64, columns INDEX, TOP, LEFT, FLIP.
+
+    The order is shuffled; the window's offset goes from 0 to rescale - crop, both included; FLIP holds the bits
+    UPSIDE_DOWN (p = 0.5 as published) and MIRROR. A function of its arguments alone. Raises ValueError.
+    """
+    if not 0 < crop <= rescale:
+        raise ValueError(f"crop = {crop} must be from 1 to rescale = {rescale}")
+    # PyTorch's CPU generator looks at 32 bits of its seed only
+    generator = torch.Generator().manual_seed(crc32(f"{seed} {epoch}".encode()))
+    order = torch.randperm(n, generator=generator)
+    offsets = torch.randint(rescale - crop + 1, (n, 2), generator=generator)
+    chance = torch.rand((n, 2), generator=generator)
+    flip = (chance[:, 0] < p_flip) * UPSIDE_DOWN + (chance[:, 1] < p_mirror) * MIRROR
+    return torch.cat([order[:, None], offsets, flip[:, None]], dim=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _row_constants(device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Offsets 0..width-1, and 1/STD and -MEAN/STD repeated along a row of RGB pixels; made once, outside any graph."""
+    inverse = torch.tensor([1 / s for s in STD], device=device)
+    bias = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=device)
+    return torch.arange(width, device=device), inverse.repeat(width), bias.repeat(width)
+
+
+def _cut_by_index(
+    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows (B, crop, crop, 3) and (B, crop, crop) of a plan's rows, without looking at the rows' values."""
+    index, top, left, flip = rows[:, :, None].unbind(1)  # (B, 1) each
+    y, x = top + offsets, left + offsets  # (B, crop)
+    y = torch.where((flip & UPSIDE_DOWN) > 0, images.shape[1] - 1 - y, y)[:, :, None]
+    x = torch.where((flip & MIRROR) > 0, images.shape[2] - 1 - x, x)[:, None, :]
+    return images[index[:, :, None], y, x], masks[index[:, :, None], y, x]
+
+
+def _cut_by_slice(
+    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on the CPU: 0.3 ms for 12 windows, where `_cut_by_index` takes 12.8 (2 cores)."""
+    crop, wholes = len(offsets), (images.numpy(), masks.numpy())
+    cuts = np.empty((len(rows), crop, crop, 3), np.uint8), np.empty((len(rows), crop, crop), np.uint8)
+    for place, (index, top, left, flip) in enumerate(rows.tolist()):
+        step_y, step_x = -1 if flip & UPSIDE_DOWN else 1, -1 if flip & MIRROR else 1
+        for whole, cut in zip(wholes, cuts, strict=True):
+            cut[place] = whole[index, ::step_y, ::step_x][top : top + crop, left : left + crop]
+    return torch.from_numpy(cuts[0]), torch.from_numpy(cuts[1])
+
+
+def augment(
+    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, crop: int = 288, channels_last: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a plan -> (x (B, 3, crop, crop) float32 as ToTensorLab(0) makes it, y (B, 1, crop, crop) float32 in 0-1).
+
+    images (N, S, S, 3) and masks (N, S, S) uint8, rows (B, 4) int64, all on one device. On a GPU: no synchronisation,
+    and after one call to warm up it can be captured in a CUDA graph, with `rows` as the tensor to fill. The cache is
+    channels_last by nature, so channels_last=True saves a pass.
+    """
+    offsets, inverse, bias = _row_constants(images.device, crop)
+    cut = _cut_by_slice if images.device.type == "cpu" else _cut_by_index
+    pixels, mask = cut(images, masks, rows, offsets)
+    count = len(rows)
+    largest = pixels.reshape(count, -1).amax(1).clamp_min(1)  # a black image stays black
+    scale = inverse / largest[:, None].float()
+    x = torch.addcmul(bias, pixels.reshape(count, crop, crop * 3).float(), scale[:, None, :])
+    x = x.view(count, crop, crop, 3).permute(0, 3, 1, 2)
+    return x if channels_last else x.contiguous(), mask[:, None].float().div_(255)
+
+
+# --------------------------------------------------------------------------------------------- sources and batches
+
+
+class _Decoded(Dataset):
+    """Pairs read from disk and rescaled, as the cache holds them; a file that fails gives its message."""
+
+    def __init__(self, pairs: Sequence[Pair], size: int):
+        self.pairs, self.size = pairs, size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
+        try:
+            got = read_pair(self.pairs[index])
+        except BadFile as error:
+            return str(error)
+        return rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)
+
+
+def _stack(items: list) -> tuple[np.ndarray, np.ndarray] | str:
+    # arrays, not tensors: they come through a pipe, where tensors would need shared memory (64 MB in a container) and
+    # abort a worker that is ended while it sends one; 5 MB a batch of 12
+    failed = [item for item in items if isinstance(item, str)]
+    if failed:
+        return failed[0]
+    images, masks = zip(*items, strict=True)
+    return np.stack(images), np.stack(masks)
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    # Ctrl-C reaches the whole group: the parent saves and ends its workers, which also end by themselves without it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class DataSource:
+    """Pairs that batches can be made of: from `cache`, or where it is None read from disk by worker processes."""
+
+    def __init__(self, pairs: Sequence[Pair], size: int = 320, cache: PairCache | None = None):
+        self.pairs, self.size, self.cache = list(pairs), size, cache
+        self.device = torch.device("cpu")
+        self._indices: list[list[int]] = []  # one list a batch, refilled for every epoch: the workers stay
+        self._loader: DataLoader | None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def to(self, device: str | torch.device, leave_free: int = 0, say: Callable[[str], None] = print) -> DataSource:
+        """Make batches on `device`; the cache moves there too if `leave_free` bytes of GPU memory remain."""
+        self.device, self._loader = torch.empty(0, device=device).device, None  # "cuda" becomes "cuda:0"
+        if self.cache is None or self.device.type != "cuda":
+            return self
+        need = PairCache.bytes_for(len(self), self.size)
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if need + leave_free > free:
+            say(f"cache: stays in memory, {in_words(free)} free on the GPU, {in_words(need + leave_free)} wanted")
+        else:
+            self.cache = PairCache(self.cache.images.to(self.device), self.cache.masks.to(self.device))
+            say(f"cache: {in_words(need)} moved to GPU memory")
+        return self
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self._loader = None
+
+    def _streamed(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self._indices[:] = [part[:, INDEX].tolist() for part in parts]
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Decoded(self.pairs, self.size),
+                batch_sampler=self._indices,
+                num_workers=STREAM_WORKERS,
+                multiprocessing_context="spawn",  # a fork of a process that uses a GPU or threads hangs
+                collate_fn=_stack,
+                worker_init_fn=_leave_signals_to_parent,
+                persistent_workers=True,
+            )
+        for got in self._loader:
+            if isinstance(got, str):
+                raise DataError(f"{got}; it was readable at the start: mend or remove it and start again")
+            yield torch.from_numpy(got[0]), torch.from_numpy(got[1])
+
+    def _fetched(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(images, masks, rows) on self.device, in which the rows' INDEX counts."""
+        if self.cache is not None and self.cache.images.device == self.device:
+            for part in parts:
+                yield self.cache.images, self.cache.masks, part.to(self.device, non_blocking=True)
+            return
+        if self.cache is None:
+            groups = self._streamed(parts)
+        else:
+            groups = ((self.cache.images[part[:, INDEX]], self.cache.masks[part[:, INDEX]]) for part in parts)
+        for part, group in zip(parts, groups, strict=True):
+            part = part.clone()
+            part[:, INDEX] = torch.arange(len(part))
+            if self.device.type == "cuda":  # from pageable memory the copy would wait for the GPU
+                group = [t.pin_memory() for t in group]
+            yield tuple(t.to(self.device, non_blocking=True) for t in (*group, part))
+
+
+class Batch(NamedTuple):
+    """x and y as `augment` makes them, the rows of the plan (CPU) they came from, seconds spent getting them."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    rows: torch.Tensor
+    wait: float
+
+
+def batches(
+    source: DataSource,
+    plan: torch.Tensor,
+    batch_size: int,
+    start: int = 0,
+    drop_last: bool = False,
+    crop: int = 288,
+    channels_last: bool = False,
+) -> Iterator[Batch]:
+    """Batches of a plan in its order, from row `start` on, the last one smaller unless drop_last.
+
+    Nothing is prepared ahead: a cached batch of 12 takes 2 ms of 2 cores, and a GPU gets it queued while it computes.
+    Raises DataError when a file that was readable at the start no longer is.
+    """
+    parts = [part for part in plan[start:].split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
+    fetched = source._fetched(parts)
+    for part in parts:
+        before = time.perf_counter()
+        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last)
+        yield Batch(x, y, part, time.perf_counter() - before)
+
+
+def validation_batches(
+    source: DataSource, indices: Sequence[int] | None = None, batch_size: int = 12, channels_last: bool = False
+) -> Iterator[Batch]:
+    """Whole pictures in order, neither cropped nor flipped, normalised by the maximum of each."""
+    chosen = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+    plan = torch.zeros((len(chosen), 4), dtype=torch.int64)
+    plan[:, INDEX] = chosen
+    return batches(source, plan, batch_size, crop=source.size, channels_last=channels_last)
+
+
+class Data(NamedTuple):
+    """What `open_data` gives: training pairs, held-out pairs (may be none), and the report of the check."""
+
+    train: DataSource
+    val: DataSource
+    report: Report
+
+
+def open_data(
+    image_dir: str | os.PathLike,
+    mask_dir: str | os.PathLike,
+    cache: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    size: int = 320,
+    need: int = 1,
+    say: Callable[[str], None] = print,
+) -> Data:
+    """Find, check and report all pairs, and keep them in memory at size x size where they fit.
+
+    cache=False streams from disk. The cache is stored in `cache_dir`, by default beside the image folder. `need`:
+    fewest training pairs that will do. Raises DataError (one line to print) when the data cannot be used.
+    """
+    pairs, unpaired = find_pairs(image_dir, mask_dir)
+    train, val = hold_out(pairs)
+    pairs = train + val  # so that each of the two is one piece of the cache
+    total, free = PairCache.bytes_for(len(pairs), size), available_memory()
+    if cache and total > free * MEMORY_SHARE:
+        say(
+            f"cache: {in_words(total)} do not fit into {in_words(free)} of free memory: {STREAM_WORKERS} workers stream"
+        )
+        cache = False
+    kept = None
+    if not cache:
+        good, report = check_pairs(pairs, unpaired, say=say)
+    else:
+        say(f"cache: {len(pairs):,} pairs, {in_words(total)} in memory")
+        kept, good, report = cached_pairs(pairs, unpaired, Path(cache_dir or Path(image_dir).parent), size, say)
+    pairs = [pairs[index] for index in good]
+    for line in report.lines():
+        say(line)
+    count = sum(not is_held_out(pair.stem) for pair in pairs)
+    say(f"data: {count:,} pairs for training, {len(pairs) - count:,} held out for validation")
+    if count < need:
+        raise DataError(f"{count} usable training pairs in {image_dir}, at least {need} are needed")
+    return Data(
+        DataSource(pairs[:count], size, kept and kept[:count]),
+        DataSource(pairs[count:], size, kept and kept[count:]),
+        report,
+    )

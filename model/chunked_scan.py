@@ -1,0 +1,180 @@
+"""The selective scan in pure PyTorch, backend "torch" of `model.selective_scan`, which explains the letters.
+
+`scan` takes the tokens in blocks of lanes x steps. The decays and states of a block lie in buffers (tokens, b, n, d)
+that stay in the processor's cache; its lanes advance side by side, so that a call of PyTorch does enough work to hide
+its own 2 µs. Only the state before each block is kept for the backward pass, which computes the others again.
+Forward + backward on 2 cores of an AMD EPYC (Zen 4), b=1, d=128, n=16, L=5184: about 20 times as fast as the loop.
+
+`scan_for_export` computes the same in some 250 plain operations.
+"""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG2_E = 1 / math.log(2)  # exp(x) = exp2(x log2 e): torch.exp2 takes a third of torch.exp's time on AVX-512
+EXPORT_STEPS = 16  # steps of the exported graph: its states are (b, d, n, L/16), as large as u at n = 16
+
+
+def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """y_t = C_t · h_t with h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t.
+
+    u, delta (b, d, L), A (d, n), B, C (b, n, L), all of one dtype -> (b, d, L), which lies in memory as (L, b, d).
+    """
+    return _forward(u, delta, A, B, C)[0].permute(1, 2, 0)
+
+
+def scan_for_export(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The same, out of place: all chunks side by side through the steps of a chunk, a log-depth scan over their last
+    states (Hillis & Steele 1986), and the steps once more from the right states."""
+    L = int(u.shape[2])  # tracing makes a tensor of it
+    steps = min(EXPORT_STEPS, L)
+    chunks = -(-L // steps)
+
+    def split(v: Tensor, missing: int) -> tuple[Tensor, ...]:  # -> (b, d, 1, chunks) or (b, 1, n, chunks) for each step
+        return F.pad(v, (0, chunks * steps - L)).unflatten(2, (chunks, steps)).unsqueeze(missing).unbind(4)
+
+    inputs = list(zip(split(delta, 2), split(delta * u, 2), split(B, 1), split(C, 1), strict=True))
+    A = A[:, :, None]  # (d, n, 1)
+
+    def advance(h: Tensor | None, delta_t: Tensor, x_t: Tensor, B_t: Tensor) -> Tensor:  # -> (b, d, n, chunks)
+        return x_t * B_t if h is None else torch.exp(delta_t * A) * h + x_t * B_t
+
+    h = None
+    if chunks > 1:
+        for delta_t, x_t, B_t, _ in inputs:
+            h = advance(h, delta_t, x_t, B_t)
+        decay = torch.exp(sum(delta_t for delta_t, *_ in inputs) * A)
+        for level in range((chunks - 1).bit_length()):
+            shift = 2**level
+            h = h + decay * F.pad(h[..., :-shift], (shift, 0))
+            decay = decay * F.pad(decay[..., :-shift], (shift, 0))
+        h = F.pad(h[..., :-1], (1, 0))
+    ys = []
+    for delta_t, x_t, B_t, C_t in inputs:
+        h = advance(h, delta_t, x_t, B_t)
+        ys.append((h * C_t).sum(2))  # (b, d, chunks)
+    return torch.stack(ys, 3).flatten(2)[..., :L]
+
+
+def _block_shape(u: Tensor, n: int) -> tuple[int, int]:
+    """(lanes, steps) of a block. On a CPU a step has 2¹⁴ elements, half of what PyTorch would share among threads;
+    elsewhere the number of launches counts, and a block has up to 2²⁴ elements."""
+    b, d, L = u.shape
+    steps, elements = (16, 2**14) if u.device.type == "cpu" else (32, 2**19)
+    steps = min(steps, math.isqrt(L - 1) + 1)
+    return max(1, min(elements // (b * d * n), -(-L // steps), 64)), steps
+
+
+def _by_token(v: Tensor, length: int) -> Tensor:
+    """(b, k, L) -> (length, b, k) with zeros at the end, where Δ = 0 leaves the state as it is."""
+    out = v.new_zeros(length, *v.shape[:2])
+    out[: v.shape[2]] = v.permute(2, 0, 1)
+    return out
+
+
+def _recur(a: Tensor, h: Tensor, before: Tensor, steps: int, reverse: bool = False) -> Tensor:
+    """h[t] += a[t] h[t-1] (reverse: h[t+1]) in place over a block (tokens, b, n, d) that `before` (b, n, d) precedes.
+    Returns a copy of the last."""
+    a, h = a.unflatten(0, (-1, steps)), h.unflatten(0, (-1, steps))
+    lanes = range(len(h))[::-1] if reverse else range(len(h))
+    a_t, h_t = (v.unbind(1)[::-1] if reverse else v.unbind(1) for v in (a, h))  # a (lanes, b, n, d) for each step
+    h_t[0][lanes[0]].addcmul_(a_t[0][lanes[0]], before)
+    for t in range(1, steps):
+        h_t[t].addcmul_(a_t[t], h_t[t - 1])
+    if len(lanes) > 1:  # the state that each lane should have started from, decaying along it
+        decay, missing = a.prod(1), torch.zeros_like(a_t[0])
+        for lane, following in itertools.pairwise(lanes):
+            torch.addcmul(h_t[-1][lane], decay[lane], missing[lane], out=missing[following])
+        for a_now, h_now in zip(a_t, h_t, strict=True):
+            h_now.add_(missing.mul_(a_now))
+    return h_t[-1][lanes[-1]].clone()
+
+
+# An operator, so that torch.compile sees one node and not thousands of steps.
+@torch.library.custom_op("u2mamba::chunked_scan", mutates_args=())
+def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """-> y (L, b, d), and the state before each block (blocks, b, n, d)."""
+    (b, d, L), n = u.shape, A.shape[1]
+    lanes, steps = _block_shape(u, n)
+    size, length = lanes * steps, -(-L // steps) * steps
+    x, delta, B, C = (_by_token(v, length) for v in (delta * u, delta, B, C))
+    A = A.t().contiguous()
+    y = torch.empty_like(x)
+    states = u.new_empty(-(-length // size), b, n, d)
+    a_block, h_block = u.new_empty(2, size, b, n, d).unbind(0)
+    h_last = u.new_zeros(b, n, d)
+    with torch.autocast(u.device.type, enabled=False):
+        for i, start in enumerate(range(0, length, size)):
+            m = min(size, length - start)
+            now, a, h = slice(start, start + m), a_block[:m], h_block[:m]
+            states[i] = h_last
+            torch.mul(delta[now, :, None], A * LOG2_E, out=a).exp2_()
+            torch.mul(x[now, :, None], B[now, :, :, None], out=h)
+            h_last = _recur(a, h, h_last, steps)
+            torch.bmm(C[now].view(-1, 1, n), h.view(-1, n, d), out=y[now].view(-1, 1, d))
+    return y[:L], states
+
+
+@torch.library.custom_op("u2mamba::chunked_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dy (L, b, d) -> the gradients of u and delta (L, b, d), of A (n, d), of B and C (L, b, n)."""
+    (b, d, L), n = u.shape, A.shape[1]
+    lanes, steps = _block_shape(u, n)
+    size, length = lanes * steps, -(-L // steps) * steps
+    u, delta, B, C, dy = (_by_token(v, length + 1) for v in (u, delta, B, C, dy.permute(1, 2, 0)))
+    A = A.t().contiguous()
+    dx, ddelta, dB, dC, dA = (torch.zeros_like(v) for v in (u, u, B, C, A))
+    a_block, h_block, g_block = u.new_empty(3, size + 1, b, n, d).unbind(0)
+    g_next = u.new_zeros(b, n, d)  # gradient of the first state after the block
+    with torch.autocast(u.device.type, enabled=False):
+        for start in range(0, length, size)[::-1]:
+            m = min(size, length - start)
+            now, a, h, g = slice(start, start + m), a_block[: m + 1], h_block[: m + 1], g_block[:m]
+            x = delta[now] * u[now]
+            torch.mul(delta[start : start + m + 1, :, None], A * LOG2_E, out=a).exp2_()
+            torch.mul(x[:, :, None], B[now, :, :, None], out=h[1:])
+            h[0] = states[start // size]
+            _recur(a[:m], h[1:], h[0], steps)
+            torch.mul(dy[now, :, None], C[now, :, :, None], out=g)
+            g_next = _recur(a[1:], g, g_next, steps, reverse=True)
+            torch.bmm(dy[now].view(-1, 1, d), h[1:].view(-1, n, d).mT, out=dC[now].view(-1, 1, n))
+            torch.bmm(x.view(-1, 1, d), g.view(-1, n, d).mT, out=dB[now].view(-1, 1, n))
+            torch.bmm(B[now].view(-1, 1, n), g.view(-1, n, d), out=dx[now].view(-1, 1, d))
+            g.mul_(a[:m]).mul_(h[:m])  # now the gradient of Δ_t A
+            torch.sum(torch.mul(g, A, out=a[:m]), 2, out=ddelta[now])
+            dA += torch.mul(g, delta[now, :, None], out=a[:m]).sum((0, 1))
+    ddelta.addcmul_(dx, u)
+    du = dx.mul_(delta)
+    return du[:L], ddelta[:L], dA, dB[:L], dC[:L]
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C):
+    (b, d, L), n = u.shape, A.shape[1]
+    lanes, steps = _block_shape(u, n)
+    return u.new_empty(L, b, d), u.new_empty(-(-L // (lanes * steps)), b, n, d)
+
+
+@_backward.register_fake
+def _(dy, states, u, delta, A, B, C):
+    (b, d, L), n = u.shape, A.shape[1]
+    shapes = (L, b, d), (L, b, d), (n, d), (L, b, n), (L, b, n)
+    return tuple(u.new_empty(shape) for shape in shapes)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _gradients(ctx, dy: Tensor, _) -> tuple[Tensor, ...]:
+    du, ddelta, dA, dB, dC = _backward(dy, *ctx.saved_tensors)
+    return du.permute(1, 2, 0), ddelta.permute(1, 2, 0), dA.t(), dB.permute(1, 2, 0), dC.permute(1, 2, 0)
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,324 @@
+"""Bilinear upsampling into a concatenation, 2x2 max pooling (Triton, channels_last), and upsampling by matrix products.
+
+All follow PyTorch: `interpolate(mode="bilinear", align_corners=False)` and `max_pool2d(2, 2, ceil_mode=True)`, the two
+changes of size in U²-Net. Each kernel works on tiles of TH x TW pixels by BLOCK_C channels, and gathers: an output is
+written once, so gradients need no atomic adds and are the same in every run.
+
+Output pixel o of n_out reads from s = (o + 1/2) * n_in / n_out - 1/2, clamped to [0, n_in - 1]. The kernels keep the
+integer 2 * n_out * s, so that forward and backward agree on every weight to the last bit.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs
+
+WARPS = 8
+TILE_W = 8  # pixels of a tile along W: 8 divides 288, 144 and 72, and wastes least at 36, 18 and 9
+MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
+
+
+@jit()
+def _tile(blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+    """This program's tile of a (B, H, W, C) tensor: image, rows, columns, whether inside, channels."""
+    program = tl.program_id(0)
+    tile = program // blocks
+    tiles_w = tl.cdiv(W, TW)
+    tiles_h = tl.cdiv(H, TH)
+    pixel = tl.arange(0, TH * TW)
+    h = (tile // tiles_w) % tiles_h * TH + pixel // TW
+    w = tile % tiles_w * TW + pixel % TW
+    cols = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return (tile // (tiles_w * tiles_h)).to(tl.int64), h, w, (h < H) & (w < W), cols
+
+
+@jit()
+def _source(o, n_in, n_out):
+    """2 * n_out times the place that output o reads from."""
+    return tl.minimum(tl.maximum((2 * o + 1) * n_in - n_out, 0), 2 * n_out * (n_in - 1))
+
+
+@jit("Hi", "Wi", "Ho", "Wo", "blocks")
+def _upsample_cat(
+    x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr
+):  # fmt: skip
+    image, h, w, inside, cols = _tile(blocks, Ho, Wo, TH, TW, BLOCK_C)
+    pixel = (h * Wo + w)[:, None]
+    skip_ok = inside[:, None] & (cols < Cs)[None, :]
+    copied = tl.load(skip + image * Ho * Wo * Cs + pixel * Cs + cols[None, :], mask=skip_ok, other=0.0)
+
+    at_h = _source(h, Hi, Ho)
+    at_w = _source(w, Wi, Wo)
+    h0 = at_h // (2 * Ho)
+    w0 = at_w // (2 * Wo)
+    fh = ((at_h - h0 * 2 * Ho).to(tl.float32) / (2 * Ho))[:, None]
+    fw = ((at_w - w0 * 2 * Wo).to(tl.float32) / (2 * Wo))[:, None]
+    h1 = tl.minimum(h0 + 1, Hi - 1)
+    w1 = tl.minimum(w0 + 1, Wi - 1)
+    ok = inside[:, None] & (cols < Cx)[None, :]
+    base = x + image * Hi * Wi * Cx
+    v00 = tl.load(base + (h0 * Wi + w0)[:, None] * Cx + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    v01 = tl.load(base + (h0 * Wi + w1)[:, None] * Cx + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    v10 = tl.load(base + (h1 * Wi + w0)[:, None] * Cx + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    v11 = tl.load(base + (h1 * Wi + w1)[:, None] * Cx + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+    up = (v00 * (1.0 - fw) + v01 * fw) * (1.0 - fh) + (v10 * (1.0 - fw) + v11 * fw) * fh
+    to = out + image * Ho * Wo * (Cx + Cs) + pixel * (Cx + Cs) + cols[None, :]
+    tl.store(to, up, mask=ok)
+    tl.store(to + Cx, copied, mask=skip_ok)
+
+
+@jit("Hi", "Wi", "Ho", "Wo", "blocks")
+def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+    """dx at each source pixel: the at most 4 x 4 outputs that read it, by their weights (n_in <= n_out <= 2 n_in)."""
+    image, h, w, inside, cols = _tile(blocks, Hi, Wi, TH, TW, BLOCK_C)
+    first_h = tl.maximum((2 * h - 1) * Ho + Hi, 0) // (2 * Hi)  # the first output whose place lies beyond h - 1
+    first_w = tl.maximum((2 * w - 1) * Wo + Wi, 0) // (2 * Wi)
+    base = dy + image * Ho * Wo * S
+    acc = tl.zeros((TH * TW, BLOCK_C), tl.float32)
+    for i in tl.static_range(4):
+        oh = first_h + i
+        wh = tl.maximum(2 * Ho - tl.abs(_source(oh, Hi, Ho) - 2 * Ho * h), 0).to(tl.float32) / (2 * Ho)
+        for j in tl.static_range(4):
+            ow = first_w + j
+            ww = tl.maximum(2 * Wo - tl.abs(_source(ow, Wi, Wo) - 2 * Wo * w), 0).to(tl.float32) / (2 * Wo)
+            ok = (inside & (oh < Ho) & (ow < Wo))[:, None] & (cols < C)[None, :]
+            g = tl.load(base + (oh * Wo + ow)[:, None] * S + cols[None, :], mask=ok, other=0.0).to(tl.float32)
+            acc += g * (wh * ww)[:, None]
+    to = dx + image * Hi * Wi * C + (h * Wi + w)[:, None] * C + cols[None, :]
+    tl.store(to, acc, mask=inside[:, None] & (cols < C)[None, :])
+
+
+@jit()
+def _later(best, which, value, k: constexpr):
+    """The maximum of a window so far and its place, as PyTorch takes it: the first of equals, the last NaN."""
+    wins = (value > best) | (value != value)
+    return tl.where(wins, value, best), tl.where(wins, k, which)
+
+
+@jit("H", "W", "blocks")
+def _max_pool(
+    x, y, dy, dskip, dx, H, W, C, S, blocks,
+    TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
+):  # fmt: skip
+    """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip (pixels S apart)."""
+    Hp = (H + 1) // 2
+    Wp = (W + 1) // 2
+    image, h, w, inside, cols = _tile(blocks, Hp, Wp, TH, TW, BLOCK_C)
+    cols = cols[None, :]
+    ok00 = inside[:, None] & (cols < C)
+    ok01 = ok00 & (2 * w + 1 < W)[:, None]
+    ok10 = ok00 & (2 * h + 1 < H)[:, None]
+    ok11 = ok01 & ok10
+    pixel = (2 * h * W + 2 * w)[:, None]
+    before = image * H * W  # pixels of the images before; 64 bits wide, the offsets inside an image are not
+    low = float("-inf")
+    at = x + before * C + pixel * C + cols
+    v00 = tl.load(at, mask=ok00, other=low).to(tl.float32)
+    v01 = tl.load(at + C, mask=ok01, other=low).to(tl.float32)
+    v10 = tl.load(at + W * C, mask=ok10, other=low).to(tl.float32)
+    v11 = tl.load(at + W * C + C, mask=ok11, other=low).to(tl.float32)
+    best, which = _later(v00, tl.zeros_like(v00).to(tl.int32), v01, 1)
+    best, which = _later(best, which, v10, 2)
+    best, which = _later(best, which, v11, 3)
+    pooled = image * Hp * Wp * C + (h * Wp + w)[:, None] * C + cols
+    if BACKWARD:
+        g = tl.load(dy + pooled, mask=ok00, other=0.0).to(tl.float32)
+        g00 = tl.where(which == 0, g, 0.0)
+        g01 = tl.where(which == 1, g, 0.0)
+        g10 = tl.where(which == 2, g, 0.0)
+        g11 = tl.where(which == 3, g, 0.0)
+        if SKIP:
+            other = dskip + before * S + pixel * S + cols
+            g00 += tl.load(other, mask=ok00, other=0.0).to(tl.float32)
+            g01 += tl.load(other + S, mask=ok01, other=0.0).to(tl.float32)
+            g10 += tl.load(other + W * S, mask=ok10, other=0.0).to(tl.float32)
+            g11 += tl.load(other + W * S + S, mask=ok11, other=0.0).to(tl.float32)
+        to = dx + before * C + pixel * C + cols
+        tl.store(to, g00, mask=ok00)
+        tl.store(to + C, g01, mask=ok01)
+        tl.store(to + W * C, g10, mask=ok10)
+        tl.store(to + W * C + C, g11, mask=ok11)
+    else:
+        tl.store(y + pooled, best, mask=ok00)
+
+
+def _launch(x: Tensor, C: int, H: int, W: int) -> tuple[tuple[int], int, dict[str, int]]:
+    """Grid, channel blocks and tile sizes that cover (B, C, H, W) in x's dtype, one 16-byte vector per thread."""
+    block_c = min(MAX_BLOCK_C, triton.next_power_of_2(C))
+    th = max(1, WARPS * 32 * (16 // x.element_size()) // block_c // TILE_W)
+    blocks = triton.cdiv(C, block_c)
+    grid = (blocks * triton.cdiv(H, th) * triton.cdiv(W, TILE_W) * x.shape[0],)
+    return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": WARPS}
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x[0].numel() < 2**30
+
+
+@torch.library.custom_op("u2mamba::upsample_cat", mutates_args=())
+def _cat(x: Tensor, skip: Tensor) -> Tensor:
+    (n, cx, hi, wi), (_, cs, ho, wo) = x.shape, skip.shape
+    out = torch.empty((n, cx + cs, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid, blocks, sizes = _launch(x, max(cx, cs), ho, wo)
+    with on_device(x):
+        _upsample_cat[grid](x, skip, out, hi, wi, ho, wo, cx, cs, blocks, **sizes)
+    return out
+
+
+@_cat.register_fake
+def _(x, skip):
+    shape = (x.shape[0], x.shape[1] + skip.shape[1], *skip.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("u2mamba::upsample_backward", mutates_args=())
+def _cat_backward(dy: Tensor, cx: int, hi: int, wi: int) -> Tensor:
+    """Gradient (B, cx, hi, wi) of what was upsampled into the first cx channels of a concatenation with gradient dy."""
+    n, _, ho, wo = dy.shape
+    dy, stride = rows_of(dy)
+    dx = torch.empty((n, cx, hi, wi), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    grid, blocks, sizes = _launch(dx, cx, hi, wi)
+    with on_device(dy):
+        _upsample_grad[grid](dy, dx, hi, wi, ho, wo, cx, stride, blocks, **sizes)
+    return dx
+
+
+@_cat_backward.register_fake
+def _(dy, cx, hi, wi):
+    return torch.empty((dy.shape[0], cx, hi, wi), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+
+
+def _cat_context(ctx, inputs, output):
+    ctx.size = inputs[0].shape[1:]
+
+
+def _cat_autograd(ctx, dy):
+    # the skip's share stays a slice of dy: batch norm and pooling below read it in place
+    return _cat_backward(dy, *ctx.size), dy[:, ctx.size[0] :]
+
+
+_cat.register_autograd(_cat_autograd, setup_context=_cat_context)
+
+
+def upsample_cat_reference(x: Tensor, skip: Tensor) -> Tensor:
+    """The slow definition of `upsample_cat`: interpolation in at least fp32, rounded to x's dtype, then `torch.cat`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    up = F.interpolate(wide, size=skip.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([up.to(x.dtype), skip], dim=1)
+
+
+def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
+    """x (B, C, H, W) upsampled to skip's size (B, D, H', W') and concatenated with it: (B, C + D, H', W').
+
+    The kernels serve channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W; anything else goes
+    through `upsample_cat_reference`.
+    """
+    if not (triton_runs(x) and triton_runs(skip) and x.dtype == skip.dtype and x.shape[0] == skip.shape[0]):
+        return upsample_cat_reference(x, skip)
+    fits = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
+    if not (fits and _channels_last(x) and _channels_last(skip)):
+        return upsample_cat_reference(x, skip)
+    return _cat(x, skip)
+
+
+@torch.library.custom_op("u2mamba::max_pool2x2", mutates_args=())
+def _pool(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y = torch.empty((n, c, -(-h // 2), -(-w // 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid, blocks, sizes = _launch(x, c, *y.shape[2:])
+    with on_device(x):
+        _max_pool[grid](x, y, x, x, x, h, w, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
+    return y
+
+
+@_pool.register_fake
+def _(x):
+    n, c, h, w = x.shape
+    shape = (n, c, (h + 1) // 2, (w + 1) // 2)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("u2mamba::max_pool2x2_backward", mutates_args=())
+def _pool_backward(x: Tensor, dy: Tensor, dskip: Tensor | None) -> Tensor:
+    dx = torch.empty_like(x)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    other, stride = rows_of(dx if dskip is None else dskip)
+    _, c, h, w = x.shape
+    grid, blocks, sizes = _launch(x, c, *dy.shape[2:])
+    with on_device(x):
+        _max_pool[grid](x, x, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes)
+    return dx
+
+
+@_pool_backward.register_fake
+def _(x, dy, dskip):
+    return torch.empty_like(x)
+
+
+_pool.register_autograd(
+    lambda ctx, dy: _pool_backward(*ctx.saved_tensors, dy, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+class _PoolSkip(torch.autograd.Function):
+    """(pooled, x): returning x as well lets backward add its gradient in the pooling's own kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return _pool(x), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dskip):
+        return dskip if dy is None else _pool_backward(*ctx.saved_tensors, dy, dskip)
+
+
+def max_pool2x2_reference(x: Tensor) -> Tensor:
+    """The slow definition of `max_pool2x2`."""
+    return F.max_pool2d(x, 2, 2, ceil_mode=True)
+
+
+def max_pool2x2(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)): maximum of 2x2 windows, odd sizes end in half a window.
+
+    The gradient goes to the first maximum of a window, as in PyTorch; no indices are kept.
+    """
+    return _pool(x) if triton_runs(x) and _channels_last(x) else max_pool2x2_reference(x)
+
+
+def max_pool2x2_skip(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(max_pool2x2(x), x), where x goes on into a skip connection.
+
+    Using the x returned instead of x makes one kernel of the pooling's gradient and the sum of the two gradients.
+    """
+    return _PoolSkip.apply(x) if triton_runs(x) and _channels_last(x) else (max_pool2x2_reference(x), x)
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n_out, n_in) matrix whose product with a column is that column interpolated."""
+    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could not serve training later
+        eye = torch.eye(n_in, dtype=dtype, device=device)
+        return F.interpolate(eye[None], size=n_out, mode="linear", align_corners=False)[0].t().contiguous()
+
+
+def upsample_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """x (B, C, H, W) upsampled to `size`, any ratio, as two products with fixed matrices: rows, then columns.
+
+    Computed in fp32 (fp64 for fp64), whatever autocast says, and rounded to x's dtype. Made for few channels and large
+    ratios, where the gradient of `F.interpolate` adds into each source pixel from many threads. Call it once for each
+    size before a CUDA graph is captured: that makes the matrices. Where matrix products run in TF32, so does this.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # no cached tensors in a traced graph
+        return F.interpolate(x.to(wide), size=size, mode="bilinear", align_corners=False).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = _matrix(x.shape[2], size[0], x.device, wide)
+        cols = _matrix(x.shape[3], size[1], x.device, wide)
+        return (rows @ (x.to(wide) @ cols.t())).to(x.dtype)

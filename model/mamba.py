@@ -1,0 +1,119 @@
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752, section 3.4) and the layer that runs it over the pixels of a feature map.
+
+Glossary (paper's letter -> here): batch B; model width D -> d_model; expansion E -> expand; inner width ED -> d_inner;
+state size N -> d_state; length L -> L tokens; rank of Δ, R -> dt_rank; step Δ -> dt_proj, its bias added in the scan;
+A -> -exp(A_log); skip D -> D. Names, shapes and initialisation are those of mamba_ssm's `Mamba`, so that a state dict
+goes either way.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.selective_scan import selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of Δ at the start (arXiv 2312.00752, section 3.6)
+
+
+class Mamba(nn.Module):
+    """A selective state space block: (B, L, d_model) -> (B, L, d_model), each token mixed with those before it.
+
+    `backend` is one of the scan's (`model.selective_scan.choose_backend`).
+    """
+
+    def __init__(
+        self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.expand, self.backend = d_model, d_state, d_conv, expand, backend
+        self.d_inner, self.dt_rank = int(expand * d_model), math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # S4D-real: A = -1..-N
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt = torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        self.dt_proj.bias._no_reinit = True
+
+    def forward(self, x: Tensor, channels_first: bool = False) -> Tensor:
+        """(B, L, d_model) -> the same. With `channels_first` the result lies in memory as (B, d_model, L), which spares
+        a copy to a caller that wants an image. Raises ValueError for a width that is not d_model."""
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
+
+        in_u, in_z = self.in_proj.weight.chunk(2)
+        tokens = x.transpose(1, 2)  # (B, d_model, L)
+        u, z = _project(in_u, tokens), _project(in_z, tokens)  # (B, d_inner, L)
+        taps, bias = self.conv1d.weight.to(x.dtype), self.conv1d.bias.to(x.dtype)
+        u = F.conv1d(u, taps, bias, padding=self.d_conv - 1, groups=self.d_inner)[..., : x.shape[1]]
+        u = F.silu(u)
+        dt, B, C = _project(self.x_proj.weight, u).split([self.dt_rank, self.d_state, self.d_state], dim=1)
+        dt = _project(self.dt_proj.weight, dt)  # (B, d_inner, L)
+        A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
+        y = selective_scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, backend=self.backend)
+        if channels_first:
+            return _project(self.out_proj.weight, y).transpose(1, 2)
+        return F.linear(y.transpose(1, 2), self.out_proj.weight.to(x.dtype))
+
+
+def _project(weight: Tensor, v: Tensor) -> Tensor:
+    """(rows, columns), (B, columns, L) -> (B, rows, L), so in memory too: the convolution and the scan want it."""
+    return torch.bmm(weight.to(v.dtype).expand(v.shape[0], -1, -1), v)
+
+
+class MambaLayer(nn.Module):
+    """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
+
+    With `channel_token` the C channels are the tokens and a token's H·W pixels its features: `dim` is then H·W, which
+    ties the layer to one image size. Works in fp32 inside any autocast; the result has the input's dtype and memory
+    format, so that `h + mamba(h)` is one pass over memory.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        channel_token: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dim, self.channel_token = dim, channel_token
+        self.norm = nn.LayerNorm(dim)
+        self.mamba = Mamba(dim, d_state, d_conv, expand, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same. Raises ValueError where C (with `channel_token` H·W) is not `dim`."""
+        if x.dim() != 4:
+            raise ValueError(f"MambaLayer: x must be (B, C, H, W), got {tuple(x.shape)}")
+        # An autocast context inside an exported graph has no name in ONNX: open none needlessly.
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        tokens = x.flatten(2)  # (B, C, H·W)
+        if not self.channel_token:
+            tokens = tokens.transpose(1, 2)  # (B, H·W, C), without a copy where x is channels_last
+        if tokens.shape[2] != self.dim:
+            what = "H·W, with channel_token=True," if self.channel_token else "C"
+            raise ValueError(f"MambaLayer: {what} must be dim={self.dim}, got {tokens.shape[2]} of x {tuple(x.shape)}")
+        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
+        norm = self.norm
+        tokens = F.layer_norm(tokens.to(dtype), (self.dim,), norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if self.channel_token:
+            y = self.mamba(tokens)
+        else:
+            y = self.mamba(tokens, channels_first=not channels_last).transpose(1, 2)
+        y = y.unflatten(2, x.shape[2:])
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return y.to(x.dtype, memory_format=layout).contiguous(memory_format=layout)

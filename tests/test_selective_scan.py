@@ -1,0 +1,236 @@
+"""The selective scan: every backend of PyTorch against the loop in float64, values and all gradients.
+
+The tolerance of 1e-5 on the relative norm is thirty times what fp32 rounding gives here (4e-7 at most, measured).
+"""
+
+import math
+
+import pytest
+import torch
+
+from model import chunked_scan, selective_scan
+
+scan = selective_scan.selective_scan
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+FORMS = ("reference", "torch", "export")
+
+
+def make(b=2, d=3, L=65, n=5, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(b, d, L), (b, d, L), (d, n), (b, n, L), (b, n, L), (d,), (b, d, L), (d,)]
+    tensors = dict(zip(NAMES, (torch.randn(s, generator=generator) for s in shapes), strict=True))
+    tensors["A"] = -tensors["A"].exp()
+    tensors["delta_bias"] -= 2
+    return {k: v.to(dtype) for k, v in tensors.items()}
+
+
+def run(inputs, form="torch", softplus=True):
+    """The output and the gradients of all inputs, for a fixed gradient of the output."""
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "export":
+            patch.setattr(chunked_scan, "scan", chunked_scan.scan_for_export)
+        y = scan(**leaves, delta_softplus=softplus, backend="reference" if form == "reference" else "torch")
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)  # exact in each dtype
+    grads = torch.autograd.grad(y, leaves.values(), dy, materialize_grads=True)
+    return dict(zip(("y", *leaves), (y.detach(), *grads), strict=True))
+
+
+def double(inputs):
+    return {k: v.double() for k, v in inputs.items()}
+
+
+def assert_close(got, wanted, limit):
+    for name, value in wanted.items():
+        assert torch.isfinite(got[name]).all(), name
+        error = (got[name].double() - value).norm().item()
+        assert error <= limit * value.norm().item() + 1e-30, f"{name}: {error / value.norm().item():.1e}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hand_computed(form):
+    """Decay 1/2 a step: h = 1, 2.5, 5.25; C·h = 1, 5, 5.25; D u = 0.5, 1, 2."""
+    row = lambda *v: torch.tensor([[v]], dtype=torch.float32)  # noqa: E731
+    inputs = {"u": row(1, 2, 4), "delta": row(1, 1, 1), "A": torch.tensor([[-math.log(2)]])}
+    inputs |= {"B": row(1, 1, 1), "C": row(1, 2, 1), "D": torch.tensor([0.5])}
+    got = run(inputs, form, softplus=False)
+    torch.testing.assert_close(got["y"], row(1.5, 6, 7.25), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("L", [1, 2, 15, 63, 64, 65, 257])
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_float64(form, L):
+    inputs = make(L=L)
+    assert_close(run(inputs, form), run(double(inputs), "reference"), 1e-5)
+
+
+def test_many_blocks(monkeypatch):
+    """Blocks of several lanes, of one lane, and a last block that is not full."""
+    inputs = make(L=151)
+    wanted = run(double(inputs), "reference")
+    for lanes, steps in ((4, 8), (1, 8), (3, 1), (2, 5)):
+        monkeypatch.setattr(chunked_scan, "_block_shape", lambda u, n, shape=(lanes, steps): shape)
+        assert_close(run(inputs), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("left_out", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+def test_optional_arguments(left_out, softplus):
+    inputs = {k: v for k, v in make().items() if k not in left_out}
+    if not softplus:
+        inputs["delta"] = inputs["delta"].abs()
+        if "delta_bias" in inputs:
+            inputs["delta_bias"] = inputs["delta_bias"].abs()
+    wanted = run(double(inputs), "reference", softplus)
+    for form in FORMS:
+        assert_close(run(inputs, form, softplus), wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "rate", [1e5, 30.0, 1e-6], ids=["forgets at once", "underflows within a chunk", "remembers all"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_decay(form, rate):
+    inputs = make(L=1000)
+    inputs["A"] = inputs["A"] * rate
+    assert_close(run(inputs, form), run(double(inputs), "reference"), 1e-5)
+
+
+def test_float64_is_kept():
+    inputs = double(make(L=70))
+    got = run(inputs)
+    assert got["y"].dtype == torch.float64
+    assert_close(got, run(inputs, "reference"), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(backend):
+    inputs = [v.requires_grad_() for v in double(make(1, 2, 7, 3)).values()]
+    assert torch.autograd.gradcheck(lambda *v: scan(*v, delta_softplus=True, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_inputs_are_rounded_only_at_the_end(form):
+    """State in fp32: against float64 of the same inputs no more than one rounding to bf16, 2⁻⁹ relative."""
+    inputs = make(L=257, dtype=torch.bfloat16)
+    got = run(inputs, form)
+    assert all(v.dtype == torch.bfloat16 for v in got.values())
+    wanted = run(double(inputs), "reference")
+    assert_close(got, wanted, 2**-9)
+
+
+def test_autocast_changes_nothing():
+    inputs = make()
+    plain = run(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(inputs)
+    assert all(torch.equal(plain[k], inside[k]) for k in plain)
+
+
+def test_batched_is_single():
+    inputs = make(b=3, L=100)
+    together = scan(**inputs, delta_softplus=True, backend="torch")
+    for i in range(3):
+        one = {k: v[i : i + 1] if v.dim() == 3 else v for k, v in inputs.items()}
+        torch.testing.assert_close(
+            scan(**one, delta_softplus=True, backend="torch")[0], together[i], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_memory_has_no_term_of_all_states():
+    """The largest allocation of forward and backward is far below b·d·L·n; here that would be 33.6 MB."""
+    b, d, L, n = 1, 32, 16384, 16
+    inputs = make(b, d, L, n)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run(inputs)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 4 * b * d * L <= largest < 4 * b * d * L * n / 4
+
+
+def test_saves_no_more_than_a_few_inputs():
+    """What autograd keeps: block states of at most u's size and some tensors of u's size, not n of them."""
+    inputs = {k: v.requires_grad_() for k, v in make(1, 32, 4096, 16).items()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda v: kept.update({v.untyped_storage().data_ptr(): v.numel()}) or v, lambda v: v
+    ):
+        scan(**inputs, delta_softplus=True, backend="torch")
+    assert sum(kept.values()) <= 10 * 32 * 4096
+
+
+@pytest.mark.parametrize("L", [1, 40])
+def test_operator_is_sound(L):
+    """Schema, shapes without data, and gradients under tracing: what torch.compile relies on."""
+    inputs = make(1, 2, L, 3)
+    arguments = tuple(inputs[k].requires_grad_() for k in NAMES[:5])
+    torch.library.opcheck(torch.ops.u2mamba.chunked_scan.default, arguments)
+
+
+def test_exported_graph_is_plain_and_small():
+    class Scan(torch.nn.Module):
+        def forward(self, *v):
+            return scan(*v, delta_softplus=True)
+
+    for L in (324, 5184):
+        inputs = tuple(make(1, 2, L, 16).values())
+        program = torch.export.export(Scan(), inputs)
+        calls = [n for n in program.graph.nodes if n.op == "call_function"]
+        assert not [n for n in calls if "u2mamba" in str(n.target)]
+        assert len(calls) < 450
+        wanted = scan(*inputs, delta_softplus=True, backend="reference")
+        torch.testing.assert_close(program.module()(*inputs), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("delta", (2, 3, 64), "delta must be (2, 3, 65) to fit u (2, 3, 65), got (2, 3, 64)"),
+        ("A", (4, 5), "A must be (3, 5)"),
+        ("B", (2, 65, 5), "B must be (2, 5, 65)"),
+        ("C", (1, 5, 65), "C must be (2, 5, 65)"),
+        ("D", (5,), "D must be (3,)"),
+        ("z", (2, 65, 3), "z must be (2, 3, 65)"),
+        ("delta_bias", (1, 3), "delta_bias must be (3,)"),
+        ("u", (3, 65), "u must be (b, d, L)"),
+        ("u", (2, 3, 0), "none of them zero"),
+    ],
+)
+def test_shapes_that_do_not_fit(name, shape, says):
+    with pytest.raises(ValueError) as caught:
+        scan(**make() | {name: torch.zeros(shape)})
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_backend_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    selective_scan._trouble.cache_clear()
+    backend, reason = selective_scan.choose_backend("cpu")
+    assert backend == "torch"
+    assert "triton" in reason
+    assert "mamba_ssm" in reason
+    assert selective_scan.choose_backend(torch.device("cpu"), "reference")[0] == "reference"
+    for name in ("triton", "mamba_ssm"):
+        with pytest.raises(ValueError, match=f"backend='{name}' cannot be used here: it needs a CUDA device"):
+            scan(**make(), backend=name)
+    with pytest.raises(ValueError, match="choose one of auto, reference, torch, triton, mamba_ssm"):
+        scan(**make(), backend="cuda")
+
+
+def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
+    """A kernel that throws, or computes something else, is set aside with one line that says so."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets "triton" be tried on a CPU
+
+    def trouble(kernel):
+        selective_scan._trouble.cache_clear()
+        monkeypatch.setattr(selective_scan, "_triton_scan", kernel)
+        return selective_scan._trouble("triton", torch.device("cpu"))
+
+    def throws(*_):
+        raise RuntimeError("no kernel image\nis available")
+
+    assert trouble(scan) == ""
+    assert trouble(throws) == "RuntimeError: no kernel image is available"
+    assert "wrong" in trouble(lambda *v: scan(*v) * 1.1)
+    assert "wrong" in trouble(lambda u, *v: scan(u.detach() + 0 * u, *v))  # right values, wrong gradient
+    selective_scan._trouble.cache_clear()

@@ -1,0 +1,290 @@
+"""Trains U²-Net with Mamba layers for salient object detection (SOD) on DUTS-TR.
+
+    python u2mamba_train.py            the reference run: the constants below
+    python u2mamba_train.py fast       the same network and loss, engineered for speed and quality
+    python u2mamba_train.py demo       a small made data set and the small network: minutes on a laptop's CPU
+    python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
+
+Edit the constants, run, read loss and IoU, find the checkpoints in saved_models/<model_name>/. A run that was stopped,
+killed or cut off goes on where it was when the same command is given again.
+"""
+
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_loader import batches, epoch_plan, open_data, validation_batches
+from engine import checkpoint
+from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
+from engine.report import RunReport
+from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
+from engine.settings import as_plain_dict, differences, read_settings
+from engine.step import TrainStep
+from engine.validate import preview, validate
+from model import ARCHS
+from train_data.make_demo import make_demo
+
+# ------- 1. constants --------
+
+
+@dataclass
+class Config:
+    # the run
+    model_name: str = "u2net"  # folder of the checkpoints under saved_models/
+    saved_models: str = "saved_models"
+    # auto: goes on from last.pth when the constants agree; anyway: also when they do not; never: starts anew
+    resume: Literal["auto", "anyway", "never"] = "auto"
+    seed: int = 0
+    # the network
+    arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # p: the small one
+    mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in the RSUs
+    scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"
+    # the data
+    data_dir: str = "train_data"
+    tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir
+    tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"  # under data_dir
+    rescale: int = 320  # pixels: every pair is squashed to this square
+    crop: int = 288  # pixels: then cut to this square at random
+    flip_upside_down: float = 0.5  # probability
+    mirror: float = 0.0  # probability; 0 because im_aug may already hold mirrored copies
+    cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
+    num_workers: int = 4  # processes that read and decode where they do not
+    # the training
+    epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
+    batch_size_train: int = 12
+    batch_size_val: int = 12
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-4
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
+    warmup: int = 0  # iterations of rising learning rate
+    weight_decay: float = 0.0
+    clip: float = 0.0  # largest norm of the gradient; 0: not clipped
+    ema_decay: float = 0.0  # of the averaged weights, per iteration; 0: no average
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
+    channels_last: bool = False  # memory format of the convolutions
+    cuda_graph: bool = True  # replay the whole step as one CUDA graph: the same arithmetic without the launches
+    fused_kernels: bool = False  # Triton kernels between the convolutions; wants CUDA, bf16 and channels_last
+    max_bad_steps: int = 20  # steps in a row that are not finite before the run stops
+    # what is printed and kept
+    log_frq: int = 10  # iterations between printed lines
+    save_frq: int = 2000  # iterations between checkpoints
+    save_minutes: float = 5.0  # most minutes between two writings of last.pth
+    # the machine
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    gpu: int = 0  # which one, where there are several
+
+
+PRESETS = {
+    "reference": Config(),
+    "fast": Config(
+        model_name="fast", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32, epoch_num=40, optimizer="adamw",
+        lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02, ema_decay=0.9995, clip=1.0,
+        flip_upside_down=0.0, mirror=0.5,
+    ),
+    "demo": Config(
+        model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=128, crop=112, channels_last=True,
+        epoch_num=8, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20, flip_upside_down=0.0, mirror=0.5,
+        log_frq=10, save_frq=200, cache=True,
+    ),
+}  # fmt: skip
+LIMITS = {  # constant: (least, most)
+    "rescale": (32, 4096), "crop": (32, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1), "num_workers": (0, 256),
+    "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
+    "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
+    "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
+    "gpu": (0, 1024), "seed": (0, 2**63 - 1),
+}  # fmt: skip
+MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
+    "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
+    "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes", "device", "gpu",
+}  # fmt: skip
+
+HOW_TO_GET_DATA = """\
+  DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
+    python train_data/prepare_duts.py DUTS-TR.zip
+  your own pairs: images and masks of the same names in two folders, then
+    python u2mamba_train.py --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
+  without any data, a small set is made and trained on in minutes by
+    python u2mamba_train.py demo"""
+
+# ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
+
+
+def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
+    """Mean BCE of d0, ..., d6, each (B, 1, H, W) before the sigmoid, against masks in [0, 1] -> (7,).
+
+    Their sum is U²-Net's loss (arXiv 2005.09007, equation 1, all weights 1). From logits and in fp32, because
+    sigmoid + BCELoss loses log(1 - p) under mixed precision.
+    """
+    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks) for d in logits])
+
+
+def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
+    """The rate of iteration 1, 2, ..., iterations."""
+    rate = cfg.lr * min(1.0, iteration / max(cfg.warmup, 1))
+    if cfg.lr_schedule == "cosine":
+        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+    return rate
+
+
+def decayed_and_not(net: torch.nn.Module) -> list[dict]:
+    """Parameter groups: weight decay for matrices and convolutions, none for norms, biases and the scan's A and D."""
+    plain = [p for p in net.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    kept = {id(p) for p in plain}
+    return [{"params": [p for p in net.parameters() if id(p) not in kept]}, {"params": plain, "weight_decay": 0.0}]
+
+
+@dataclass
+class Progress:
+    """Where the run stands; with the constants it says which pairs the next step takes."""
+
+    epoch: int = 0  # epochs finished, validation included
+    position: int = 0  # pairs of the current epoch that were trained on
+    iteration: int = 0  # steps done
+    best: float = -1.0  # largest held-out max F-measure
+    seconds: float = 0.0  # spent, over all starts
+
+
+def run(cfg: Config) -> int:
+    """The whole run, from the constants to the last checkpoint; returns the exit code."""
+    stop = StopSignal()
+    device, device_line = choose_device(cfg.device, cfg.gpu)
+    precision, precision_line = choose_precision(cfg.precision, device)
+    fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last)
+    backend, backend_line = choose_scan(device, cfg.scan_backend)
+    print(
+        f"device: {device_line}\nprecision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True
+    )
+    seed_everything(cfg.seed)
+    folder = Path(cfg.saved_models, cfg.model_name)
+
+    # ------- 3. data --------
+
+    if cfg.data_dir == PRESETS["demo"].data_dir:
+        make_demo(cfg.data_dir)
+    image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
+    if not image_dir.is_dir() and not mask_dir.is_dir():
+        raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
+    data = open_data(image_dir, mask_dir, cache=cfg.cache, size=cfg.rescale)
+    source, held_out = data.train.to(device), data.val.to(device)
+    shown = next(
+        validation_batches(held_out or source, range(min(6, len(held_out or source))), channels_last=cfg.channels_last)
+    )
+
+    # ------- 4. model --------
+
+    mamba = {"mamba_at": cfg.mamba_at, "backend": backend} if cfg.arch.startswith("u2mamba") else {}
+    net = ARCHS[cfg.arch](**mamba)
+    net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
+
+    # ------- 5. optimizer --------
+
+    algorithm = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
+    optimizer = algorithm(
+        decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
+    )
+    step = TrainStep(
+        net, optimizer, multi_bce_loss_fusion, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused
+    )
+
+    # ------- 6. training --------
+
+    iterations = cfg.epoch_num * math.ceil(len(source) / cfg.batch_size_train)
+    progress = Progress()
+    saved = checkpoint.find_last(folder, cfg.resume)
+    if saved:
+        may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
+        other = differences(saved["config"], as_plain_dict(cfg), may_change)
+        if other and cfg.resume == "auto":
+            raise UserError(
+                f"{folder / 'last.pth'} was made with other constants ({'; '.join(other)}): set them back, choose "
+                "another model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
+            )
+        checkpoint.fill(net, saved["model"], folder / "last.pth", cfg.arch)
+        step.load_state_dict(saved["step"])
+        torch.set_rng_state(saved["random"])
+        progress = Progress(**saved["progress"])
+        print(f"going on from {folder / 'last.pth'}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
+    report = RunReport(folder, cfg.epoch_num, len(source), iterations, progress.iteration, progress.seconds)
+    last = checkpoint.LastFile(folder / "last.pth", cfg.save_minutes, report.say)
+
+    def everything() -> dict:
+        progress.seconds = report.seconds
+        return {
+            "config": as_plain_dict(cfg), "progress": asdict(progress), "model": checkpoint.plain_state(net),
+            "step": step.state_dict(), "random": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def save_weights() -> None:
+        means, kept = step.read(), step.averaged()
+        name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
+        checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say)
+        report.picture(preview(kept, shown.x, shown.y), progress.iteration)
+        step.reset()
+
+    for epoch in range(progress.epoch, cfg.epoch_num):
+        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, cfg.crop, cfg.flip_upside_down, cfg.mirror)
+        for batch in batches(
+            source, plan, cfg.batch_size_train, progress.position, crop=cfg.crop, channels_last=cfg.channels_last
+        ):
+            rate = learning_rate(cfg, progress.iteration + 1, iterations)
+            step.set_learning_rate(rate)
+            step(batch.x, batch.y)
+            progress.iteration += 1
+            progress.position += len(batch.rows)
+            report.count(len(batch.rows), batch.wait)
+
+            if progress.iteration % cfg.log_frq == 0:
+                means = step.read()
+                report.training_line(
+                    epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)
+                )
+                if means.bad_in_a_row >= cfg.max_bad_steps:
+                    raise UserError(
+                        f"{means.bad_in_a_row} steps in a row had a loss or gradient that is not finite; go on from "
+                        f'{last.path} with a lower lr, clip = 1.0 or precision = "fp32" (and --resume anyway)'
+                    )
+            if progress.iteration % cfg.save_frq == 0:
+                save_weights()
+                last.write(everything())
+            elif stop or last.is_due():
+                last.write(everything())
+            if stop:
+                break
+
+        if not stop:
+            started, kept = time.monotonic(), step.averaged()
+            figures = validate(kept, validation_batches(held_out, None, cfg.batch_size_val, cfg.channels_last), stop)
+            if figures:
+                best = figures["maxF"] > progress.best
+                progress.best = max(progress.best, figures["maxF"])
+                report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
+                if best:
+                    checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
+            if not stop:
+                progress.epoch, progress.position = epoch + 1, 0
+            last.write(everything())
+        if stop:
+            report.close()
+            print(f"stopped at iteration {progress.iteration}; the same command goes on from there")
+            return stop.exit_code
+    save_weights()
+    report.close()
+    print(
+        f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"
+    )
+    return EXIT_SET_ASIDE if data.report.set_aside else EXIT_DONE
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.exit(run(read_settings(Config(), PRESETS, LIMITS)))
