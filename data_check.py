@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from skimage.color import lab2rgb
 
+from engine.run import UserError
+
 MAX_PIXELS = 178_956_970  # an image that declares more is refused unread; 0.5 GB of RGB, Pillow's own limit
 NOISE_BELOW = 64  # a mask of many values that never gets this bright is compression noise on an empty mask
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio is within 1 % of the image's
@@ -34,7 +36,7 @@ MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # loss
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be trained on; the message is the one line to print (exit code 2)."""
 
 
@@ -246,14 +248,16 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
     names = []
-    for folder, what in ((image_dir, "image"), (mask_dir, "mask")):
+    for folder, what, constant in ((image_dir, "image", "tra_image_dir"), (mask_dir, "mask", "tra_label_dir")):
         try:
             with os.scandir(folder) as entries:
                 names.append([entry.name for entry in entries if entry.is_file()])
         except OSError as error:
-            raise DataError(f"{what} folder {folder}: {error.strerror}") from None
+            raise DataError(f"{what} folder {folder}: {error.strerror}; set {constant}") from None
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"images and masks are both looked for in {image_dir}; they must be two folders")
+        raise DataError(
+            f"images and masks are both looked for in {image_dir}; set tra_image_dir and tra_label_dir to two folders"
+        )
     paired, unpaired = pair_names(*names)
     if not paired:
         raise DataError(

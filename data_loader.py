@@ -13,10 +13,12 @@ go on in the middle of an epoch and streaming from disk gives what the cache giv
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -24,7 +26,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from skimage import color, transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_cache import MEMORY_SHARE, PairCache, available_memory, cached_pairs, in_words, rescale_image, rescale_mask
 from data_check import (
@@ -42,7 +44,8 @@ from data_check import (
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-STREAM_WORKERS = min(8, os.cpu_count() or 1)  # processes that decode where the cache does not fit
+STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
+STREAM_AHEAD = 64  # pictures that they read ahead, 0.4 MB each
 INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 UPSIDE_DOWN, MIRROR = 1, 2  # bits of the column FLIP
 
@@ -205,11 +208,10 @@ def epoch_plan(
 
 
 @functools.lru_cache(maxsize=16)
-def _row_constants(device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Offsets 0..width-1, and 1/STD and -MEAN/STD repeated along a row of RGB pixels; made once, outside any graph."""
-    inverse = torch.tensor([1 / s for s in STD], device=device)
-    bias = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=device)
-    return torch.arange(width, device=device), inverse.repeat(width), bias.repeat(width)
+def _constants(device: torch.device, crop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Offsets 0..crop-1, 1/STD and -MEAN/STD on a device; made once, outside any graph."""
+    inverse, bias = [1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
+    return torch.arange(crop, device=device), torch.tensor(inverse, device=device), torch.tensor(bias, device=device)
 
 
 def _cut_by_index(
@@ -245,68 +247,41 @@ def augment(
     and after one call to warm up it can be captured in a CUDA graph, with `rows` as the tensor to fill. The cache is
     channels_last by nature, so channels_last=True saves a pass.
     """
-    offsets, inverse, bias = _row_constants(images.device, crop)
+    offsets, inverse, bias = _constants(images.device, crop)
     cut = _cut_by_slice if images.device.type == "cpu" else _cut_by_index
     pixels, mask = cut(images, masks, rows, offsets)
     count = len(rows)
     largest = pixels.reshape(count, -1).amax(1).clamp_min(1)  # a black image stays black
-    scale = inverse / largest[:, None].float()
-    x = torch.addcmul(bias, pixels.reshape(count, crop, crop * 3).float(), scale[:, None, :])
-    x = x.view(count, crop, crop, 3).permute(0, 3, 1, 2)
-    return x if channels_last else x.contiguous(), mask[:, None].float().div_(255)
+    scale = inverse / largest[:, None].float()  # (B, 3)
+    # in place: on the CPU a second tensor of floats costs more than the arithmetic (12 pictures: 14 ms, in place 0.8)
+    if channels_last:
+        x = pixels.reshape(count, crop, crop * 3).float()  # long rows: broadcasting over 3 values is slow on the CPU
+        torch.addcmul(bias.repeat(crop), x, scale.repeat(1, crop)[:, None], out=x)
+        x = x.view(count, crop, crop, 3).permute(0, 3, 1, 2)
+    else:
+        x = pixels.permute(0, 3, 1, 2).contiguous().float()
+        torch.addcmul(bias[:, None, None], x, scale[:, :, None, None], out=x)
+    return x, mask[:, None].float().div_(255)
 
 
 # --------------------------------------------------------------------------------------------- sources and batches
 
 
-class _Decoded(Dataset):
-    """Pairs read from disk and rescaled, as the cache holds them; a file that fails gives its message."""
-
-    def __init__(self, pairs: Sequence[Pair], size: int):
-        self.pairs, self.size = pairs, size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray] | str:
-        try:
-            got = read_pair(self.pairs[index])
-        except BadFile as error:
-            return str(error)
-        return rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)
-
-
-def _stack(items: list) -> tuple[np.ndarray, np.ndarray] | str:
-    # arrays, not tensors: they come through a pipe, where tensors would need shared memory (64 MB in a container) and
-    # abort a worker that is ended while it sends one; 5 MB a batch of 12
-    failed = [item for item in items if isinstance(item, str)]
-    if failed:
-        return failed[0]
-    images, masks = zip(*items, strict=True)
-    return np.stack(images), np.stack(masks)
-
-
-def _leave_signals_to_parent(_: int) -> None:
-    # Ctrl-C reaches the whole group: the parent saves and ends its workers, which also end by themselves without it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class DataSource:
-    """Pairs that batches can be made of: from `cache`, or where it is None read from disk by worker processes."""
+    """Pairs that batches can be made of: from `cache`, or where it is None read from disk by worker threads."""
 
-    def __init__(self, pairs: Sequence[Pair], size: int = 320, cache: PairCache | None = None):
-        self.pairs, self.size, self.cache = list(pairs), size, cache
+    def __init__(
+        self, pairs: Sequence[Pair], size: int = 320, cache: PairCache | None = None, workers: int = STREAM_WORKERS
+    ):
+        self.pairs, self.size, self.cache, self.workers = list(pairs), size, cache, max(1, workers)
         self.device = torch.device("cpu")
-        self._indices: list[list[int]] = []  # one list a batch, refilled for every epoch: the workers stay
-        self._loader: DataLoader | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def to(self, device: str | torch.device, leave_free: int = 0, say: Callable[[str], None] = print) -> DataSource:
         """Make batches on `device`; the cache moves there too if `leave_free` bytes of GPU memory remain."""
-        self.device, self._loader = torch.empty(0, device=device).device, None  # "cuda" becomes "cuda:0"
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if self.cache is None or self.device.type != "cuda":
             return self
         need = PairCache.bytes_for(len(self), self.size)
@@ -318,26 +293,28 @@ class DataSource:
             say(f"cache: {in_words(need)} moved to GPU memory")
         return self
 
-    def close(self) -> None:
-        """End the worker processes, if there are any."""
-        self._loader = None
-
     def _streamed(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self._indices[:] = [part[:, INDEX].tolist() for part in parts]
-        if self._loader is None:
-            self._loader = DataLoader(
-                _Decoded(self.pairs, self.size),
-                batch_sampler=self._indices,
-                num_workers=STREAM_WORKERS,
-                multiprocessing_context="spawn",  # a fork of a process that uses a GPU or threads hangs
-                collate_fn=_stack,
-                worker_init_fn=_leave_signals_to_parent,
-                persistent_workers=True,
+        # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, and
+        # shared memory, of which a container has 64 MB; and they outlive a parent that is killed.
+        def read(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            got = read_pair(self.pairs[index])
+            return tuple(
+                map(torch.from_numpy, (rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)))
             )
-        for got in self._loader:
-            if isinstance(got, str):
-                raise DataError(f"{got}; it was readable at the start: mend or remove it and start again")
-            yield torch.from_numpy(got[0]), torch.from_numpy(got[1])
+
+        indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
+        ahead: deque[Future] = deque()
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for part in parts:
+                more = len(part) + STREAM_AHEAD - len(ahead)
+                ahead.extend(pool.submit(read, index) for index in itertools.islice(indices, more))
+                images, masks = zip(*(ahead.popleft().result() for _ in part), strict=True)
+                yield torch.stack(images), torch.stack(masks)
+        except BadFile as error:
+            raise DataError(f"{error}; it was readable at the start: mend or remove it and start again") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetched(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(images, masks, rows) on self.device, in which the rows' INDEX counts."""
@@ -377,7 +354,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of a plan in its order, from row `start` on, the last one smaller unless drop_last.
 
-    Nothing is prepared ahead: a cached batch of 12 takes 2 ms of 2 cores, and a GPU gets it queued while it computes.
+    Nothing is prepared ahead: a cached batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
     Raises DataError when a file that was readable at the start no longer is.
     """
     parts = [part for part in plan[start:].split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
@@ -413,21 +390,21 @@ def open_data(
     cache_dir: str | os.PathLike | None = None,
     size: int = 320,
     need: int = 1,
+    workers: int = STREAM_WORKERS,
     say: Callable[[str], None] = print,
 ) -> Data:
     """Find, check and report all pairs, and keep them in memory at size x size where they fit.
 
     cache=False streams from disk. The cache is stored in `cache_dir`, by default beside the image folder. `need`:
-    fewest training pairs that will do. Raises DataError (one line to print) when the data cannot be used.
+    fewest training pairs that will do; `workers`: threads that read where there is no cache.
+    Raises DataError (one line to print) when the data cannot be used.
     """
     pairs, unpaired = find_pairs(image_dir, mask_dir)
     train, val = hold_out(pairs)
     pairs = train + val  # so that each of the two is one piece of the cache
     total, free = PairCache.bytes_for(len(pairs), size), available_memory()
     if cache and total > free * MEMORY_SHARE:
-        say(
-            f"cache: {in_words(total)} do not fit into {in_words(free)} of free memory: {STREAM_WORKERS} workers stream"
-        )
+        say(f"cache: {in_words(total)} do not fit into {in_words(free)} of free memory; {workers} threads stream")
         cache = False
     kept = None
     if not cache:
@@ -443,7 +420,7 @@ def open_data(
     if count < need:
         raise DataError(f"{count} usable training pairs in {image_dir}, at least {need} are needed")
     return Data(
-        DataSource(pairs[:count], size, kept and kept[:count]),
-        DataSource(pairs[count:], size, kept and kept[count:]),
+        DataSource(pairs[:count], size, kept and kept[:count], workers),
+        DataSource(pairs[count:], size, kept and kept[count:], workers),
         report,
     )

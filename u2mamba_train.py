@@ -30,7 +30,7 @@ from engine.settings import as_plain_dict, differences, read_settings
 from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
-from train_data.make_demo import make_demo
+from train_data.make_demo import DemoError, make_demo
 
 # ------- 1. constants --------
 
@@ -56,7 +56,7 @@ class Config:
     flip_upside_down: float = 0.5  # probability
     mirror: float = 0.0  # probability; 0 because im_aug may already hold mirrored copies
     cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
-    num_workers: int = 4  # processes that read and decode where they do not
+    num_workers: int = 4  # threads that read and decode where they do not
     # the training
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
     batch_size_train: int = 12
@@ -85,8 +85,8 @@ class Config:
 PRESETS = {
     "reference": Config(),
     "fast": Config(
-        model_name="fast", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32, epoch_num=40, optimizer="adamw",
-        lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02, ema_decay=0.9995, clip=1.0,
+        model_name="fast", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
+        epoch_num=40, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02, ema_decay=0.9995, clip=1.0,
         flip_upside_down=0.0, mirror=0.5,
     ),
     "demo": Config(
@@ -96,7 +96,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 LIMITS = {  # constant: (least, most)
-    "rescale": (32, 4096), "crop": (32, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1), "num_workers": (0, 256),
+    "rescale": (32, 4096), "crop": (32, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1), "num_workers": (1, 256),
     "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
     "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
@@ -104,7 +104,8 @@ LIMITS = {  # constant: (least, most)
 }  # fmt: skip
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
-    "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes", "device", "gpu",
+    "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
+    "device", "gpu",
 }  # fmt: skip
 
 HOW_TO_GET_DATA = """\
@@ -169,11 +170,14 @@ def run(cfg: Config) -> int:
     # ------- 3. data --------
 
     if cfg.data_dir == PRESETS["demo"].data_dir:
-        make_demo(cfg.data_dir)
+        try:
+            make_demo(cfg.data_dir)
+        except DemoError as error:
+            raise UserError(str(error)) from None
     image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
     if not image_dir.is_dir() and not mask_dir.is_dir():
         raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
-    data = open_data(image_dir, mask_dir, cache=cfg.cache, size=cfg.rescale)
+    data = open_data(image_dir, mask_dir, cache=cfg.cache, size=cfg.rescale, workers=cfg.num_workers)
     source, held_out = data.train.to(device), data.val.to(device)
     shown = next(
         validation_batches(held_out or source, range(min(6, len(held_out or source))), channels_last=cfg.channels_last)

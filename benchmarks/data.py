@@ -4,7 +4,7 @@
 
 published: scikit-image on every access (SalObjDataset + RescaleT(320) + RandomCrop(288) + ToTensorLab(0)) in a
 DataLoader with one worker. cached: bytes in memory -> augmented batches of 12, 288x288 float32. streaming: the same
-pictures read from disk by workers. All are warmed up (workers started, one epoch of the cache) before the clock runs.
+pictures read from disk by threads. All are warmed up (workers started, one epoch of the cache) before the clock runs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> int:
     stream = data_loader.DataSource(source.pairs, source.size)
     ways: dict[str, tuple[Callable, int]] = {
         "published, 1 worker": (lambda: (len(s["label"]) for s in loader), PUBLISHED_BATCHES),
-        f"streaming, {data_loader.STREAM_WORKERS} workers": (
+        f"streaming, {data_loader.STREAM_WORKERS} threads": (
             lambda: (len(b.x) for b in batches(stream, plan, BATCH)),
             10**9,
         ),
@@ -102,7 +102,6 @@ def main() -> int:
         middle = statistics.median(found)
         first = first or middle
         print(f"{name:<24} {middle:>9.1f} {min(found):>7.1f}-{max(found):<7.1f} {middle / first:>6.1f}x", flush=True)
-    stream.close()
     if torch.cuda.is_available():
         on_gpu(source.to("cuda"), plan)
     return 0

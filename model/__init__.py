@@ -6,4 +6,14 @@ from model.u2net import U2NET, U2NETP
 
 ARCHS = {"u2net": U2NET, "u2netp": U2NETP, "u2mamba": U2MAMBA, "u2mambap": U2MAMBAP}
 
-__all__ = ["ARCHS", "U2MAMBA", "U2MAMBAP", "U2NET", "U2NETP", "Mamba", "MambaLayer", "WeightReport", "load_u2net_weights"]
+__all__ = [
+    "ARCHS",
+    "U2MAMBA",
+    "U2MAMBAP",
+    "U2NET",
+    "U2NETP",
+    "Mamba",
+    "MambaLayer",
+    "WeightReport",
+    "load_u2net_weights",
+]

@@ -22,9 +22,9 @@ EXPORT_STEPS = 16  # steps of the exported graph: its states are (b, d, n, L/16)
 def scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """y_t = C_t · h_t with h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t.
 
-    u, delta (b, d, L), A (d, n), B, C (b, n, L), all of one dtype -> (b, d, L), which lies in memory as (L, b, d).
+    u, delta (b, d, L), A (d, n), B, C (b, n, L), all of one dtype -> (b, d, L).
     """
-    return _forward(u, delta, A, B, C)[0].permute(1, 2, 0)
+    return _forward(u, delta, A, B, C)[0]
 
 
 def scan_for_export(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -69,11 +69,17 @@ def _block_shape(u: Tensor, n: int) -> tuple[int, int]:
     return max(1, min(elements // (b * d * n), -(-L // steps), 64)), steps
 
 
-def _by_token(v: Tensor, length: int) -> Tensor:
-    """(b, k, L) -> (length, b, k) with zeros at the end, where Δ = 0 leaves the state as it is."""
-    out = v.new_zeros(length, *v.shape[:2])
-    out[: v.shape[2]] = v.permute(2, 0, 1)
+def _by_token(v: Tensor, start: int, tokens: int) -> Tensor:
+    """(b, k, L) -> (tokens, b, k) from `start` on, beyond L with zeros: where Δ = 0 the state stays as it is."""
+    v = v[:, :, start : start + tokens].permute(2, 0, 1)
+    out = v.new_empty(tokens, *v.shape[1:])
+    out[: len(v)], out[len(v) :] = v, 0
     return out
+
+
+def _put(block: Tensor, out: Tensor, start: int) -> None:
+    """The way back: a block (tokens, b, k) into `out` (b, k, L) from `start` on."""
+    out[:, :, start : start + len(block)] = block[: out.shape[2] - start].permute(1, 2, 0)
 
 
 def _recur(a: Tensor, h: Tensor, before: Tensor, steps: int, reverse: bool = False) -> Tensor:
@@ -97,75 +103,74 @@ def _recur(a: Tensor, h: Tensor, before: Tensor, steps: int, reverse: bool = Fal
 # An operator, so that torch.compile sees one node and not thousands of steps.
 @torch.library.custom_op("u2mamba::chunked_scan", mutates_args=())
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """-> y (L, b, d), and the state before each block (blocks, b, n, d)."""
+    """-> y (b, d, L), and the state before each block (blocks, b, n, d)."""
     (b, d, L), n = u.shape, A.shape[1]
     lanes, steps = _block_shape(u, n)
     size, length = lanes * steps, -(-L // steps) * steps
-    x, delta, B, C = (_by_token(v, length) for v in (delta * u, delta, B, C))
     A = A.t().contiguous()
-    y = torch.empty_like(x)
-    states = u.new_empty(-(-length // size), b, n, d)
+    y, states = u.new_empty(b, d, L), u.new_empty(-(-length // size), b, n, d)
     a_block, h_block = u.new_empty(2, size, b, n, d).unbind(0)
     h_last = u.new_zeros(b, n, d)
     with torch.autocast(u.device.type, enabled=False):
         for i, start in enumerate(range(0, length, size)):
             m = min(size, length - start)
-            now, a, h = slice(start, start + m), a_block[:m], h_block[:m]
+            u_, delta_, B_, C_ = (_by_token(v, start, m) for v in (u, delta, B, C))
+            a, h = a_block[:m], h_block[:m]
             states[i] = h_last
-            torch.mul(delta[now, :, None], A * LOG2_E, out=a).exp2_()
-            torch.mul(x[now, :, None], B[now, :, :, None], out=h)
+            torch.mul(delta_[:, :, None], A * LOG2_E, out=a).exp2_()
+            torch.mul((delta_ * u_)[:, :, None], B_[:, :, :, None], out=h)
             h_last = _recur(a, h, h_last, steps)
-            torch.bmm(C[now].view(-1, 1, n), h.view(-1, n, d), out=y[now].view(-1, 1, d))
-    return y[:L], states
+            _put(torch.bmm(C_.view(-1, 1, n), h.view(-1, n, d)).view(m, b, d), y, start)
+    return y, states
 
 
 @torch.library.custom_op("u2mamba::chunked_scan_backward", mutates_args=())
 def _backward(
     dy: Tensor, states: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dy (L, b, d) -> the gradients of u and delta (L, b, d), of A (n, d), of B and C (L, b, n)."""
+    """dy (b, d, L) -> the gradients of u, delta, A, B and C."""
     (b, d, L), n = u.shape, A.shape[1]
     lanes, steps = _block_shape(u, n)
     size, length = lanes * steps, -(-L // steps) * steps
-    u, delta, B, C, dy = (_by_token(v, length + 1) for v in (u, delta, B, C, dy.permute(1, 2, 0)))
     A = A.t().contiguous()
-    dx, ddelta, dB, dC, dA = (torch.zeros_like(v) for v in (u, u, B, C, A))
+    du, ddelta, dB, dC = (u.new_empty(b, k, L) for k in (d, d, n, n))
+    dA = torch.zeros_like(A)
     a_block, h_block, g_block = u.new_empty(3, size + 1, b, n, d).unbind(0)
     g_next = u.new_zeros(b, n, d)  # gradient of the first state after the block
     with torch.autocast(u.device.type, enabled=False):
         for start in range(0, length, size)[::-1]:
             m = min(size, length - start)
-            now, a, h, g = slice(start, start + m), a_block[: m + 1], h_block[: m + 1], g_block[:m]
-            x = delta[now] * u[now]
-            torch.mul(delta[start : start + m + 1, :, None], A * LOG2_E, out=a).exp2_()
-            torch.mul(x[:, :, None], B[now, :, :, None], out=h[1:])
+            a, h, g = a_block[: m + 1], h_block[: m + 1], g_block[:m]
+            u_, B_, C_, dy_ = (_by_token(v, start, m) for v in (u, B, C, dy))
+            delta_ = _by_token(delta, start, m + 1)  # one more: a[t + 1] takes the gradient back to t
+            torch.mul(delta_[:, :, None], A * LOG2_E, out=a).exp2_()
+            delta_ = delta_[:m]
+            x = delta_ * u_
             h[0] = states[start // size]
+            torch.mul(x[:, :, None], B_[:, :, :, None], out=h[1:])
             _recur(a[:m], h[1:], h[0], steps)
-            torch.mul(dy[now, :, None], C[now, :, :, None], out=g)
+            torch.mul(dy_[:, :, None], C_[:, :, :, None], out=g)
             g_next = _recur(a[1:], g, g_next, steps, reverse=True)
-            torch.bmm(dy[now].view(-1, 1, d), h[1:].view(-1, n, d).mT, out=dC[now].view(-1, 1, n))
-            torch.bmm(x.view(-1, 1, d), g.view(-1, n, d).mT, out=dB[now].view(-1, 1, n))
-            torch.bmm(B[now].view(-1, 1, n), g.view(-1, n, d), out=dx[now].view(-1, 1, d))
+            _put(torch.bmm(dy_.view(-1, 1, d), h[1:].view(-1, n, d).mT).view(m, b, n), dC, start)
+            _put(torch.bmm(x.view(-1, 1, d), g.view(-1, n, d).mT).view(m, b, n), dB, start)
+            dx = torch.bmm(B_.view(-1, 1, n), g.view(-1, n, d)).view(m, b, d)
             g.mul_(a[:m]).mul_(h[:m])  # now the gradient of Δ_t A
-            torch.sum(torch.mul(g, A, out=a[:m]), 2, out=ddelta[now])
-            dA += torch.mul(g, delta[now, :, None], out=a[:m]).sum((0, 1))
-    ddelta.addcmul_(dx, u)
-    du = dx.mul_(delta)
-    return du[:L], ddelta[:L], dA, dB[:L], dC[:L]
+            _put(dx * delta_, du, start)
+            _put(torch.mul(g, A, out=a[:m]).sum(2).addcmul_(dx, u_), ddelta, start)
+            dA += torch.mul(g, delta_[:, :, None], out=a[:m]).sum((0, 1))
+    return du, ddelta, dA.t().contiguous(), dB, dC
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C):
     (b, d, L), n = u.shape, A.shape[1]
     lanes, steps = _block_shape(u, n)
-    return u.new_empty(L, b, d), u.new_empty(-(-L // (lanes * steps)), b, n, d)
+    return u.new_empty(b, d, L), u.new_empty(-(-L // (lanes * steps)), b, n, d)
 
 
 @_backward.register_fake
 def _(dy, states, u, delta, A, B, C):
-    (b, d, L), n = u.shape, A.shape[1]
-    shapes = (L, b, d), (L, b, d), (n, d), (L, b, n), (L, b, n)
-    return tuple(u.new_empty(shape) for shape in shapes)
+    return tuple(v.new_empty(v.shape) for v in (u, delta, A, B, C))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -173,8 +178,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dy: Tensor, _) -> tuple[Tensor, ...]:
-    du, ddelta, dA, dB, dC = _backward(dy, *ctx.saved_tensors)
-    return du.permute(1, 2, 0), ddelta.permute(1, 2, 0), dA.t(), dB.permute(1, 2, 0), dC.permute(1, 2, 0)
+    return _backward(dy, *ctx.saved_tensors)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

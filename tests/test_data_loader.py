@@ -610,7 +610,7 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
     cached, _ = quiet_open(images, masks)
     streamed, _ = quiet_open(images, masks, cache=False)
     assert streamed.report == cached.report
-    for epoch in range(2):  # the workers stay, the plan changes
+    for epoch in range(2):
         plan = epoch_plan(len(cached.train), epoch, 0, rescale=32, crop=24)
         abandoned = batches(streamed.train, plan, 2, crop=24)
         next(abandoned)  # stopped in the middle of an epoch
@@ -626,7 +626,6 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
     gone.unlink()
     with pytest.raises(DataError, match=f"{gone.name}.*readable at the start"):
         list(batches(streamed.train, plan, 3, crop=24))
-    streamed.train.close()
 
 
 def test_open_data_in_a_plain_process(tmp_path):

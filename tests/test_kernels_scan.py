@@ -51,7 +51,7 @@ def make_inputs(b, d, n, L, dtype=torch.float32, without=(), softplus=True) -> l
 
 
 def errors(inputs, scan, softplus=True, reference=scan_loop) -> dict[str, float]:
-    """Largest error of y and of every gradient as a share of the largest value, against `reference` in float64."""
+    """Largest error of y and of every gradient against `reference` in float64, as a share of the largest value."""
     exact = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
     y, wanted = scan(*inputs, softplus), reference(*exact, softplus)
     dy = torch.randn(y.shape, device=y.device).to(y.dtype)
@@ -70,11 +70,10 @@ def errors(inputs, scan, softplus=True, reference=scan_loop) -> dict[str, float]
     return share
 
 
-def run(scan, *args, **kwargs):
-    torch.manual_seed(torch.initial_seed() if INTERPRETED else 0)
-    limit = kwargs.pop("limit", 2e-6)
-    worst = errors(make_inputs(*args, **kwargs), scan, kwargs.get("softplus", True))
-    assert max(worst.values()) < limit, worst
+def check(scan, *shape, limit=1e-5, **options):
+    seed = torch.seed()  # fresh inputs each time
+    worst = errors(make_inputs(*shape, **options), scan, options.get("softplus", True))
+    assert max(worst.values()) < limit, f"seed {seed}: {worst}"
 
 
 @pytest.fixture
@@ -84,7 +83,6 @@ def module(monkeypatch):
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
     return selective_scan
 
 
@@ -98,7 +96,7 @@ def test_interpreted():
     if INTERPRETED:
         pytest.skip("this is that process")
     env = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -117,9 +115,9 @@ def test_interpreted():
     ],
 )
 def test_agrees_with_loop(module, monkeypatch, shape, tile, groups, options):
-    """fp32: 2e-6 is 16 roundings; bf16 and fp16: their own rounding, 2^-9 and 2^-12 of a value, and of a sum's terms."""
+    """fp32: about 1e-6 is seen (ex2.approx is good to 2e-7); bf16 and fp16: results are rounded to 4e-3 and 5e-4."""
     use(module, monkeypatch, tile, groups)
-    run(module.selective_scan_triton, *shape, **options)
+    check(module.selective_scan_triton, *shape, **options)
 
 
 @kernel_test
@@ -159,7 +157,7 @@ def test_error_without_gpu():
 
     x, A = torch.randn(1, 2, 4), -torch.ones(2, 3)
     bc = torch.randn(1, 3, 4)
-    with pytest.raises(RuntimeError, match="backend='triton' needs a CUDA device.*backend='auto'"):
+    with pytest.raises(RuntimeError, match=r"backend='triton' needs a CUDA device.*backend='auto'"):
         selective_scan_triton(x, x, A, bc, bc)
     with pytest.raises(RuntimeError, match="float64"):
         selective_scan_triton(x.double(), x, A, bc, bc)
@@ -167,6 +165,8 @@ def test_error_without_gpu():
 
 def test_import_without_triton():
     """The module imports where there is no Triton (macOS, Windows) and says so on use."""
+    if INTERPRETED:
+        pytest.skip("has run outside")
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from model.kernels.selective_scan import selective_scan_triton as scan\n"
@@ -183,7 +183,8 @@ def chunked_loop(u, delta, A, B, C, D, z, delta_bias, softplus) -> Tensor:
 
     def chunk(h, u, delta, B, C):
         total = torch.cumsum(delta, -1)  # (b, d, 64)
-        decay = torch.exp((total[:, :, :, None] - total[:, :, None, :])[..., None] * A[:, None, None, :])
+        since = (total[:, :, :, None] - total[:, :, None, :]).clamp_min(0.0)
+        decay = torch.exp(since[..., None] * A[:, None, None, :])
         mask = torch.ones(u.shape[2], u.shape[2], device=u.device, dtype=torch.bool).tril()
         decay = decay.masked_fill(~mask[..., None], 0.0)
         states = torch.einsum("bdtsn,bds,bns->bdtn", decay, delta * u, B)
@@ -203,9 +204,9 @@ def chunked_loop(u, delta, A, B, C, D, z, delta_bias, softplus) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("b", "d", "L"), [(2, 512, 81), (2, 512, 324), (2, 64, 1296), (1, 64, 5183), (1, 64, 82944)])
 def test_real_sizes(module, b, d, L, dtype):
-    torch.manual_seed(L)
+    seed = torch.seed()
     worst = errors(make_inputs(b, d, 16, L, dtype), module.selective_scan_triton, reference=chunked_loop)
-    assert max(worst.values()) < (2e-5 if dtype == torch.float32 else 1e-2), worst
+    assert max(worst.values()) < (2e-5 if dtype == torch.float32 else 1e-2), f"seed {seed}: {worst}"
 
 
 @gpu_test

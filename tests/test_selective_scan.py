@@ -111,12 +111,12 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bf16_inputs_are_rounded_only_at_the_end(form):
-    """State in fp32: against float64 of the same inputs no more than one rounding to bf16, 2⁻⁹ relative."""
+    """State in fp32: against float64 of the same inputs no more than one rounding to bf16, 2⁻⁸ relative."""
     inputs = make(L=257, dtype=torch.bfloat16)
     got = run(inputs, form)
     assert all(v.dtype == torch.bfloat16 for v in got.values())
     wanted = run(double(inputs), "reference")
-    assert_close(got, wanted, 2**-9)
+    assert_close(got, wanted, 2**-8)
 
 
 def test_autocast_changes_nothing():

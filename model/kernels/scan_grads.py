@@ -214,6 +214,7 @@ def _add_splits(part, out, size, splits, BLOCK: constexpr):
     """out = sum of the `splits` rows of part (splits, size)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(part + split.to(tl.int64) * size + at, mask=at < size, other=0.0)
+    for _ in range(splits):
+        total += tl.load(part + at, mask=at < size, other=0.0)
+        part += size
     tl.store(out + at, total, mask=at < size)

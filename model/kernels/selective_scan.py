@@ -39,9 +39,9 @@ class Tiles(NamedTuple):
 PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
 JOIN_UNROLL = 32  # chunks whose states are on their way at once
 CHUNK_64 = Tiles((16, 4, 1), (8, 8, 2), (8, 8, 2))
-TABLE = (  # longest L -> tiles; without `registers` the compiler spills in the loop, with fewer than 200 as well
+TABLE = (  # longest L -> tiles. `_grads` in 200 registers is the most warps without spills: ten a multiprocessor
     (64, CHUNK_64),
-    (96, Tiles((6, 16, 2), (6, 16, 2), (6, 16, 2))),  # 81 tokens: the innermost level at 288x288
+    (96, Tiles(*[(6, 16, 2)] * 3, registers=(None, None))),  # 81 tokens: the innermost level at 288x288
     (128, Tiles()),
     (2048, CHUNK_64),  # more programs
     (math.inf, Tiles()),
@@ -68,8 +68,8 @@ def selective_scan_triton(
 
     u, delta, z: (b, d, L); A: (d, n), negative; B, C: (b, n, L); D, delta_bias: (d); fp32, bf16 or fp16, of any strides
     (fastest with t contiguous and L a multiple of 8). Returns (b, d, L) in u's dtype; state and sums are fp32.
-    Raises RuntimeError without Triton, for another dtype, or for tensors that are not on a CUDA device; ValueError where
-    d * L reaches 2^31.
+    Raises RuntimeError without Triton, for another dtype, or for tensors that are not on a CUDA device; ValueError
+    where d * L reaches 2^31.
     """
     if triton is None:
         raise RuntimeError(
@@ -97,7 +97,7 @@ def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes
     b, d, n, L = shape
     K, lanes, R = tile
     rows = R * 32 // lanes * groups
-    if any((x.shape[1] - 1) * x.stride(1) + (L - 1) * x.stride(2) >= 2**31 for x in strided):
+    if max(d * L, *((x.shape[1] - 1) * x.stride(1) + (L - 1) * x.stride(2) for x in strided)) >= 2**31:
         raise ValueError(
             f"backend='triton' addresses 2^31 numbers of one image, which is less than {shape} (b, d, n, L)"
         )
