@@ -86,13 +86,13 @@ PRESETS = {
     "reference": Config(),
     "fast": Config(
         model_name="fast", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
-        epoch_num=40, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02, ema_decay=0.9995, clip=1.0,
-        flip_upside_down=0.0, mirror=0.5,
+        epoch_num=40, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02,
+        ema_decay=0.9995, clip=1.0, flip_upside_down=0.0, mirror=0.5,
     ),
     "demo": Config(
-        model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=128, crop=112, channels_last=True,
-        epoch_num=8, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20, flip_upside_down=0.0, mirror=0.5,
-        log_frq=10, save_frq=200, cache=True,
+        model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",
+        channels_last=True, epoch_num=5, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20,
+        flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip
 LIMITS = {  # constant: (least, most)
@@ -165,6 +165,8 @@ def run(cfg: Config) -> int:
         f"device: {device_line}\nprecision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True
     )
     seed_everything(cfg.seed)
+    torch.backends.cudnn.benchmark = True  # one size of images: the fastest convolution is found once
+    torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in Mamba's projections
     folder = Path(cfg.saved_models, cfg.model_name)
 
     # ------- 3. data --------

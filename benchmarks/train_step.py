@@ -47,6 +47,7 @@ class Options:
 def make_step(options: Options, device: torch.device, published: bool, graph: bool = True, kernels: bool = True):
     """A TrainStep and the line that describes it."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest" if published else "high")
     precision = "fp32" if published else choose_precision("bf16", device)[0]
     kernels = not published and kernels and choose_kernels(True, device, precision, True)[0]
     backend, _ = choose_backend(device)
@@ -72,10 +73,9 @@ def measure(
     step, words, memory_format = make_step(options, device, published, **how)
     images = torch.randn(batch, 3, options.size, options.size, device=device).to(memory_format=memory_format)
     masks = (torch.rand(batch, 1, options.size, options.size, device=device) > 0.7).float()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     seconds = time_calls(lambda: step(images, masks), device, options.runs, options.steps, warm_up=6)
-    memory = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else float("nan")
+    # what training holds from here on; the search for convolution algorithms at the start takes more for a moment
+    memory = torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else float("nan")
     if options.profile and not published:
         profile(lambda: step(images, masks))
     return words, *median_and_spread(seconds), memory

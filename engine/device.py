@@ -63,7 +63,7 @@ def choose_kernels(wanted: bool, device: torch.device, precision: str, channels_
 
 
 def choose_scan(device: torch.device, wanted: str) -> tuple[str, str]:
-    """The backend of the selective scan and a line that says which and why. Raises UserError for one that cannot run."""
+    """The backend of the selective scan and a line that says which and why. Raises UserError where it cannot run."""
     try:
         backend, reason = choose_backend(device, wanted)
     except ValueError as error:

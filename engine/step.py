@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.metrics import iou_per_image
 from engine.run import UserError
+from model.kernels import join
 from model.layers import fused
 
 OUTPUTS = 7  # d0..d6
@@ -134,6 +135,8 @@ class TrainStep:
         losses = self.loss(logits, masks)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
+        if self.kernels:
+            join(self.device)
         self._fetch_gradients()
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)

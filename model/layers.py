@@ -35,7 +35,7 @@ def batch_norm_relu(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Te
     """relu(bn(conv(x))) [+ residual]: (B, in, H, W) -> (B, out, H, W)."""
     if _fused and bn.training:
         # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
-        y = F.conv2d(x.to(weight_of(conv).dtype), weight_of(conv), None, 1, conv.padding, conv.dilation)
+        y = kernels.convolution(x.to(weight_of(conv).dtype), weight_of(conv), conv.padding, conv.dilation)
         moving = (bn.running_mean, bn.running_var, bn.momentum, bn.eps)
         return kernels.batch_norm_relu(y, bn.weight, bn.bias, *moving, conv_bias=conv.bias, residual=residual)
     y = F.relu(bn(conv(x)))

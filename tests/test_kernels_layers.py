@@ -333,7 +333,7 @@ def run(code_or_args, **environment):
     )
 
 
-@pytest.mark.skipif(INTERPRET, reason="is what runs this")
+@pytest.mark.skipif(INTERPRET or GPU, reason="is what runs this, or the GPU runs the same tests")
 def test_interpreter():
     pytest.importorskip("triton")
     file = str(Path(__file__).resolve())

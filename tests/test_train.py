@@ -250,7 +250,7 @@ def test_streaming_gives_what_the_cache_gives(finished, data, tmp_path):
 
 
 def test_averaged_mixed_precision_run_with_cosine_goes_on_exactly(data, tmp_path):
-    more = "--ema_decay 0.9 --precision bf16 --channels_last --lr_schedule cosine --warmup 3 --optimizer adamw --clip 1".split()
+    more = "--ema_decay 0.9 --precision bf16 --channels_last --lr_schedule cosine --optimizer adamw --clip 1".split()
     assert train(data, tmp_path / "whole", *more).returncode == 0
     process = start(words(data, tmp_path / "cut", *more), data)
     for line in process.stdout:

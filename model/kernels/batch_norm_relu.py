@@ -1,12 +1,12 @@
-"""Batch norm + ReLU (+ residual) for training, channels_last, in two Triton launches each way.
+"""Batch norm + ReLU (+ residual) for training, channels_last, in three Triton launches each way.
 
 Batch norm in training mode (Ioffe & Szegedy 2015, algorithm 1; `torch.nn.functional.batch_norm`) normalises every
 channel by the mean and biased variance of its M = B*H*W values in the batch. A channels_last tensor is a matrix of M
 rows of C numbers, read here in tiles of ROWS x BLOCK_C, UNROLL of them a step.
 
-Forward: `_stats` gives each program's mean and sum of squared deviations; `_apply` joins them (Chan, Golub & LeVeque
-1983), normalises, clips, adds the residual. Backward: `_grad_stats`, then `_grad_apply`. Where M is small, one program
-does both. Only x and two vectors are kept: the ReLU's mask is computed again from them.
+Forward: `_stats` gives each program's mean and sum of squared deviations, `_join` joins them (Chan, Golub & LeVeque
+1983), `_apply` normalises, clips, adds the residual. Backward: `_grad_stats`, `_grad_join`, `_grad_apply`. Where M is
+small, one program does all. Only x and two vectors are kept: the ReLU's mask is computed again from them.
 
 Memory traffic: forward 2 reads + 1 write of the tensor, backward 4 reads + 1 write (a residual: one read more).
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs
 
-# Launch sizes: (warps, 16-byte loads in flight per thread, programs per multiprocessor). Each program of the first
-# launch leaves partial sums that every program of the second reads, hence few and large ones there.
-STATS, APPLY = (16, 8, 1), (8, 4, 2)
-GRAD_STATS, GRAD_APPLY = (16, 4, 1), (8, 4, 2)
+# Launch sizes: (warps, 16-byte loads in flight per thread, most programs per multiprocessor). Each program of the first
+# launch leaves partial sums, hence few and large ones there.
+STATS, APPLY = (8, 8, 2), (4, 4, 32)
+GRAD_STATS, GRAD_APPLY = (8, 4, 2), (4, 4, 32)
+JOIN_BLOCK_C = 16
 MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 CHUNK = 64  # partial sums joined at once
 SMALL_M, SMALL_BLOCK_C, SMALL = 4096, 16, (16, 4, 1)  # up to so many rows one launch does everything
@@ -146,22 +147,32 @@ def _stats(x, part, M, C, programs, ROWS: constexpr, BLOCK_C: constexpr, UNROLL:
     tl.store(part + program * (2 * C) + C + cols, m2, mask=cols < C)
 
 
-@jit("M", "stats_programs", "programs")
+@jit("M", "programs")
+def _join(
+    part, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps, M, C, programs,
+    BLOCK_C: constexpr, CHUNK: constexpr, STATS_STEP: constexpr, CONV_BIAS: constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, var = _join_moments(part, cols, M, C, programs, STATS_STEP, BLOCK_C, CHUNK)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    _keep(mean, var, rstd, cols, M, C, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, CONV_BIAS)
+
+
+@jit("M", "programs")
 def _apply(
-    x, res, y, part, w, b, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps,
-    M, C, stats_programs, programs, ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, CHUNK: constexpr,
-    STATS_STEP: constexpr, RES: constexpr, CONV_BIAS: constexpr, SMALL: constexpr,
+    x, res, y, w, b, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps, M, C, programs,
+    ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, RES: constexpr, CONV_BIAS: constexpr, SMALL: constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)
     if SMALL:
         mean, m2 = _moments(x, cols, M, C, program, programs, ROWS, BLOCK_C, UNROLL)
         var = m2 / M
-    else:
-        mean, var = _join_moments(part, cols, M, C, stats_programs, STATS_STEP, BLOCK_C, CHUNK)
-    rstd = 1.0 / tl.sqrt(var + eps)
-    if program == 0:
+        rstd = 1.0 / tl.sqrt(var + eps)
         _keep(mean, var, rstd, cols, M, C, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, CONV_BIAS)
+    else:
+        mean = tl.load(mean_out + cols, mask=cols < C, other=0.0)
+        rstd = tl.load(rstd_out + cols, mask=cols < C, other=0.0)
     _normalise(x, res, y, mean, rstd, w, b, cols, M, C, program, programs, ROWS * UNROLL, RES)
 
 
@@ -202,10 +213,18 @@ def _grad_stats(
     tl.store(part + program * (2 * C) + C + cols, moment * rstd, mask=ok)
 
 
-@jit("M", "stats_programs", "programs")
+@jit("programs")
+def _grad_join(part, dw, db, C, programs, BLOCK_C: constexpr, CHUNK: constexpr):
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total, moment = _join_sums(part, cols, C, programs, BLOCK_C, CHUNK)
+    tl.store(dw + cols, moment, mask=cols < C)
+    tl.store(db + cols, total, mask=cols < C)
+
+
+@jit("M", "programs")
 def _grad_apply(
-    dy, x, dx, part, w, b, mean_in, rstd_in, dw, db, M, C, S, stats_programs, programs,
-    ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, CHUNK: constexpr, SMALL: constexpr,
+    dy, x, dx, w, b, mean_in, rstd_in, dw, db, M, C, S, programs,
+    ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, SMALL: constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)
@@ -217,11 +236,11 @@ def _grad_apply(
     if SMALL:
         total, moment = _grad_sums(dy, x, mean, scale, shift, cols, M, C, S, program, programs, ROWS, BLOCK_C, UNROLL)
         moment *= rstd
-    else:
-        total, moment = _join_sums(part, cols, C, stats_programs, BLOCK_C, CHUNK)
-    if program == 0:
         tl.store(dw + cols, moment, mask=col_ok)
         tl.store(db + cols, total, mask=col_ok)
+    else:
+        moment = tl.load(dw + cols, mask=col_ok, other=0.0).to(tl.float32)
+        total = tl.load(db + cols, mask=col_ok, other=0.0).to(tl.float32)
     offset = scale * total / M
     slope = scale * rstd * moment / M
     rows = tl.arange(0, ROWS * UNROLL)
@@ -259,15 +278,18 @@ def _forward(
     small = M <= SMALL_M
     (blocks, parts), stats_sizes = _launch(x, STATS, small)
     grid, sizes = _launch(x, APPLY, small)
-    part = mean if small else torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
+    kept = (mean, rstd, running_mean, running_var, mean if conv_bias is None else conv_bias, momentum, eps, M, C)
     with on_device(x):
         if not small:
+            part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
             _stats[blocks, parts](x, part, M, C, parts, **stats_sizes)
+            _join[(triton.cdiv(C, JOIN_BLOCK_C),)](
+                part, *kept, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK, CONV_BIAS=conv_bias is not None,
+                STATS_STEP=stats_sizes["ROWS"] * stats_sizes["UNROLL"],
+            )  # fmt: skip
         _apply[grid](
-            x, x if residual is None else residual, y, part, weight, bias, mean, rstd, running_mean, running_var,
-            mean if conv_bias is None else conv_bias, momentum, eps, M, C, parts, grid[1],
-            STATS_STEP=stats_sizes["ROWS"] * stats_sizes["UNROLL"], CHUNK=CHUNK, RES=residual is not None,
-            CONV_BIAS=conv_bias is not None, SMALL=small, **sizes,
+            x, x if residual is None else residual, y, weight, bias, *kept, grid[1],
+            RES=residual is not None, CONV_BIAS=conv_bias is not None, SMALL=small, **sizes,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -288,13 +310,13 @@ def _backward(
     small = M <= SMALL_M
     (blocks, parts), stats_sizes = _launch(x, GRAD_STATS, small)
     grid, sizes = _launch(x, GRAD_APPLY, small)
-    part = mean if small else torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
     with on_device(x):
         if not small:
+            part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
             _grad_stats[blocks, parts](dy, x, part, weight, bias, mean, rstd, M, C, stride, parts, **stats_sizes)
+            _grad_join[(triton.cdiv(C, JOIN_BLOCK_C),)](part, dw, db, C, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK)
         _grad_apply[grid](
-            dy, x, dx, part, weight, bias, mean, rstd, dw, db, M, C, stride, parts, grid[1],
-            CHUNK=CHUNK, SMALL=small, **sizes,
+            dy, x, dx, weight, bias, mean, rstd, dw, db, M, C, stride, grid[1], SMALL=small, **sizes
         )  # fmt: skip
     return dx, dw, db
 
