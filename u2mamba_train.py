@@ -91,7 +91,7 @@ PRESETS = {
     ),
     "demo": Config(
         model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",
-        channels_last=True, epoch_num=5, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20,
+        channels_last=True, epoch_num=4, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20,
         flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip

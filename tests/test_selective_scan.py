@@ -127,6 +127,17 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(plain[k], inside[k]) for k in plain)
 
 
+def test_thread_count_comes_back():
+    """The backend works with one thread on small tokens; what surrounds it keeps its own number."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run(make())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_batched_is_single():
     inputs = make(b=3, L=100)
     together = scan(**inputs, delta_softplus=True, backend="torch")

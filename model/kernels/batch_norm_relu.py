@@ -21,12 +21,12 @@ from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton,
 
 # Launch sizes: (warps, 16-byte loads in flight per thread, most programs per multiprocessor). Each program of the first
 # launch leaves partial sums, hence few and large ones there.
-STATS, APPLY = (8, 8, 2), (4, 4, 32)
-GRAD_STATS, GRAD_APPLY = (8, 4, 2), (4, 4, 32)
+STATS, APPLY = (8, 4, 4), (4, 4, 32)
+GRAD_STATS, GRAD_APPLY = (4, 4, 4), (8, 2, 16)
 JOIN_BLOCK_C = 16
 MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 CHUNK = 64  # partial sums joined at once
-SMALL_M, SMALL_BLOCK_C, SMALL = 4096, 16, (16, 4, 1)  # up to so many rows one launch does everything
+SMALL_M, SMALL_BLOCK_C, SMALL = 1024, 8, (8, 4, 1)  # up to so many rows one launch does everything
 
 
 @functools.cache
