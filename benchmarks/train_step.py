@@ -7,6 +7,7 @@ The published way: fp32, NCHW, eager, F.interpolate, the selective scan of mamba
 the sizes are small and the comparison is fp32 NCHW eager against what `choose_precision` picks.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,13 @@ from model.selective_scan import choose_backend
 from u2mamba_train import decayed_and_not, multi_bce_loss_fusion
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts
-    "convolution": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad", "fprop", "cutlass", "sm90_", "sm80_", "nvjet", "nchwToNhwc", "nhwcToNchw"),
+    "matrix product": ("gemm_f32", "gemm_tf32", "gemv", "nvjet", "splitK", "gemmk1"),
+    "convolution": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad", "fprop", "cutlass", "nchwToNhwc"),
     "selective scan": ("_scan", "_ends", "_join", "_grads", "_add_splits", "selective"),
     "batch norm + ReLU": ("batch_norm", "bn_", "_stats", "_apply", "_grad_stats", "_grad_apply"),
     "upsample, pool, cat": ("upsample", "max_pool", "pool", "CatArray"),
     "loss": ("_losses", "_finish"),
     "optimizer": ("adam", "multi_tensor", "foreach"),
-    "matrix product": ("gemm", "gemv", "splitK"),
     "elementwise, copy, reduce": ("elementwise", "reduce", "copy", "Memcpy", "Memset", "memset", "memcpy"),
 }  # fmt: skip
 
@@ -44,33 +45,29 @@ class Options:
     profile: bool = False
 
 
-def make_step(options: Options, device: torch.device, published: bool, graph: bool = True, kernels: bool = True):
-    """A TrainStep and the line that describes it."""
+def make_step(options: Options, device: torch.device, published: bool, reference_graph: bool = False):
+    """A TrainStep, the line that describes it, its memory format. reference_graph: capture the published way too."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if published else "high")
     precision = "fp32" if published else choose_precision("bf16", device)[0]
-    kernels = not published and kernels and choose_kernels(True, device, precision, True)[0]
+    kernels = not published and choose_kernels(True, device, precision, True)[0]
     backend, _ = choose_backend(device)
     if published and device.type == "cuda":
-        try:
+        with contextlib.suppress(ValueError):
             backend, _ = choose_backend(device, "mamba_ssm")
-        except ValueError:
-            pass
     mamba = {"mamba_at": options.mamba_at, "backend": backend} if options.arch.startswith("u2mamba") else {}
     memory_format = torch.contiguous_format if published else torch.channels_last
     net = ARCHS[options.arch](**mamba).to(device, memory_format=memory_format)
     optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
-    graph = graph and not published and device.type == "cuda"
+    graph = (reference_graph or not published) and device.type == "cuda"
     step = TrainStep(net, optimizer, multi_bce_loss_fusion, device, precision, graph=graph, kernels=kernels)
     words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
     return step, ", ".join([*words, *(["fused kernels"] if kernels else []), f"scan {backend}"]), memory_format
 
 
-def measure(
-    options: Options, device: torch.device, batch: int, published: bool, **how
-) -> tuple[str, float, float, float]:
+def measure(options: Options, device: torch.device, batch: int, published: bool) -> tuple[str, float, float, float]:
     """(description, seconds a step, spread, GiB)."""
-    step, words, memory_format = make_step(options, device, published, **how)
+    step, words, memory_format = make_step(options, device, published)
     images = torch.randn(batch, 3, options.size, options.size, device=device).to(memory_format=memory_format)
     masks = (torch.rand(batch, 1, options.size, options.size, device=device) > 0.7).float()
     seconds = time_calls(lambda: step(images, masks), device, options.runs, options.steps, warm_up=6)
@@ -109,9 +106,8 @@ def main(options: Options) -> None:
     device, _ = choose_device(options.device)
     torch.backends.cudnn.benchmark = True
     print("\n".join(lines(device)))
-    print(
-        f"{options.arch}, Mamba at {options.mamba_at}, {options.size}x{options.size}, {options.runs} runs of {options.steps} steps"
-    )
+    size = f"{options.size}x{options.size}"
+    print(f"{options.arch}, Mamba at {options.mamba_at}, {size}, {options.runs} runs of {options.steps} steps")
     for batch in options.batches:
         base = None
         for published in (True, False) if options.published else (False,):

@@ -82,7 +82,8 @@ def assert_same_weights(a, b):
 
 
 LINE = re.compile(
-    r"\[epoch: (\d+)/2, batch: (\d+)/(\d+), ite: (\d+)\] train loss: (\d+\.\d{3}), tar: (\d+\.\d{3}), IoU: (\d\.\d{3}) \| "
+    r"\[epoch: (\d+)/2, batch: (\d+)/(\d+), ite: (\d+)\] "
+    r"train loss: (\d+\.\d{3}), tar: (\d+\.\d{3}), IoU: (\d\.\d{3}) \| "
 )
 
 

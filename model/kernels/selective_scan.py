@@ -43,8 +43,8 @@ TABLE = (  # longest L -> tiles. `_grads` in 200 registers is the most warps wit
     (64, CHUNK_64),
     (96, Tiles(*[(6, 16, 2)] * 3, registers=(None, None))),  # 81 tokens: the innermost level at 288x288
     (128, Tiles()),
-    (2048, CHUNK_64),  # more programs
-    (math.inf, Tiles()),
+    (2048, Tiles(*[(16, 2, 1)] * 3, registers=(None, None))),  # short chunks: more programs
+    (math.inf, Tiles(*[(16, 4, 1)] * 3, registers=(None, None))),
 )
 
 
