@@ -319,8 +319,10 @@ class DataSource:
     def _fetched(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(images, masks, rows) on self.device, in which the rows' INDEX counts."""
         if self.cache is not None and self.cache.images.device == self.device:
-            for part in parts:
-                yield self.cache.images, self.cache.masks, part.to(self.device, non_blocking=True)
+            if parts:  # one copy to the device for the epoch: one for each batch would wait for the step before
+                whole = torch.cat(parts).to(self.device)
+                for part in whole.split([len(part) for part in parts]):
+                    yield self.cache.images, self.cache.masks, part
             return
         if self.cache is None:
             groups = self._streamed(parts)

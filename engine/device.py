@@ -80,9 +80,9 @@ def _cpu_has_bf16() -> bool:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """GiB: the most that PyTorch held on a GPU, or what the process holds now (Linux; 0 where it cannot be told)."""
+    """GiB that PyTorch holds on a GPU, or that the process holds (Linux; 0 where it cannot be told)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
+        return torch.cuda.memory_reserved(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
     try:

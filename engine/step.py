@@ -76,6 +76,8 @@ class TrainStep:
         self.ema_steps = self.eager_steps = 0
         self.graph = self.images = self.masks = None
         self.wants_graph = graph and device.type == "cuda"
+        if device.type == "cuda" and hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
         for group in optimizer.param_groups if self.wants_graph else ():
             group["capturable"] = True
             group["lr"] = torch.tensor(float(group["lr"]), device=device)  # so that it can change without a new capture
