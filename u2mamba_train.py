@@ -156,6 +156,8 @@ class Progress:
 
 def run(cfg: Config) -> int:
     """The whole run, from the constants to the last checkpoint; returns the exit code."""
+    if cfg.crop > cfg.rescale:
+        raise UserError(f"crop = {cfg.crop}: cannot be larger than rescale = {cfg.rescale}")
     stop = StopSignal()
     device, device_line = choose_device(cfg.device, cfg.gpu)
     precision, precision_line = choose_precision(cfg.precision, device)
