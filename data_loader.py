@@ -1,7 +1,7 @@
 """Pairs on disk -> batches for training.
 
 Two ways to the same pictures: the classes that users of U-2-Net know (`SalObjDataset`, `RescaleT`, `RandomCrop`,
-`ToTensorLab`, ...; scikit-image on every access), which define them, and the quick way that the training run takes:
+`ToTensorLab`, ... in data_reference.py), which define them, and the quick way that the training run takes:
 pairs at 320x320 as bytes in memory (data_cache.py), and crop, flips and normalisation of a whole batch at once, on any
 device. What happens to each picture of an epoch stands in a plan, a tensor made from (seed, epoch), so that a run can
 go on in the middle of an epoch and streaming from disk gives what the cache gives.
@@ -25,8 +25,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from skimage import color, transform
-from torch.utils.data import Dataset
 
 from data_cache import MEMORY_SHARE, PairCache, available_memory, cached_pairs, in_words, rescale_image, rescale_mask
 from data_check import (
@@ -38,151 +36,28 @@ from data_check import (
     find_pairs,
     hold_out,
     is_held_out,
-    read_image,
-    read_mask,
     read_pair,
 )
+from data_reference import (
+    MEAN,
+    STD,
+    RandomCrop,
+    Rescale,
+    RescaleT,
+    SalObjDataset,
+    ToTensor,
+    ToTensorLab,
+)
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+__all__ = [
+    "MEAN", "STD", "Batch", "Data", "DataError", "DataSource", "RandomCrop", "Rescale", "RescaleT", "SalObjDataset",
+    "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "open_data", "validation_batches",
+]  # fmt: skip
+
 STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
 STREAM_AHEAD = 64  # pictures that they read ahead, 0.4 MB each
 INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 UPSIDE_DOWN, MIRROR = 1, 2  # bits of the column FLIP
-
-
-# ---------------------------------------------------------------------------- the classes that U-2-Net published
-
-Sample = dict  # {"imidx": (1,) int, "image": (H, W, 3), "label": (H, W, 1)}, arrays; tensors after ToTensor[Lab]
-
-
-def _flip_upside_down(sample: Sample) -> Sample:
-    if torch.rand(()) >= 0.5:  # torch's generator: DataLoader seeds it differently in every worker
-        return {**sample, "image": sample["image"][::-1], "label": sample["label"][::-1]}
-    return sample
-
-
-def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    image = transform.resize(sample["image"], size, mode="constant")
-    label = transform.resize(sample["label"], size, mode="constant", order=0, preserve_range=True)
-    return {**sample, "image": image, "label": label}
-
-
-class RescaleT:
-    """Squash image and label to `output_size` (a side, or height and width); the image becomes float in 0-1."""
-
-    def __init__(self, output_size: int | tuple[int, int]):
-        # Slip mended: the published one takes a tuple and then fails on it.
-        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-
-    def __call__(self, sample: Sample) -> Sample:
-        return _resize(sample, self.output_size)
-
-
-class Rescale:
-    """Turn upside down with p = 0.5, then scale the shorter side to `output_size`, or to (height, width)."""
-
-    def __init__(self, output_size: int | tuple[int, int]):
-        self.output_size = output_size
-
-    def __call__(self, sample: Sample) -> Sample:
-        height, width = sample["image"].shape[:2]
-        size = self.output_size
-        if isinstance(size, int):
-            size = (int(size * height / width), size) if height > width else (size, int(size * width / height))
-        return _resize(_flip_upside_down(sample), tuple(size))
-
-
-class RandomCrop:
-    """Turn upside down with p = 0.5, then cut out a window of `output_size` at random.
-
-    Raises ValueError when the image is smaller.
-    """
-
-    def __init__(self, output_size: int | tuple[int, int]):
-        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-
-    def __call__(self, sample: Sample) -> Sample:
-        sample = _flip_upside_down(sample)
-        (height, width), (rows, columns) = sample["image"].shape[:2], self.output_size
-        if rows > height or columns > width:
-            raise ValueError(f"RandomCrop({self.output_size}): the image is only {height}x{width}")
-        # Slip mended: randint(0, h - rows) never takes the last offset, and fails when the sizes match.
-        top, left = (int(torch.randint(room + 1, ())) for room in (height - rows, width - columns))
-        window = np.s_[top : top + rows, left : left + columns]
-        return {**sample, "image": sample["image"][window], "label": sample["label"][window]}
-
-
-def _divide(values: np.ndarray, by: float) -> np.ndarray:
-    # Slip mended: an all-black image or a channel of one value is divided by zero and the loss becomes nan.
-    return values / by if by > 1e-6 else values
-
-
-def _label_in_01(label: np.ndarray) -> np.ndarray:
-    # Slip mended: divided by the crop's own maximum, a crop that holds only noise or a soft rim of the object becomes
-    # full foreground. read_mask has put the file's maximum at 255; labels that end at 1 stay.
-    return label / (255 if label.max() > 1 else 1)
-
-
-def _standardise(channels: np.ndarray) -> np.ndarray:
-    """Each channel to 0-1 by its own range, then to mean 0 and deviation 1."""
-    out = np.empty(channels.shape)
-    for c in range(channels.shape[2]):
-        plane = channels[:, :, c] - channels[:, :, c].min()
-        plane = _divide(plane, plane.max())
-        out[:, :, c] = _divide(plane - plane.mean(), plane.std())
-    return out
-
-
-class ToTensorLab:
-    """Arrays -> tensors {"imidx", "image" (3 or 6, H, W), "label" (1, H, W) in 0-1}, float64 as published.
-
-    flag 0: RGB divided by the image's maximum, then ImageNet mean and deviation; 1: Lab; 2: RGB and Lab, both
-    standardised channel by channel.
-    """
-
-    def __init__(self, flag: int = 0):
-        self.flag = flag
-
-    def __call__(self, sample: Sample) -> Sample:
-        image, label = sample["image"], _label_in_01(sample["label"])
-        if image.shape[2] == 1:
-            image = np.repeat(image, 3, axis=2)
-        if self.flag == 1:
-            image = _standardise(color.rgb2lab(image))
-        elif self.flag == 2:
-            image = _standardise(np.concatenate([image, color.rgb2lab(image)], axis=2))
-        else:
-            image = (_divide(image, image.max()) - MEAN) / STD
-        to_chw = (torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))) for array in (image, label))
-        return {"imidx": torch.from_numpy(sample["imidx"]), **dict(zip(("image", "label"), to_chw, strict=True))}
-
-
-class ToTensor(ToTensorLab):
-    """ToTensorLab with flag 0."""
-
-    def __init__(self):
-        super().__init__(0)
-
-
-class SalObjDataset(Dataset):
-    """Samples of image files and mask files, in the order given; no mask names: labels of zeros."""
-
-    def __init__(
-        self,
-        img_name_list: Sequence[str | os.PathLike],
-        lbl_name_list: Sequence[str | os.PathLike],
-        transform: Callable[[Sample], Sample] | None = None,
-    ):
-        self.image_name_list, self.label_name_list, self.transform = img_name_list, lbl_name_list, transform
-
-    def __len__(self) -> int:
-        return len(self.image_name_list)
-
-    def __getitem__(self, idx: int) -> Sample:
-        image = read_image(self.image_name_list[idx])
-        label = read_mask(self.label_name_list[idx]) if self.label_name_list else np.zeros(image.shape[:2], np.uint8)
-        sample = {"imidx": np.array([idx]), "image": image, "label": label[:, :, None]}
-        return self.transform(sample) if self.transform else sample
 
 
 # ----------------------------------------------------------------------------------------- plan and augmentation

@@ -285,7 +285,8 @@ def run(cfg: Config) -> int:
             report.close()
             print(f"stopped at iteration {progress.iteration}; the same command goes on from there")
             return stop.exit_code
-    save_weights()
+    if progress.iteration % cfg.save_frq:  # else it was just done
+        save_weights()
     report.close()
     print(
         f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"

@@ -223,11 +223,14 @@ class TrainStep:
     def load_state_dict(self, state: dict) -> None:
         groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are constants
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for p, kept in self.optimizer.state.items():  # the fused optimizers walk through memory, whatever the strides
+            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v.shape == p.shape})
         self.sums.copy_(state["sums"])
         self.bad.copy_(state["bad"])
-        self.ema_steps = state["ema_steps"]
-        for mine, theirs in zip(self.ema or [], state["ema"] or [], strict=True):
-            mine.copy_(theirs)
+        if self.ema and state["ema"]:  # else the average starts here
+            self.ema_steps = state["ema_steps"]
+            for mine, theirs in zip(self.ema, state["ema"], strict=True):
+                mine.copy_(theirs)
 
 
 def _flatten_statistics(net: nn.Module) -> Tensor:

@@ -22,7 +22,19 @@ import data_cache
 import data_check
 import data_loader
 from data_cache import PairCache, axis_operator, rescale_image, rescale_mask
-from data_check import BadFile, DataError, Pair, check_pairs, find_pairs, hold_out, is_held_out, read_pair, scale_mask
+from data_check import (
+    BadFile,
+    DataError,
+    Pair,
+    check_pairs,
+    find_pairs,
+    hold_out,
+    is_held_out,
+    read_image,
+    read_mask,
+    read_pair,
+    scale_mask,
+)
 from data_loader import (
     FLIP,
     INDEX,
@@ -42,8 +54,6 @@ from data_loader import (
     batches,
     epoch_plan,
     open_data,
-    read_image,
-    read_mask,
     validation_batches,
 )
 

@@ -190,3 +190,16 @@ def test_no_decay_for_norms_biases_and_the_scan():
         "side1.bias",
     } <= plain
     assert len(decayed) + len(plain) == len(names)
+
+
+def test_the_optimizer_goes_on_in_another_memory_format():
+    nets = [Net().to(memory_format=torch.channels_last if i == 2 else torch.contiguous_format) for i in range(3)]
+    whole, half, resumed = (make(net) for net in nets)
+    for i in range(3):
+        whole(*batch(i))
+    half(*batch(0))
+    nets[2].load_state_dict(nets[1].state_dict())
+    resumed.load_state_dict(half.state_dict())
+    for i in range(1, 3):
+        resumed(*batch(i))
+    assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)

@@ -118,7 +118,8 @@ def test_files(finished):
     assert {"last.pth", "best.pth", "preview.png", "log.csv", "tensorboard"} <= names
     assert not any(n.startswith(".") for n in names), names
     periodic = sorted(n for n in names if re.fullmatch(r"tiny_bce_itr_\d+_train_\d+\.\d{6}_tar_\d+\.\d{6}\.pth", n))
-    assert {int(n.split("_")[3]) % 3 for n in periodic} <= {0, 12 % 3} and len(periodic) >= 3
+    assert sorted(int(n.split("_")[3]) for n in periodic) == [3, 6, 9, 12]
+    assert len(list(folder.glob("*.pth"))) == len(periodic) + 2
     for name in (*periodic, "best.pth"):
         torch.nn.Module.load_state_dict(_fresh(), torch.load(folder / name, weights_only=True))
     with Image.open(folder / "preview.png") as sheet:
@@ -141,11 +142,23 @@ def test_the_same_seed_gives_the_same_weights_and_another_not(finished, data, tm
     assert not torch.equal(a["side1.weight"], b["side1.weight"])
 
 
-def test_a_finished_run_says_so(finished, data):
-    before = weights(finished[0])
+def test_a_finished_run_says_so_and_changes_nothing(finished, data):
+    before, files = weights(finished[0]), sorted(p.name for p in finished[0].iterdir())
     done = train(data, finished[0].parent)
     assert done.returncode == 0 and "done" in done.stdout
     assert_same_weights(before, weights(finished[0]))
+    assert sorted(p.name for p in finished[0].iterdir()) == files
+
+
+def test_going_on_with_other_constants_when_asked_to(finished, data, tmp_path):
+    """From Adam without an average to AdamW with one: nothing of the old run is in the way."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "last.pth").write_bytes((finished[0] / "last.pth").read_bytes())
+    more = "--resume anyway --ema_decay 0.5 --lr 1e-3 --optimizer adamw --channels_last --epoch_num 3".split()
+    done = train(data, tmp_path, *more)
+    assert done.returncode == 0, done.stderr
+    assert "iteration 12" in done.stdout and "[epoch: 3/3, batch: 4/" in done.stdout
+    assert (tmp_path / "tiny" / "best.pth").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
