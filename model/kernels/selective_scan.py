@@ -38,11 +38,8 @@ class Tiles(NamedTuple):
 
 PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
 JOIN_UNROLL = 32  # chunks whose states are on their way at once
-CHUNK_64 = Tiles((16, 4, 1), (8, 8, 2), (8, 8, 2))
-TABLE = (  # longest L -> tiles. `_grads` in 200 registers is the most warps without spills: ten a multiprocessor
-    (64, CHUNK_64),
+TABLE = (  # longest L -> tiles, as measured on an H200. Few rows: each is kernels to compile, at the first start
     (96, Tiles(*[(6, 16, 2)] * 3, registers=(None, None))),  # 81 tokens: the innermost level at 288x288
-    (128, Tiles()),
     (2048, Tiles(*[(16, 2, 1)] * 3, registers=(None, None))),  # short chunks: more programs
     (math.inf, Tiles(*[(16, 4, 1)] * 3, registers=(None, None))),
 )
