@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from engine.run import UserError
+from model import kernels
 from model.kernels.launch import triton_runs
 from model.selective_scan import choose_backend
 
@@ -59,11 +60,26 @@ def choose_kernels(wanted: bool, device: torch.device, precision: str, channels_
     missing += [] if channels_last else ["channels_last = True"]
     if missing:
         return False, f"plain PyTorch layers (the fused kernels want {', '.join(missing)})"
+    if trouble := _trouble_with_kernels(device):
+        return False, f"plain PyTorch layers (the fused kernels do not work here: {trouble})"
     return True, "fused Triton kernels"
 
 
+def _trouble_with_kernels(device: torch.device) -> str:
+    """One line on why a fused kernel fails its trial (no C compiler for Triton, say); empty where it is right."""
+    try:
+        x = torch.linspace(-1, 1, 2 * 16 * 8 * 8, device=device).view(2, 16, 8, 8)
+        x = x.bfloat16().to(memory_format=torch.channels_last)
+        results = []
+        for norm in (kernels.batch_norm_relu, kernels.batch_norm_relu_reference):
+            results.append(norm(x, *(torch.full((16,), v, device=device) for v in (1.0, 0.1, 0.0, 1.0))).float())
+        return "" if torch.allclose(*results, atol=0.05) else "its results are wrong"
+    except Exception as error:  # whatever a compiler, driver or Triton of another version throws
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
 def choose_scan(device: torch.device, wanted: str) -> tuple[str, str]:
-    """The backend of the selective scan and a line that says which and why. Raises UserError where it cannot run."""
+    """The backend of the selective scan and a line on which and why. Raises UserError where it cannot run."""
     try:
         backend, reason = choose_backend(device, wanted)
     except ValueError as error:

@@ -1,12 +1,13 @@
 """Triton kernels; each stands beside the slow definition that a test compares it with, and that runs without Triton."""
 
-from model.kernels.batch_norm_relu import batch_norm_relu
+from model.kernels.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from model.kernels.convolution import convolution, join
 from model.kernels.losses import multi_bce_with_logits
 from model.kernels.upsample import max_pool2x2_skip, upsample_cat, upsample_to
 
 __all__ = [
     "batch_norm_relu",
+    "batch_norm_relu_reference",
     "convolution",
     "join",
     "max_pool2x2_skip",

@@ -1,0 +1,56 @@
+"""What the run computes on falls back one step at a time, and says so."""
+
+import pytest
+import torch
+
+from engine import device as choices
+from engine.run import UserError
+from model import kernels
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_is_named_and_a_missing_gpu_is_refused():
+    device, line = choices.choose_device("cpu")
+    assert device == CPU and line.startswith("CPU, ")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='device = "cuda"'):
+            choices.choose_device("cuda")
+        assert choices.choose_device("auto")[0].type in ("cpu", "mps")
+
+
+def test_bf16_falls_back_with_the_reason(monkeypatch):
+    monkeypatch.setattr(choices, "_cpu_has_bf16", lambda: False)
+    assert choices.choose_precision("bf16", CPU) == ("fp32", "fp32 (this CPU has no bf16 instructions)")
+    monkeypatch.setattr(choices, "_cpu_has_bf16", lambda: True)
+    assert choices.choose_precision("bf16", CPU) == ("bf16", "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    precision, line = choices.choose_precision("bf16", torch.device("cuda", 0))
+    assert precision == "fp32" and "8.0" in line
+
+
+def test_fused_kernels_say_what_they_miss():
+    on, line = choices.choose_kernels(True, CPU, "fp32", False)
+    assert not on
+    for missing in ("a CUDA GPU", 'precision = "bf16"', "channels_last = True"):
+        assert missing in line
+    assert choices.choose_kernels(False, CPU, "bf16", True) == (False, "plain PyTorch layers")
+
+
+def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch):
+    """The trial itself, with the kernel broken in two ways; on the CPU the unbroken one is its own definition."""
+    assert choices._trouble_with_kernels(CPU) == ""
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(kernels, "batch_norm_relu", no_compiler)
+    assert choices._trouble_with_kernels(CPU) == "RuntimeError: Failed to find C compiler. Please specify via CC"
+    monkeypatch.setattr(kernels, "batch_norm_relu", lambda x, *_: x)
+    assert choices._trouble_with_kernels(CPU) == "its results are wrong"
+
+
+def test_scan_backends_that_cannot_run_name_the_constant():
+    with pytest.raises(UserError, match="scan_backend"):
+        choices.choose_scan(CPU, "mamba_ssm")
+    assert choices.choose_scan(CPU, "auto")[0] == "torch"
