@@ -235,10 +235,10 @@ def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     for pair in pairs:
         for path in pair[1:]:
             stat = stats[path.parent][path.name]
-            key = zlib.crc32(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(), key)
+            key = zlib.crc32(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"), key)
     # names only, so that a data folder that was moved finds its cache
     homes = "|".join(path.parent.name if path.parent.parent == folder else str(path.parent) for path in pairs[0][1:])
-    return folder / f".cache_{size}_{zlib.crc32(homes.encode()):08x}_{key:08x}{len(pairs):x}.u8"
+    return folder / f".cache_{size}_{zlib.crc32(homes.encode(errors='surrogateescape')):08x}_{key:08x}{len(pairs):x}.u8"
 
 
 def store(cache: PairCache, path: Path, about: dict, say: Callable[[str], None]) -> None:

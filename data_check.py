@@ -269,7 +269,7 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
 
 def is_held_out(stem: str) -> bool:
     """Whether a pair is for validation; a mirrored copy goes where its original goes, or validation would be leaked."""
-    return zlib.crc32(stem.removesuffix(MIRROR_SUFFIX).encode()) % HOLD_OUT == 0
+    return zlib.crc32(stem.removesuffix(MIRROR_SUFFIX).encode(errors="surrogateescape")) % HOLD_OUT == 0
 
 
 def hold_out(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -318,6 +318,8 @@ class Report:
         ):
             if names:
                 out.append(f"data: {len(names):,} {what}: {_some(names)}")
+        if self.pairs and self.empty == self.pairs:
+            out.append("data: warning: no mask holds an object, so there is nothing to learn")
         if self.black:
             out.append(f"data: {self.black:,} images all black, used")
         return out

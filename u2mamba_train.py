@@ -39,10 +39,11 @@ from train_data.make_demo import DemoError, make_demo
 class Config:
     # the run
     model_name: str = "u2net"  # folder of the checkpoints under saved_models/
-    saved_models: str = "saved_models"
+    saved_models: str = "saved_models"  # where the runs' folders are
+    seed: int = 0  # of the weights, the order and the crops
     # auto: goes on from last.pth when the constants agree; anyway: also when they do not; never: starts anew
     resume: Literal["auto", "anyway", "never"] = "auto"
-    seed: int = 0
+
     # the network
     arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # p: the small one
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in the RSUs
@@ -158,6 +159,8 @@ def run(cfg: Config) -> int:
     """The whole run, from the constants to the last checkpoint; returns the exit code."""
     if cfg.crop > cfg.rescale:
         raise UserError(f"crop = {cfg.crop}: cannot be larger than rescale = {cfg.rescale}")
+    if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
+        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     stop = StopSignal()
     device, device_line = choose_device(cfg.device, cfg.gpu)
     precision, precision_line = choose_precision(cfg.precision, device)
@@ -181,6 +184,7 @@ def run(cfg: Config) -> int:
     image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
     if not image_dir.is_dir() and not mask_dir.is_dir():
         raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
+    lock = checkpoint.open_folder(folder)
     data = open_data(image_dir, mask_dir, cache=cfg.cache, size=cfg.rescale, workers=cfg.num_workers)
     source, held_out = data.train.to(device), data.val.to(device)
     shown = next(
@@ -207,28 +211,35 @@ def run(cfg: Config) -> int:
     # ------- 6. training --------
 
     iterations = cfg.epoch_num * math.ceil(len(source) / cfg.batch_size_train)
+    constants = as_plain_dict(cfg) | {"pairs": len(source)}
     progress = Progress()
-    saved = checkpoint.find_last(folder, cfg.resume)
+    saved, last_file = checkpoint.find_last(folder, cfg.resume), folder / "last.pth"
     if saved:
-        may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
-        other = differences(saved["config"], as_plain_dict(cfg), may_change)
-        if other and cfg.resume == "auto":
-            raise UserError(
-                f"{folder / 'last.pth'} was made with other constants ({'; '.join(other)}): set them back, choose "
-                "another model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
-            )
-        checkpoint.fill(net, saved["model"], folder / "last.pth", cfg.arch)
-        step.load_state_dict(saved["step"])
-        torch.set_rng_state(saved["random"])
-        progress = Progress(**saved["progress"])
-        print(f"going on from {folder / 'last.pth'}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
+        with checkpoint.contents_of(last_file):
+            may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
+            other = differences(saved["config"], constants, may_change)
+            if other and cfg.resume == "auto":
+                raise UserError(
+                    f"{last_file} was made with other constants ({'; '.join(other)}): set them back, choose another "
+                    "model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
+                )
+            checkpoint.fill(net, saved["model"], last_file, cfg.arch)
+            step.load_state_dict(saved["step"])
+            torch.set_rng_state(saved["random"])
+            progress = Progress(**saved["progress"])
+            if progress.epoch >= cfg.epoch_num:
+                print(
+                    f"{last_file} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it"
+                )
+                return EXIT_DONE
+        print(f"going on from {last_file}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
     report = RunReport(folder, cfg.epoch_num, len(source), iterations, progress.iteration, progress.seconds)
-    last = checkpoint.LastFile(folder / "last.pth", cfg.save_minutes, report.say)
+    last = checkpoint.LastFile(last_file, cfg.save_minutes, report.say)
 
     def everything() -> dict:
         progress.seconds = report.seconds
         return {
-            "config": as_plain_dict(cfg), "progress": asdict(progress), "model": checkpoint.plain_state(net),
+            "config": constants, "progress": asdict(progress), "model": checkpoint.plain_state(net),
             "step": step.state_dict(), "random": torch.get_rng_state(),
         }  # fmt: skip
 
@@ -273,8 +284,8 @@ def run(cfg: Config) -> int:
             started, kept = time.monotonic(), step.averaged()
             figures = validate(kept, validation_batches(held_out, None, cfg.batch_size_val, cfg.channels_last), stop)
             if figures:
-                best = figures["maxF"] > progress.best
-                progress.best = max(progress.best, figures["maxF"])
+                best = math.isfinite(figures["MAE"]) and figures["maxF"] > progress.best
+                progress.best = figures["maxF"] if best else progress.best
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
                 if best:
                     checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
@@ -288,6 +299,9 @@ def run(cfg: Config) -> int:
     if progress.iteration % cfg.save_frq:  # else it was just done
         save_weights()
     report.close()
+    if not last.is_safe:
+        raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
+    lock.release()
     print(
         f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"
     )

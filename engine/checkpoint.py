@@ -1,14 +1,18 @@
 """Checkpoints: written whole or not at all, read with weights_only=True, refused by name when they are not ours."""
 
+import contextlib
+import errno
 import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from engine.run import UserError
@@ -41,7 +45,7 @@ def save(content: Any, path: Path) -> None:
             try:
                 torch.save(content, file)
             except RuntimeError as error:  # torch's zip writer says a full disk in its own words
-                raise OSError(f"could not be written ({str(error).splitlines()[0]})") from error
+                raise OSError(errno.EIO, f"disk full or refusing: {str(error).splitlines()[0]}") from error
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared folder's checkpoints from its other users
@@ -67,41 +71,87 @@ class LastFile:
     def __init__(self, path: Path, minutes: float, say: Callable[[str], None]):
         self.path, self._minutes, self._say = path, minutes, say
         self._written = time.monotonic()
+        self.is_safe = True  # whether the last writing succeeded
 
     def is_due(self) -> bool:
         return time.monotonic() - self._written > 60 * self._minutes
 
     def write(self, content: dict[str, Any]) -> None:
         self._written = time.monotonic()
-        save_or_warn(content, self.path, self._say)
+        self.is_safe = save_or_warn(content, self.path, self._say)
+
+
+def open_folder(folder: Path) -> FileLock:
+    """Makes the folder of a run, and takes it for this process alone; the lock ends with the process, however it ends.
+
+    Raises UserError when it cannot be written, or another run uses it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+        lock = FileLock(folder / "run.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
+    except OSError as error:
+        mend = "set saved_models to a folder that can"
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): {mend}") from None
+    return lock
 
 
 def find_last(folder: Path, resume: str) -> dict[str, Any] | None:
-    """What `last.pth` in `folder` holds, or None where there is none. resume "never" puts it aside under a number.
+    """What `last.pth` in `folder` holds, or None where there is none, or resume is "never"; then what an earlier run
+    left is put aside under a number.
 
     Raises CheckpointError when it cannot be read or is not a run's.
     """
     path = folder / "last.pth"
-    if not path.exists():
+    mend = "move it away, or give --resume never"
+    if resume == "never" or not path.exists():
+        _put_aside([folder / name for name in ("last.pth", "best.pth", "log.csv")])
         return None
-    if resume == "never":
-        number = 1
-        while (old := folder / f"last_{number}.pth").exists():
-            number += 1
-        path.rename(old)
-        print(f"starting anew: the last run's last.pth is now {old}")
-        return None
-    content = load(path)
+    try:
+        content = load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {mend}") from None
     keys = {"config", "progress", "step", "model", "random"}
     if not isinstance(content, dict) or not keys <= content.keys():
-        raise CheckpointError(f"{path}: does not hold a run to go on from; move it away, or give --resume never")
+        raise CheckpointError(f"{path}: does not hold a run to go on from; {mend}")
     return content
+
+
+def _put_aside(files: list[Path]) -> None:
+    files = [f for f in files if f.exists()]
+    number = 1
+    while any(f.with_stem(f"{f.stem}_{number}").exists() for f in files):
+        number += 1
+    for f in files:
+        f.rename(f.with_stem(f"{f.stem}_{number}"))
+    if files:
+        print(f"starting anew: of the earlier run, {', '.join(f.name for f in files)} now end in _{number}")
+
+
+@contextlib.contextmanager
+def contents_of(path: Path) -> Iterator[None]:
+    """Turns what odd contents of a checkpoint raise into a CheckpointError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"{path}: does not hold a run to go on from ({reason}); move it away, or give --resume never"
+        ) from None
 
 
 def load(path: Path) -> Any:
     """What `path` holds, on the CPU. Raises CheckpointError with one line for whatever is wrong with the file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks users to file an issue about pickles that are refused here
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except IsADirectoryError:

@@ -119,6 +119,9 @@ class RunReport:
             rows = []
             if iteration and self._csv_path.exists():
                 with self._csv_path.open(newline="", encoding="utf-8") as file:
+                    if not file.readline().startswith("ite,"):
+                        raise ValueError("it has no header")
+                    file.seek(0)
                     rows = [
                         r
                         for r in csv.DictReader(file)
@@ -132,6 +135,11 @@ class RunReport:
             os.replace(temporary, self._csv_path)
         except OSError as error:
             self._warn(error)
+        except (ValueError, csv.Error) as error:  # not ours any more, or cut by a power failure
+            aside = self._csv_path.with_name(f"log_damaged_{iteration}.csv")
+            os.replace(self._csv_path, aside)
+            self.say(f"warning: {self._csv_path} is damaged ({error}); it is now {aside.name}, and a new one begins")
+            self._keep_rows(0)
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:

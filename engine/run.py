@@ -16,6 +16,9 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns what a user can cause into one line on stderr and exit code 2; a second Ctrl-C into 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no error
     try:
         yield
     except UserError as error:

@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_not(finished, data, tm
 def test_a_finished_run_says_so_and_changes_nothing(finished, data):
     before, files = weights(finished[0]), sorted(p.name for p in finished[0].iterdir())
     done = train(data, finished[0].parent)
-    assert done.returncode == 0 and "done" in done.stdout
+    assert done.returncode == 0 and "holds a finished run of 2 epochs" in done.stdout
     assert_same_weights(before, weights(finished[0]))
     assert sorted(p.name for p in finished[0].iterdir()) == files
 
@@ -202,6 +202,8 @@ def test_other_constants_are_not_mixed_into_a_run(finished, data, tmp_path):
         (["--tra_image_dir", "nowhere", "--tra_label_dir", "nowhere"], "u2mamba_train.py demo"),
         (["--device", "cuda"], 'device = "cuda"'),
         (["--scan_backend", "mamba_ssm"], "mamba"),
+        (["--model_name", "../up"], "model_name = '../up'"),
+        (["--saved_models", "images/d10.png"], "cannot be written"),
     ],
 )
 def test_unusable_input_is_one_line_and_code_2(more, says, data, tmp_path):
@@ -214,7 +216,7 @@ def test_unusable_input_is_one_line_and_code_2(more, says, data, tmp_path):
     assert not list(tmp_path.rglob("*.pth"))
 
 
-@pytest.mark.parametrize("content", ["truncated", "other network", "not a run"])
+@pytest.mark.parametrize("content", ["truncated", "other network", "not a run", "odd progress", "odd step"])
 def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, data, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -226,7 +228,8 @@ def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, dat
         torch.save({"a": torch.ones(1)}, last)
     else:
         run = torch.load(finished[0] / "last.pth", weights_only=True)
-        torch.save(run | {"model": U2NETP().state_dict()}, last)
+        odd = {"other network": {"model": U2NETP().state_dict()}, "odd progress": {"progress": {"epoch": "x"}}}
+        torch.save(run | odd.get(content, {"step": {}}), last)
     before = last.read_bytes()
     done = train(data, tmp_path)
     assert done.returncode == 2
@@ -277,3 +280,53 @@ def test_averaged_mixed_precision_run_with_cosine_goes_on_exactly(data, tmp_path
     assert_same_weights(weights(tmp_path / "whole" / "tiny"), weights(tmp_path / "cut" / "tiny"))
     best = [torch.load(tmp_path / w / "tiny" / "best.pth", weights_only=True) for w in ("whole", "cut")]
     assert_same_weights(*best)
+
+
+def test_starting_anew_puts_the_old_run_aside(data, tmp_path):
+    train(data, tmp_path, "--epoch_num", "1")
+    folder = tmp_path / "tiny"
+    old = {name: (folder / name).read_bytes() for name in ("last.pth", "best.pth", "log.csv")}
+    done = train(data, tmp_path, "--epoch_num", "1", "--resume", "never", "--seed", "7")
+    assert done.returncode == 0 and "_1" in done.stdout
+    for name, content in old.items():
+        aside = folder / f"{Path(name).stem}_1{Path(name).suffix}"
+        assert aside.read_bytes() == content
+        assert (folder / name).read_bytes() != content
+
+
+def test_two_runs_do_not_share_a_folder(data, tmp_path):
+    first = start(words(data, tmp_path, "--epoch_num", "200"), data)
+    try:
+        for line in first.stdout:
+            if "ite: 1]" in line:
+                break
+        second = train(data, tmp_path, "--epoch_num", "200")
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
+    assert second.returncode == 2 and "in use by another run" in second.stderr
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00 not a log", b"1,2,3\n"])
+def test_a_damaged_log_is_put_aside_and_the_run_goes_on(damage, finished, data, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "last.pth").write_bytes((finished[0] / "last.pth").read_bytes())
+    (folder / "log.csv").write_bytes(damage)
+    done = train(data, tmp_path, "--epoch_num", "3")
+    assert done.returncode == 0, done.stderr
+    assert "log_damaged_12.csv" in done.stdout
+    assert (folder / "log_damaged_12.csv").read_bytes() == damage
+    assert (folder / "log.csv").read_text().startswith("ite,")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_names_that_are_not_text_are_used(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(10, 14):
+            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+        (tmp_path / kind / "\udcff.png").write_bytes((data / kind / "d14.png").read_bytes())
+    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
+    assert done.returncode == 0, done.stderr
+    assert "5 pairs" in done.stdout
