@@ -10,8 +10,6 @@ pictures read from disk by threads. All are warmed up (workers started, one epoc
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,8 +23,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import data_loader
+from benchmarks.hardware import lines
 from data_check import DataError
-from data_loader import RandomCrop, RescaleT, SalObjDataset, Sample, ToTensorLab, batches, epoch_plan, open_data
+from data_loader import RandomCrop, RescaleT, SalObjDataset, ToTensorLab, batches, epoch_plan, open_data
+from data_reference import Sample
 
 BATCH = 12
 PUBLISHED_BATCHES = 10  # at 20 images/s a run over all pairs would take most of the time
@@ -66,11 +66,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("train_data/DUTS-TR/DUTS-TR"))
     parser.add_argument("--runs", type=int, default=RUNS)
     args = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} of torch; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, "
-        f"scikit-image {skimage.__version__}"
-    )
+    print("\n".join(lines(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    print(f"numpy {np.__version__}, scikit-image {skimage.__version__}")
     with tempfile.TemporaryDirectory() as empty:  # so that the cache is filled, not read, and nothing is left behind
         try:
             data = open_data(args.data / "im_aug", args.data / "gt_aug", cache_dir=empty, need=4 * BATCH)

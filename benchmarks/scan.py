@@ -8,8 +8,6 @@ All runs have gate, skip, bias and softplus, and gradients for all inputs. Times
 """
 
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.hardware import lines
 from model.selective_scan import choose_backend, selective_scan
 
 D_STATE = 16
@@ -193,25 +192,15 @@ def on_gpu(runs: int) -> None:
                 print(f"{channels:>5} {length:>6} {dtype_name:>9} {name:>10} " + " ".join(cells), flush=True)
 
 
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main(options: Options) -> None:
     """Print hardware and versions, then measure."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    vector = torch.backends.cpu.get_cpu_capability()
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {vector}, {platform.platform()}")
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    on_gpu = options.gpu and torch.cuda.is_available()
+    print("\n".join(lines(torch.device("cuda" if on_gpu else "cpu"))))
     torch.manual_seed(0)
-    if options.gpu and torch.cuda.is_available():
-        print(torch.cuda.get_device_name(), f"- auto: {': '.join(choose_backend('cuda'))}")
+    if on_gpu:
+        print(f"auto: {': '.join(choose_backend('cuda'))}")
         on_gpu(options.runs)
     else:
         on_cpu(options.runs)

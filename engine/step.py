@@ -74,7 +74,7 @@ class TrainStep:
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
         self.ema_steps = self.eager_steps = 0
-        self.graph = self.images = self.masks = None
+        self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
         if device.type == "cuda" and hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
@@ -93,9 +93,9 @@ class TrainStep:
                 self._step(images, masks)
             elif self.graph is None and self.eager_steps < EAGER_STEPS:
                 self._on_side_stream(images, masks)
-            elif self.graph is None:
+            elif self.graph is None and images.shape == self.shape:  # twice in a row: not the last, smaller batch
                 self._capture(images, masks)
-            elif images.shape == self.images.shape:
+            elif self.graph and images.shape == self.images.shape:
                 self.images.copy_(images)
                 self.masks.copy_(masks)
                 self.graph.replay()
@@ -108,6 +108,7 @@ class TrainStep:
             raise UserError(
                 f"a batch of {len(images)} does not fit into the memory of {self.device}: try batch_size_train = {less}"
             ) from None
+        self.shape = images.shape
         self.ema_steps += bool(self.ema)
 
     def _on_side_stream(self, images: Tensor, masks: Tensor) -> None:

@@ -9,7 +9,6 @@ States within a chunk are computed again in the backward pass; kept are those at
 numbers an element, 6 % of u, delta, z and y in bf16 at n = 16 and a chunk of 128.
 """
 
-import contextlib
 import math
 import os
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import scan_grads, scan_kernels
+from model.kernels.launch import on_device
 from model.kernels.scan_kernels import triton
 
 
@@ -113,10 +113,6 @@ def _join(ends: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
     scan_kernels._join[-(-n * d // 32), b](ends, spans, A, d, n, chunks, table, **sizes)
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _chunks(u: Tensor, A: Tensor, tiles: Tiles | None = None) -> tuple[Tiles, int]:
     tiles = tiles or tiles_for(*A.shape, u.shape[2])
     return tiles, -(-u.shape[2] // (tiles.scan[0] * tiles.scan[1]))
@@ -142,7 +138,7 @@ def forward(
     flags = {"BIAS": bias is not None, "SOFTPLUS": softplus}
     skip, gated, gate = D is not None, z is not None, u if z is None else z
     A, D, bias = _vectors(A, D, bias)
-    with _on_device(u):
+    with on_device(u):
         if kept:
             strided = (u, B, delta, u)
             pointers = (*strided, A, bias, starts, spans)
@@ -176,7 +172,7 @@ def backward(
     part = dBC
     if splits > 1 or (groups > 1 and dBC.dtype != torch.float32):
         part = torch.empty((splits, 2, b, n, L), dtype=torch.float32, device=u.device)
-    with _on_device(u):
+    with on_device(u):
         if chunks > 1:
             strided = (dy, C, delta, gate)
             pointers = (*strided, A, bias, sums, spans)
