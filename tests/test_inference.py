@@ -1,0 +1,56 @@
+"""engine/inference.py: the prepared network computes what the network computes."""
+
+import pytest
+import torch
+
+from data_loader import normalise
+from engine.inference import Predictor, fold_batch_norm
+from model import U2MAMBAP, U2NETP
+
+
+def trained(net: torch.nn.Module) -> torch.nn.Module:
+    """With batch norm statistics and weights as a run leaves them: all of them different from their start."""
+    generator = torch.Generator().manual_seed(0)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for t, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 2.0), (m.weight.data, 0.5, 1.5)):
+                t.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(256, (2, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("network", [U2NETP, U2MAMBAP])
+def test_folded_batch_norm_changes_rounding_only(network, images):
+    net = trained(network())
+    x = normalise(images)
+    with torch.no_grad():
+        for a, b in zip(net(x, logits=True), fold_batch_norm(net)(x, logits=True), strict=True):
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    assert net.stage1.rebnconvin.bn_s1.training is False and hasattr(net.stage1.rebnconvin.bn_s1, "running_var")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])  # bf16 has 8 bits: 2^-8 a layer
+def test_predictor_gives_the_networks_d0(precision, tolerance, images):
+    net = trained(U2MAMBAP())
+    with torch.no_grad():
+        expected = net(normalise(images))[0]
+    d0 = Predictor(net, torch.device("cpu"), precision)(images)
+    assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
+    assert (d0 - expected).abs().max() <= tolerance
+    assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA GPU")
+def test_graph_and_eager_predictor_agree(images):
+    net, device = trained(U2MAMBAP()), torch.device("cuda")
+    graph, eager = Predictor(net, device), Predictor(net, device, graph=False)
+    first = graph(images)
+    kept = first.clone()
+    assert (first - eager(images)).abs().max() <= 1e-5
+    other = images.flip(1)
+    assert (graph(other) - eager(other)).abs().max() <= 1e-5
+    assert torch.equal(first, kept)  # a later call does not write into an earlier result
