@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.metrics import iou_per_image
 from engine.run import UserError
-from model.kernels import join
+from model.kernels import compile_only, join
 from model.layers import fused
 
 OUTPUTS = 7  # d0..d6
@@ -89,6 +89,8 @@ class TrainStep:
         """
         self.net.train()
         try:
+            if self.shape is None:
+                self._compile_kernels(images, masks)
             if not self.wants_graph:
                 self._step(images, masks)
             elif self.graph is None and self.eager_steps < EAGER_STEPS:
@@ -110,6 +112,18 @@ class TrainStep:
             ) from None
         self.shape = images.shape
         self.ema_steps += bool(self.ema)
+
+    def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
+        """Compiles the Triton kernels of a step side by side, by a step of a copy of the network thrown away after."""
+        if self.device.type != "cuda":
+            return
+        self._copy_weights()
+        net = copy.deepcopy(self.net)
+        # backward in this thread: Triton keeps the mode it compiles in for each thread
+        with compile_only(), torch.autograd.set_multithreading_enabled(False), self.autocast, fused(self.kernels):
+            self.loss(net(images, logits=True), masks).sum().backward()
+        if self.kernels:
+            join(self.device)
 
     def _on_side_stream(self, images: Tensor, masks: Tensor) -> None:
         """As PyTorch asks of what runs before a capture: gradients must not belong to the default stream."""

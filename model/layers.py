@@ -34,12 +34,24 @@ def weight_of(layer: nn.Module) -> Tensor:
 def batch_norm_relu(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(bn(conv(x))) [+ residual]: (B, in, H, W) -> (B, out, H, W)."""
     if _fused and bn.training:
-        # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
-        y = kernels.convolution(x.to(weight_of(conv).dtype), weight_of(conv), conv.padding, conv.dilation)
-        moving = (bn.running_mean, bn.running_var, bn.momentum, bn.eps)
-        return kernels.batch_norm_relu(y, bn.weight, bn.bias, *moving, conv_bias=conv.bias, residual=residual)
+        return kernels.batch_norm_relu(*_kernel_arguments(conv, bn, x), residual)
     y = F.relu(bn(conv(x)))
     return y if residual is None else y + residual
+
+
+def batch_norm_relu_pool(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y = `batch_norm_relu`(...) -> `max_pool`(y): y at half the size, and y for the skip connection."""
+    if _fused and bn.training:
+        return kernels.batch_norm_relu_pool(*_kernel_arguments(conv, bn, x), residual)
+    return max_pool(batch_norm_relu(conv, bn, x, residual))
+
+
+def _kernel_arguments(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple:
+    # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
+    y = kernels.convolution(x.to(weight_of(conv).dtype), weight_of(conv), conv.padding, conv.dilation)
+    return y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.momentum, bn.eps, conv.bias
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.layers import batch_norm_relu, max_pool, upsample_cat, upsample_to
+from model.layers import batch_norm_relu, batch_norm_relu_pool, max_pool, upsample_cat, upsample_to
 
 # name: (height L, dilated, in, mid, out); RSU-4F, the dilated one, keeps its size and needs no pooling
 RSU_TABLE = {
@@ -36,19 +36,22 @@ MIN_SIZE = 32  # pixels: five poolings of the network must leave at least one
 
 
 class REBNCONV(nn.Module):
-    """3x3 convolution + batch norm + ReLU: (B, in, H, W) -> (B, out, H, W)."""
+    """3x3 convolution + batch norm + ReLU (+ residual): (B, in, H, W) -> (B, out, H, W).
+
+    With `pool` a pair: the same at half the size, by 2x2 maxima, and the same.
+    """
 
     def __init__(self, in_ch: int, out_ch: int, dilation: int = 1):
         super().__init__()
         self.conv_s1 = nn.Conv2d(in_ch, out_ch, 3, padding=dilation, dilation=dilation)
         self.bn_s1 = nn.BatchNorm2d(out_ch)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return batch_norm_relu(self.conv_s1, self.bn_s1, x, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, pool: bool = False):
+        return (batch_norm_relu_pool if pool else batch_norm_relu)(self.conv_s1, self.bn_s1, x, residual)
 
 
 class RSU(nn.Module):
-    """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W).
+    """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W); with `pool` a pair, as of REBNCONV.
 
     mamba: None, or a function dim -> layer that makes a (B, dim, H, W) -> (B, dim, H, W) layer.
     mamba_levels: the REBNCONVs (1..L) after which h + layer(h) is computed; the layer of level i is `mamba<i>`.
@@ -77,23 +80,26 @@ class RSU(nn.Module):
         for level in mamba_levels if mamba else ():
             setattr(self, f"mamba{level}", mamba(mid_ch))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pool: bool = False):
         hx_in = self.rebnconvin(x)
         skips = []
         h = hx_in
         for level in range(1, self.height + 1):
-            if not self.dilated and 1 < level < self.height:
-                h, skips[-1] = max_pool(h)
-            h = getattr(self, f"rebnconv{level}")(h)
+            block = getattr(self, f"rebnconv{level}")
             layer = getattr(self, f"mamba{level}", None)
-            if layer is not None:
-                h = h + layer(h)
-            skips.append(h)
+            halved = not self.dilated and level < self.height - 1
+            if halved and layer is None:
+                h, skip = block(h, pool=True)
+            else:
+                h = block(h)
+                if layer is not None:
+                    h = h + layer(h)
+                h, skip = max_pool(h) if halved else (h, h)
+            skips.append(skip)
         h = skips.pop()
-        for level in range(self.height - 1, 0, -1):
-            decoder = getattr(self, f"rebnconv{level}d")
-            h = decoder(upsample_cat(h, skips.pop()), residual=hx_in if level == 1 else None)
-        return h
+        for level in range(self.height - 1, 1, -1):
+            h = getattr(self, f"rebnconv{level}d")(upsample_cat(h, skips.pop()))
+        return self.rebnconv1d(upsample_cat(h, skips.pop()), residual=hx_in, pool=pool)
 
 
 class U2NET(nn.Module):
@@ -122,12 +128,10 @@ class U2NET(nn.Module):
             raise ValueError(f"images must be (B, 3, H, W) with H, W >= {MIN_SIZE}; got {tuple(x.shape)}")
         skips = []
         h = x
-        for i in range(1, 7):
-            if i > 1:
-                h, skips[-1] = max_pool(h)
-            h = getattr(self, f"stage{i}")(h)
-            skips.append(h)
-        h = skips.pop()
+        for i in range(1, 6):
+            h, skip = getattr(self, f"stage{i}")(h, pool=True)
+            skips.append(skip)
+        h = self.stage6(h)
         sides = [self.side6(h)]
         for i in range(5, 0, -1):
             h = getattr(self, f"stage{i}d")(upsample_cat(h, skips.pop()))

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 
 # by import_module, because the package's attribute `batch_norm_relu` is the function
-bn, losses, upsample = (import_module(f"model.kernels.{name}") for name in ("batch_norm_relu", "losses", "upsample"))
+bn, bn_pool, losses, upsample = (
+    import_module(f"model.kernels.{name}") for name in ("batch_norm_relu", "batch_norm_pool", "losses", "upsample")
+)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
@@ -106,6 +108,61 @@ def test_batch_norm_relu(shape, dtype, launches, monkeypatch):
     got = run_norm(bn.batch_norm_relu, inputs, dy)
     assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=LAST)
     for g, want in zip(got, run_norm(bn.batch_norm_relu_reference, inputs, dy, torch.float64), strict=True):
+        near(g, want)
+
+
+def pool_norm_reference(*args):
+    y = bn.batch_norm_relu_reference(*args)
+    return upsample.max_pool2x2_reference(y), y
+
+
+@kernels
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 6, 8), (1, 16, 17, 18), (1, 3, 9, 9), (2, 24, 9, 10)] + [(12, 64, 288, 288)] * GPU, ids=str
+)
+def test_batch_norm_relu_pool(shape, dtype, residual, monkeypatch):
+    """Values and gradients, through the concatenation that takes y without a copy."""
+    monkeypatch.setattr(bn_pool, "SMALL_M", 0)
+    inputs = norm_inputs(shape, dtype, residual, residual, scale=2.0, offset=0.5)
+    (n, c, h, w), half = shape, (-(-shape[2] // 2), -(-shape[3] // 2))
+    below = images(n, c, *half, dtype=dtype)
+    weights = images(n, 2 * c, h, w, dtype=dtype)
+    x, w_, b = (t.double() for t in inputs[:3])
+    z = F.batch_norm(x, None, None, w_, b, training=True)
+    weights[:, c:] *= z.abs() > 1e-2  # at the ReLU's edge, and between two maxima, rounding decides
+    top = F.max_pool2d(F.relu(z), 2, 2, ceil_mode=True)
+    windows = F.interpolate(top, scale_factor=2)[..., :h, :w]
+    close = ((z < windows) & (z > windows - 0.05 * windows.abs() - 0.05)).double()
+    clear = (F.max_pool2d(close, 2, 2, ceil_mode=True) == 0) & (top > 1e-2)
+    if residual and dtype == torch.bfloat16:  # its maxima are those of the sum
+        clear &= False
+    dpooled = images(n, c, *half, dtype=dtype) * clear
+
+    def run(function, dtype=None):
+        x, w, b, mean, var, conv_bias, res = [t if t is None else t.to(dtype or t.dtype, copy=True) for t in inputs]
+        leaves = [
+            t.requires_grad_() for t in (x, w, b, res, below.to(dtype or below.dtype, copy=True)) if t is not None
+        ]
+        pooled, y = function(x, w, b, mean, var, 0.1, 1e-5, conv_bias, res)
+        whole = upsample.upsample_cat(leaves[-1], y)
+        outputs = [pooled, whole]
+        grads = torch.autograd.grad(outputs, leaves, [dpooled.to(whole.dtype), weights.to(whole.dtype)])
+        return [*outputs, *grads, mean, var], y
+
+    (got, y), (want, _) = run(bn_pool.batch_norm_relu_pool), run(pool_norm_reference, torch.float64)
+    assert got[1][:, c:].data_ptr() == y.data_ptr()  # nothing was copied
+    for g, expected in zip(got, want, strict=True):
+        near(g, expected)
+
+
+@kernels
+def test_small_maps_are_pooled_by_the_separate_kernels():
+    inputs = norm_inputs((2, 16, 6, 8), torch.float32, True, False)
+    got = bn_pool.batch_norm_relu_pool(*inputs[:5], 0.1, 1e-5, *inputs[5:])
+    inputs[3].zero_(), inputs[4].zero_()
+    for g, want in zip(got, pool_norm_reference(*inputs[:5], 0.1, 1e-5, *inputs[5:]), strict=True):
         near(g, want)
 
 

@@ -1,13 +1,17 @@
 """Triton kernels; each stands beside the slow definition that a test compares it with, and that runs without Triton."""
 
+from model.kernels.batch_norm_pool import batch_norm_relu_pool
 from model.kernels.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from model.kernels.convolution import convolution, join
+from model.kernels.launch import compile_only
 from model.kernels.losses import multi_bce_with_logits
 from model.kernels.upsample import max_pool2x2_skip, upsample_cat, upsample_to
 
 __all__ = [
     "batch_norm_relu",
+    "batch_norm_relu_pool",
     "batch_norm_relu_reference",
+    "compile_only",
     "convolution",
     "join",
     "max_pool2x2_skip",

@@ -266,27 +266,49 @@ def _launch(x: Tensor, config: tuple[int, int, int], small: bool) -> tuple[tuple
     return (blocks, programs), {"ROWS": rows, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": warps}
 
 
+def statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, conv_bias: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation (C) of x, fp32; the running statistics are moved."""
+    mean = torch.empty_like(running_mean, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    C, M = x.shape[1], x.numel() // x.shape[1]
+    (blocks, parts), sizes = _launch(x, STATS, False)
+    part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
+    kept = (mean, rstd, running_mean, running_var, mean if conv_bias is None else conv_bias, momentum, eps, M, C)
+    with on_device(x):
+        _stats[blocks, parts](x, part, M, C, parts, **sizes)
+        _join[(triton.cdiv(C, JOIN_BLOCK_C),)](
+            part, *kept, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK, CONV_BIAS=conv_bias is not None,
+            STATS_STEP=sizes["ROWS"] * sizes["UNROLL"],
+        )  # fmt: skip
+    return mean, rstd
+
+
+def join_sums(part: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias (C) from the partial sums (programs, 2, C) of a launch like `_grad_stats`."""
+    dw, db = torch.empty_like(weight), torch.empty_like(weight)
+    parts, _, C = part.shape
+    _grad_join[(triton.cdiv(C, JOIN_BLOCK_C),)](part, dw, db, C, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK)
+    return dw, db
+
+
 @torch.library.custom_op("u2mamba::batch_norm_relu", mutates_args=("running_mean", "running_var"))
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     conv_bias: Tensor | None, residual: Tensor | None, momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
-    mean = torch.empty_like(running_mean, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
     C, M = x.shape[1], x.numel() // x.shape[1]
     small = M <= SMALL_M
-    (blocks, parts), stats_sizes = _launch(x, STATS, small)
     grid, sizes = _launch(x, APPLY, small)
+    if small:
+        mean = torch.empty_like(running_mean, dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+    else:
+        mean, rstd = statistics(x, running_mean, running_var, conv_bias, momentum, eps)
     kept = (mean, rstd, running_mean, running_var, mean if conv_bias is None else conv_bias, momentum, eps, M, C)
     with on_device(x):
-        if not small:
-            part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
-            _stats[blocks, parts](x, part, M, C, parts, **stats_sizes)
-            _join[(triton.cdiv(C, JOIN_BLOCK_C),)](
-                part, *kept, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK, CONV_BIAS=conv_bias is not None,
-                STATS_STEP=stats_sizes["ROWS"] * stats_sizes["UNROLL"],
-            )  # fmt: skip
         _apply[grid](
             x, x if residual is None else residual, y, weight, bias, *kept, grid[1],
             RES=residual is not None, CONV_BIAS=conv_bias is not None, SMALL=small, **sizes,
@@ -305,7 +327,7 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, stride = rows_of(dy)
-    dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    dx = torch.empty_like(x)
     C, M = x.shape[1], x.numel() // x.shape[1]
     small = M <= SMALL_M
     (blocks, parts), stats_sizes = _launch(x, GRAD_STATS, small)
@@ -314,7 +336,9 @@ def _backward(
         if not small:
             part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
             _grad_stats[blocks, parts](dy, x, part, weight, bias, mean, rstd, M, C, stride, parts, **stats_sizes)
-            _grad_join[(triton.cdiv(C, JOIN_BLOCK_C),)](part, dw, db, C, parts, BLOCK_C=JOIN_BLOCK_C, CHUNK=CHUNK)
+            dw, db = join_sums(part, weight)
+        else:
+            dw, db = torch.empty_like(weight), torch.empty_like(bias)
         _grad_apply[grid](
             dy, x, dx, weight, bias, mean, rstd, dw, db, M, C, stride, grid[1], SMALL=small, **sizes
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,11 +16,42 @@ except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Trit
     triton = tl = constexpr = None
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, read when a kernel is defined
+_compiling = False
+
+if triton is not None:
+
+    class _Kernel(triton.JITFunction):
+        def run(self, *args, grid, warmup, **kwargs):
+            return super().run(*args, grid=grid, warmup=warmup or _compiling, **kwargs)
+
+
 def jit(*no_specialize: str):
     """`triton.jit` that does not compile anew for each value of the arguments named; does nothing without Triton."""
     if triton is None:
         return lambda kernel: kernel
-    return triton.jit(do_not_specialize=list(no_specialize))
+    if _INTERPRETED:
+        return triton.jit(do_not_specialize=list(no_specialize))
+    return lambda kernel: _Kernel(kernel, do_not_specialize=list(no_specialize))
+
+
+@contextlib.contextmanager
+def compile_only() -> Iterator[None]:
+    """Within it a launch runs nothing: its kernel is compiled, side by side with the others, and ready at the end.
+
+    What kernels should have written is then whatever memory held. Compiled one after the other as they are first
+    launched, the kernels of a training step take two minutes; they are kept on the disk for the next start.
+    """
+    global _compiling
+    if triton is None or _INTERPRETED or not torch.cuda.is_available():
+        yield
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        _compiling = True
+        try:
+            yield
+        finally:
+            _compiling = False
 
 
 def triton_runs(x: Tensor) -> bool:
@@ -27,7 +60,7 @@ def triton_runs(x: Tensor) -> bool:
         return False
     if x.is_cuda:
         return torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return x.device.type == "cpu" and _INTERPRETED
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -16,23 +16,17 @@ Strides s_xy: of tensor x along b, its rows (d or n) and t; they and the length 
 load instruction brings (s_xt is 1 where V > 1).
 """
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
+from model.kernels import launch
+from model.kernels.launch import constexpr, tl, triton
 
-    LOG2E, LN2 = constexpr(1.4426950408889634), constexpr(0.6931471805599453)
-except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Triton
-    triton = tl = constexpr = LOG2E = LN2 = None
+LOG2E, LN2 = (constexpr(1.4426950408889634), constexpr(0.6931471805599453)) if triton else (None, None)
 
 
 def jit(kernel):
-    """`triton.jit` with strides and sizes not specialised, so that one compiled variant serves all lengths."""
-    if triton is None:
-        return kernel
+    """`launch.jit` with strides and sizes not specialised, so that one compiled variant serves all lengths."""
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
     sizes = ("d", "N", "LV", "chunks", "table", "groups", "size", "splits")
-    return triton.jit(do_not_specialize=[name for name in names if name.startswith("s_") or name in sizes])(kernel)
+    return launch.jit(*(name for name in names if name.startswith("s_") or name in sizes))(kernel)
 
 
 @jit

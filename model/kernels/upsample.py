@@ -22,9 +22,8 @@ MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 
 
 @jit()
-def _tile(blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
-    """This program's tile of a (B, H, W, C) tensor: image, rows, columns, whether inside, channels."""
-    program = tl.program_id(0)
+def _tile(program, blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+    """A program's tile of a (B, H, W, C) tensor: image, rows, columns, whether inside, channels."""
     tile = program // blocks
     tiles_w = tl.cdiv(W, TW)
     tiles_h = tl.cdiv(H, TH)
@@ -43,12 +42,14 @@ def _source(o, n_in, n_out):
 
 @jit("Hi", "Wi", "Ho", "Wo", "blocks")
 def _upsample_cat(
-    x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr
+    x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr, COPY: constexpr
 ):  # fmt: skip
-    image, h, w, inside, cols = _tile(blocks, Ho, Wo, TH, TW, BLOCK_C)
+    """COPY: skip is written behind x; otherwise it is there already."""
+    image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Ho, Wo, TH, TW, BLOCK_C)
     pixel = (h * Wo + w)[:, None]
     skip_ok = inside[:, None] & (cols < Cs)[None, :]
-    copied = tl.load(skip + image * Ho * Wo * Cs + pixel * Cs + cols[None, :], mask=skip_ok, other=0.0)
+    if COPY:
+        copied = tl.load(skip + image * Ho * Wo * Cs + pixel * Cs + cols[None, :], mask=skip_ok, other=0.0)
 
     at_h = _source(h, Hi, Ho)
     at_w = _source(w, Wi, Wo)
@@ -67,13 +68,14 @@ def _upsample_cat(
     up = (v00 * (1.0 - fw) + v01 * fw) * (1.0 - fh) + (v10 * (1.0 - fw) + v11 * fw) * fh
     to = out + image * Ho * Wo * (Cx + Cs) + pixel * (Cx + Cs) + cols[None, :]
     tl.store(to, up, mask=ok)
-    tl.store(to + Cx, copied, mask=skip_ok)
+    if COPY:
+        tl.store(to + Cx, copied, mask=skip_ok)
 
 
 @jit("Hi", "Wi", "Ho", "Wo", "blocks")
 def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
     """dx at each source pixel: the at most 4 x 4 outputs that read it, by their weights (n_in <= n_out <= 2 n_in)."""
-    image, h, w, inside, cols = _tile(blocks, Hi, Wi, TH, TW, BLOCK_C)
+    image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Hi, Wi, TH, TW, BLOCK_C)
     first_h = tl.maximum((2 * h - 1) * Ho + Hi, 0) // (2 * Hi)  # the first output whose place lies beyond h - 1
     first_w = tl.maximum((2 * w - 1) * Wo + Wi, 0) // (2 * Wi)
     base = dy + image * Ho * Wo * S
@@ -92,57 +94,85 @@ def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: cons
 
 
 @jit()
-def _later(best, which, value, k: constexpr):
-    """The maximum of a window so far and its place, as PyTorch takes it: the first of equals, the last NaN."""
-    wins = (value > best) | (value != value)
-    return tl.where(wins, value, best), tl.where(wins, k, which)
-
-
-@jit("H", "W", "blocks")
-def _max_pool(
-    x, y, dy, dskip, dx, H, W, C, S, blocks,
-    TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
-):  # fmt: skip
-    """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip (pixels S apart)."""
+def _windows(program, blocks, H, W, C, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+    """A program's 2x2 windows: pixels and pooled pixels of the images before (64 bits wide, what follows is not), the
+    first pixel of each window, its pooled pixel, channels, and which of the four pixels there are."""
     Hp = (H + 1) // 2
     Wp = (W + 1) // 2
-    image, h, w, inside, cols = _tile(blocks, Hp, Wp, TH, TW, BLOCK_C)
+    image, h, w, inside, cols = _tile(program, blocks, Hp, Wp, TH, TW, BLOCK_C)
     cols = cols[None, :]
     ok00 = inside[:, None] & (cols < C)
     ok01 = ok00 & (2 * w + 1 < W)[:, None]
     ok10 = ok00 & (2 * h + 1 < H)[:, None]
-    ok11 = ok01 & ok10
     pixel = (2 * h * W + 2 * w)[:, None]
-    before = image * H * W  # pixels of the images before; 64 bits wide, the offsets inside an image are not
-    low = float("-inf")
-    at = x + before * C + pixel * C + cols
-    v00 = tl.load(at, mask=ok00, other=low).to(tl.float32)
-    v01 = tl.load(at + C, mask=ok01, other=low).to(tl.float32)
-    v10 = tl.load(at + W * C, mask=ok10, other=low).to(tl.float32)
-    v11 = tl.load(at + W * C + C, mask=ok11, other=low).to(tl.float32)
+    place = (h * Wp + w)[:, None]
+    return image * H * W, image * Hp * Wp, pixel, place, cols, ok00, ok01, ok10, ok01 & ok10
+
+
+@jit()
+def _load_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, other):
+    """The four pixels of each window from an image whose pixels are S apart."""
+    at = x + pixel * S + cols
+    v00 = tl.load(at, mask=ok00, other=other).to(tl.float32)
+    v01 = tl.load(at + S, mask=ok01, other=other).to(tl.float32)
+    v10 = tl.load(at + W * S, mask=ok10, other=other).to(tl.float32)
+    v11 = tl.load(at + W * S + S, mask=ok11, other=other).to(tl.float32)
+    return v00, v01, v10, v11
+
+
+@jit()
+def _store_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, v00, v01, v10, v11):
+    at = x + pixel * S + cols
+    tl.store(at, v00, mask=ok00)
+    tl.store(at + S, v01, mask=ok01)
+    tl.store(at + W * S, v10, mask=ok10)
+    tl.store(at + W * S + S, v11, mask=ok11)
+
+
+@jit()
+def _later(best, which, value, k: constexpr):
+    """The maximum so far and its place, and one value more."""
+    wins = (value > best) | (value != value)
+    return tl.where(wins, value, best), tl.where(wins, k, which)
+
+
+@jit()
+def _largest(v00, v01, v10, v11):
+    """The maximum of each window and its place, as PyTorch takes it: the first of equals, the last NaN."""
     best, which = _later(v00, tl.zeros_like(v00).to(tl.int32), v01, 1)
     best, which = _later(best, which, v10, 2)
-    best, which = _later(best, which, v11, 3)
-    pooled = image * Hp * Wp * C + (h * Wp + w)[:, None] * C + cols
+    return _later(best, which, v11, 3)
+
+
+@jit("H", "W", "blocks")
+def _max_pool(
+    x, y, dy, dskip, dx, H, W, C, SX, S, blocks,
+    TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
+):  # fmt: skip
+    """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip.
+
+    Pixels are SX apart in x and S in dskip."""
+    before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _windows(
+        tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
+    )
+    v00, v01, v10, v11 = _load_windows(x + before * SX, pixel, cols, W, SX, ok00, ok01, ok10, ok11, float("-inf"))
+    best, which = _largest(v00, v01, v10, v11)
+    pooled = place * C + cols
     if BACKWARD:
-        g = tl.load(dy + pooled, mask=ok00, other=0.0).to(tl.float32)
+        g = tl.load(dy + pooled_before * C + pooled, mask=ok00, other=0.0).to(tl.float32)
         g00 = tl.where(which == 0, g, 0.0)
         g01 = tl.where(which == 1, g, 0.0)
         g10 = tl.where(which == 2, g, 0.0)
         g11 = tl.where(which == 3, g, 0.0)
         if SKIP:
-            other = dskip + before * S + pixel * S + cols
-            g00 += tl.load(other, mask=ok00, other=0.0).to(tl.float32)
-            g01 += tl.load(other + S, mask=ok01, other=0.0).to(tl.float32)
-            g10 += tl.load(other + W * S, mask=ok10, other=0.0).to(tl.float32)
-            g11 += tl.load(other + W * S + S, mask=ok11, other=0.0).to(tl.float32)
-        to = dx + before * C + pixel * C + cols
-        tl.store(to, g00, mask=ok00)
-        tl.store(to + C, g01, mask=ok01)
-        tl.store(to + W * C, g10, mask=ok10)
-        tl.store(to + W * C + C, g11, mask=ok11)
+            s00, s01, s10, s11 = _load_windows(dskip + before * S, pixel, cols, W, S, ok00, ok01, ok10, ok11, 0.0)
+            g00 += s00
+            g01 += s01
+            g10 += s10
+            g11 += s11
+        _store_windows(dx + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, g00, g01, g10, g11)
     else:
-        tl.store(y + pooled, best, mask=ok00)
+        tl.store(y + pooled_before * C + pooled, best, mask=ok00)
 
 
 def _launch(x: Tensor, C: int, H: int, W: int) -> tuple[tuple[int], int, dict[str, int]]:
@@ -164,7 +194,7 @@ def _cat(x: Tensor, skip: Tensor) -> Tensor:
     out = torch.empty((n, cx + cs, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, blocks, sizes = _launch(x, max(cx, cs), ho, wo)
     with on_device(x):
-        _upsample_cat[grid](x, skip, out, hi, wi, ho, wo, cx, cs, blocks, **sizes)
+        _upsample_cat[grid](x, skip, out, hi, wi, ho, wo, cx, cs, blocks, COPY=True, **sizes)
     return out
 
 
@@ -172,6 +202,28 @@ def _cat(x: Tensor, skip: Tensor) -> Tensor:
 def _(x, skip):
     shape = (x.shape[0], x.shape[1] + skip.shape[1], *skip.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+class _Fill(torch.autograd.Function):
+    """`_cat` where skip lies already in the second half of the result (model/kernels/batch_norm_pool.py)."""
+
+    @staticmethod
+    def forward(ctx, x, skip):
+        (n, cx, hi, wi), (_, cs, ho, wo) = x.shape, skip.shape
+        ctx.size = (cx, hi, wi)
+        C = cx + cs
+        whole = skip.new_empty(0).set_(
+            skip.untyped_storage(), skip.storage_offset() - cx, (n, C, ho, wo), (ho * wo * C, 1, wo * C, C)
+        )
+        grid, blocks, sizes = _launch(x, cx, ho, wo)
+        with on_device(x):
+            _upsample_cat[grid](x, skip, whole, hi, wi, ho, wo, cx, cs, blocks, COPY=False, **sizes)
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _cat_backward(dy, *ctx.size), dy[:, ctx.size[0] :]
 
 
 @torch.library.custom_op("u2mamba::upsample_backward", mutates_args=())
@@ -214,11 +266,14 @@ def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
     """x (B, C, H, W) upsampled to skip's size (B, D, H', W') and concatenated with it: (B, C + D, H', W').
 
     The kernels serve channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W; anything else goes
-    through `upsample_cat_reference`.
+    through `upsample_cat_reference`. A skip from `batch_norm_relu_pool` lies in the result already: only the rest of
+    that is written.
     """
     if not (triton_runs(x) and triton_runs(skip) and x.dtype == skip.dtype and x.shape[0] == skip.shape[0]):
         return upsample_cat_reference(x, skip)
     fits = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
+    if fits and _channels_last(x) and getattr(skip, "has_room", False) and x.shape[1] == skip.shape[1]:
+        return _Fill.apply(x, skip)
     if not (fits and _channels_last(x) and _channels_last(skip)):
         return upsample_cat_reference(x, skip)
     return _cat(x, skip)
@@ -230,7 +285,7 @@ def _pool(x: Tensor) -> Tensor:
     y = torch.empty((n, c, -(-h // 2), -(-w // 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     grid, blocks, sizes = _launch(x, c, *y.shape[2:])
     with on_device(x):
-        _max_pool[grid](x, y, x, x, x, h, w, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
+        _max_pool[grid](x, y, x, x, x, h, w, c, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
     return y
 
 
@@ -243,19 +298,22 @@ def _(x):
 
 @torch.library.custom_op("u2mamba::max_pool2x2_backward", mutates_args=())
 def _pool_backward(x: Tensor, dy: Tensor, dskip: Tensor | None) -> Tensor:
-    dx = torch.empty_like(x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     dy = dy.contiguous(memory_format=torch.channels_last)
+    x, x_stride = rows_of(x)
     other, stride = rows_of(dx if dskip is None else dskip)
     _, c, h, w = x.shape
     grid, blocks, sizes = _launch(x, c, *dy.shape[2:])
     with on_device(x):
-        _max_pool[grid](x, x, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes)
+        _max_pool[grid](
+            x, x, dy, other, dx, h, w, c, x_stride, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
+        )
     return dx
 
 
 @_pool_backward.register_fake
 def _(x, dy, dskip):
-    return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 _pool.register_autograd(
