@@ -6,12 +6,13 @@ read stands in data_read.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from data_read import (
 
 __all__ = [
     "BadFile", "DataError", "Pair", "Reading", "Report", "Unpaired", "check_pairs", "find_pairs", "hold_out",
-    "is_held_out", "pair_names", "read_image", "read_mask", "read_pair", "scale_mask",
+    "is_held_out", "pair_names", "read_image", "read_mask", "read_pair", "reading", "scale_mask",
 ]  # fmt: skip
 
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio is within 1 % of the image's
@@ -79,27 +80,33 @@ class Reading(NamedTuple):
     resized: bool
 
 
+@contextlib.contextmanager
+def reading(pair: Pair) -> Iterator[Reading]:
+    """`read_pair` for many threads: of large pictures, only some are in memory before the others leave the block."""
+    with contextlib.ExitStack() as held:
+        with opened(pair.image) as image_file, opened(pair.mask) as mask_file:
+            pixels = image_file.width * image_file.height + mask_file.width * mask_file.height
+            held.enter_context(ROOM.take(pixels))
+            image, orientation = decode(pair.image, image_file, rgb)
+            light, mask_orientation = decode(pair.mask, mask_file, grey)
+        (height, width), (rows, columns) = image.shape[:2], light.shape
+        if orientation >= 5 and mask_orientation == 1 and (rows, columns) == (width, height) != (height, width):
+            light = np.ascontiguousarray(turn(light, orientation))
+            rows, columns = light.shape
+        resized = (rows, columns) != (height, width)
+        if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
+            raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
+        mask, noise = scale_mask(light)
+        yield Reading(image, mask, int(light.min()), int(light.max()), noise, resized)
+
+
 def read_pair(pair: Pair) -> Reading:
     """Decode a pair; a mask without EXIF tag that was drawn on the unturned image is turned with it.
 
     Raises BadFile for a file that cannot be read and for a mask whose aspect ratio is not the image's.
     """
-    with (
-        opened(pair.image) as image_file,
-        opened(pair.mask) as mask_file,
-        ROOM.take(image_file.width * image_file.height + mask_file.width * mask_file.height),
-    ):
-        image, orientation = decode(pair.image, image_file, rgb)
-        light, mask_orientation = decode(pair.mask, mask_file, grey)
-    (height, width), (rows, columns) = image.shape[:2], light.shape
-    if orientation >= 5 and mask_orientation == 1 and (rows, columns) == (width, height) != (height, width):
-        light = np.ascontiguousarray(turn(light, orientation))
-        rows, columns = light.shape
-    resized = (rows, columns) != (height, width)
-    if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
-        raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
-    mask, noise = scale_mask(light)
-    return Reading(image, mask, int(light.min()), int(light.max()), noise, resized)
+    with reading(pair) as got:
+        return got
 
 
 # ---------------------------------------------------------------------------------------------------- finding
@@ -259,14 +266,14 @@ def check_pairs(
 
     def visit(index: int) -> tuple[int, int, bool, bool, bool, bool] | BadFile:
         try:
-            got = read_pair(pairs[index])
-            if keep:
-                keep(index, got.image, got.mask)
+            with reading(pairs[index]) as got:
+                if keep:
+                    keep(index, got.image, got.mask)
+                return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any()
         except BadFile as error:
             return error
         except MemoryError:
             return BadFile(pairs[index].image, "does not fit into memory")
-        return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any()
 
     pool = ThreadPoolExecutor(threads or min(32, os.cpu_count() or 1))
     try:

@@ -462,11 +462,14 @@ def odd_entries(folder: Path) -> list[str]:
 
 def peak_memory() -> int:
     """Most bytes that this process ever held; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0
-    import resource
+    if sys.platform == "linux":  # getrusage would count what the parent held when it forked
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    if sys.platform == "darwin":
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 
 def measured(read: Callable[[Path], np.ndarray], path: Path) -> tuple[np.ndarray | str, float, int]:
