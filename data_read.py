@@ -8,11 +8,13 @@ JPEG scans and reads. The memory of all threads together is bounded by `_Room`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
 import re
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ MAX_SIDE = 65_535  # JPEG's own limit
 MAX_SCANNED = 30 * MAX_PIXELS  # pixels times scans of a JPEG: 100 kB can hold thousands of scans, each a full pass
 MAX_READS = 1_000_000  # pieces of a file that Pillow may ask for: it passes junk before a JPEG marker byte by byte
 DECODED_AT_ONCE = 2 * MAX_PIXELS  # pixels, by all threads together; decoding takes 10 to 20 bytes of memory a pixel
+LARGE = 1 << 24  # pixels of a pair; before decoding it, freed memory goes back to the system
 NOISE_BELOW = 64  # a mask of many values that never gets this bright is compression noise on an empty mask
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the file is called
 
@@ -70,6 +73,10 @@ class _Room:
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
+        if pixels >= LARGE and sys.platform == "linux":
+            # glibc keeps what a thread has freed for that thread: 12 of them held 2.1 GB where one picture takes 0.2
+            with contextlib.suppress(AttributeError, OSError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
         try:
             yield
         finally:
