@@ -23,14 +23,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.ndimage import gaussian_filter1d
 from skimage.transform import resize
 
-from data_check import Pair, Report, Unpaired, check_pairs
+from data_check import Pair, Report, Unpaired, check_pairs, is_file
 
 MEMORY_SHARE = 0.8  # of the free memory, at most, goes to the cache
 DISK_MARGIN = 1 << 30  # bytes that stay free on the disk
+BLOCK = 1 << 22  # pixels that are rescaled at once, 50 MB of floats
 CHUNK = 1 << 26  # bytes; one check sum each, read and checked in parallel
-MAGIC = b"U2CACHE1"  # change it when reading or rescaling changes what the file should hold
+MAGIC = b"U2CACHE2"  # change it when reading or rescaling changes what the file should hold
 HEADER_ROOM = 1 << 12  # the pixels begin at a multiple of this
 
 
@@ -41,22 +43,27 @@ HEADER_ROOM = 1 << 12  # the pixels begin at a multiple of this
 def axis_operator(length: int, size: int) -> sparse.csr_array:
     """What `skimage.transform.resize(..., mode="constant")` does along one axis: (size, length) float32, sparse.
 
-    skimage is shown combs of impulses, wider apart than its low-pass filter reaches (4 deviations of (factor - 1) / 2),
-    so that each of its answers is the weight of one known input: exact, and quick for long axes too.
+    skimage is shown combs of impulses, wider apart than its interpolation reaches, so that each of its answers is the
+    weight of one known input. The low-pass filter that it applies before is scipy's, cut off at 4 deviations.
     """
-    reach = int(4 * max(0.0, (length / size - 1) / 2) + 0.5)
-    period = 2 * reach + 4
+    period = 4  # interpolation takes two neighbours
     combs = np.zeros((length, period))
     combs[np.arange(length), np.arange(length) % period] = 1
-    weights = resize(combs, (size, period), mode="constant")
+    weights = resize(combs, (size, period), mode="constant", anti_aliasing=False)
     rows, phase = np.arange(size)[:, None], np.arange(period)
     centre = (rows + 0.5) * length / size - 0.5
     columns = phase + period * np.rint((centre - phase) / period).astype(np.int64)
+    deviation = max(0.0, (length / size - 1) / 2)
+    reach = int(4 * deviation + 0.5)
+    impulse = np.zeros(2 * reach + 1)
+    impulse[reach] = 1
+    low_pass = gaussian_filter1d(impulse, deviation, mode="constant") if reach else impulse
+    weights, columns = weights[..., None] * low_pass, columns[..., None] + np.arange(-reach, reach + 1)
     used = (weights != 0) & (columns >= 0) & (columns < length)
-    rows = np.broadcast_to(rows, used.shape)
-    return sparse.csr_array(
-        (weights[used].astype(np.float32), (rows[used], columns[used])), shape=(size, length), dtype=np.float32
-    )
+    rows = np.broadcast_to(rows[..., None], used.shape)
+    return sparse.csr_array(  # which adds up what falls into the same place
+        (weights[used], (rows[used], columns[used])), shape=(size, length)
+    ).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,9 +80,10 @@ def rescale_image(image: np.ndarray, size: int) -> np.ndarray:
         return image
     down, across = axis_operator(height, size), axis_operator(width, size)
     rows = np.zeros((size, width * 3), np.float32)
-    for top in range(0, height, 1024):  # a 48-megapixel image as float32 would be 0.6 GB a thread
-        block = image[top : top + 1024].reshape(-1, width * 3).astype(np.float32)
-        rows += (down if height <= 1024 else down[:, top : top + 1024]) @ block
+    step = max(1, BLOCK // width)
+    for top in range(0, height, step):  # a 48-megapixel image as float32 would be 0.6 GB a thread
+        block = image[top : top + step].reshape(-1, width * 3).astype(np.float32)
+        rows += (down if height <= step else down[:, top : top + step]) @ block
     columns = across @ rows.reshape(size, width, 3).swapaxes(0, 1).reshape(width, size * 3)
     # skimage clips to the range of its input; it matters at the border, where mode="constant" mixes in black
     out = np.rint(columns).clip(image.min(), image.max()).astype(np.uint8)
@@ -227,15 +235,16 @@ class PairCache:
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     """The file for these pairs: `.cache_<size>_<folders>_<key>.u8`; the key is of all names, sizes and change times."""
-    key = 0
+    key = zlib.crc32(MAGIC)
     stats: dict[Path, dict[str, os.stat_result]] = {}
     for parent in {path.parent for pair in pairs for path in pair[1:]}:
         with os.scandir(parent) as entries:  # on Windows the entries bring their figures along
-            stats[parent] = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+            stats[parent] = {entry.name: entry.stat() for entry in entries if is_file(entry)}
     for pair in pairs:
         for path in pair[1:]:
-            stat = stats[path.parent][path.name]
-            key = zlib.crc32(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"), key)
+            stat = stats[path.parent].get(path.name)  # a file that has gone since is found out by the check
+            about = f"{stat.st_size} {stat.st_mtime_ns}" if stat else "gone"
+            key = zlib.crc32(f"{path.name} {about}\n".encode(errors="surrogateescape"), key)
     # names only, so that a data folder that was moved finds its cache
     homes = "|".join(path.parent.name if path.parent.parent == folder else str(path.parent) for path in pairs[0][1:])
     return folder / f".cache_{size}_{zlib.crc32(homes.encode(errors='surrogateescape')):08x}_{key:08x}{len(pairs):x}.u8"
@@ -252,7 +261,10 @@ def store(cache: PairCache, path: Path, about: dict, say: Callable[[str], None])
                 other.unlink()
         free = shutil.disk_usage(path.parent).free
         if free < need + DISK_MARGIN:
-            say(f"cache: not stored on disk, {in_words(free)} free in {path.parent}, {in_words(need)} needed")
+            say(
+                f"cache: not stored on disk, {in_words(free)} free in {path.parent}, {in_words(need)} needed "
+                f"and {in_words(DISK_MARGIN)} to stay free"
+            )
             return
         cache.save(path, about)
         say(f"cache: stored as {path}")
@@ -268,9 +280,13 @@ def cached_pairs(
     try:
         kept, about = PairCache.load(path)
         report = Report(**{**about["report"], "bad": [tuple(entry) for entry in about["report"]["bad"]]})
-        report.unpaired_images, report.unpaired_masks, report.duplicates = map(list, unpaired)
-        say(f"cache: read from {path} in {time.perf_counter() - started:.1f} s")
-        return kept, about["good"], report
+        report.unpaired_images, report.unpaired_masks, report.duplicates, report.others = map(list, unpaired)
+        aside = sorted(set(range(len(pairs))) - set(about["good"]))
+        mended, _ = check_pairs([pairs[index] for index in aside])  # a permission changes without the file's time
+        if not mended:
+            say(f"cache: read from {path} in {time.perf_counter() - started:.1f} s")
+            return kept, about["good"], report
+        say(f"cache: {len(mended):,} pairs that were set aside can be read now; made again")
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,54 +1,51 @@
-"""Image and mask files: find the pairs, read any kind of file right, look at every pair once before training.
+"""Pairs of image and mask: find them in two folders, read them, look at every one once before training.
 
-A mask comes out as bytes, 0 background to 255 object, whatever the file holds; an image as RGB bytes, turned the way
-its EXIF tag says. What cannot be used is set aside and named in the `Report`; nothing here stops at one bad file.
+What cannot be used is set aside and named in the `Report`; nothing here stops at one bad file. How a single file is
+read stands in data_read.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import unicodedata
-import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from skimage.color import lab2rgb
 
-from engine.run import UserError
+from data_read import (
+    NOISE_BELOW,
+    ROOM,
+    BadFile,
+    DataError,
+    decode,
+    grey,
+    opened,
+    printable,
+    read_image,
+    read_mask,
+    rgb,
+    scale_mask,
+    turn,
+)
 
-MAX_PIXELS = 178_956_970  # an image that declares more is refused unread; 0.5 GB of RGB, Pillow's own limit
-NOISE_BELOW = 64  # a mask of many values that never gets this bright is compression noise on an empty mask
+__all__ = [
+    "BadFile", "DataError", "Pair", "Reading", "Report", "Unpaired", "check_pairs", "find_pairs", "hold_out",
+    "is_held_out", "pair_names", "read_image", "read_mask", "read_pair", "reading", "scale_mask",
+]  # fmt: skip
+
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio is within 1 % of the image's
 HOLD_OUT = 20  # one pair of 20 is held out of training
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a mirrored copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first one found is taken
 MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless ones first
-
-# Pillow's remarks on odd metadata and on images of 90-179 million pixels, which we read: nothing a user can act on.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class DataError(UserError):
-    """The data cannot be trained on; the message is the one line to print (exit code 2)."""
-
-
-class BadFile(DataError):
-    """One file that cannot be used. `path`: the file, `reason`: why, in words."""
-
-    def __init__(self, path: str | os.PathLike, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = Path(path), reason
-
-    def __reduce__(self):  # a worker process hands it over; the default would call BadFile(message)
-        return BadFile, (self.path, self.reason)
 
 
 class Pair(NamedTuple):
@@ -60,125 +57,16 @@ class Pair(NamedTuple):
 
 
 class Unpaired(NamedTuple):
-    """File names that take no part: without a partner, or one of several with the same stem (the better type wins)."""
+    """File names that take no part: without a partner; one of several with the same stem (the better type wins); of a
+    type that is not read, or no files at all (folders, pipes and broken links that are called like images)."""
 
     images: list[str]
     masks: list[str]
     duplicates: list[str]
+    others: list[str]
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-
-
-def turn(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, ...) as stored -> as seen, for the values 1-8 of EXIF tag 0x0112; others leave it as it is."""
-    if orientation >= 5:  # stored with rows and columns exchanged
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return array
-
-
-def _orientation(file: Image.Image) -> int:
-    try:
-        return int(file.getexif().get(0x0112, 1))
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        return 1
-
-
-def _to_bytes(file: Image.Image) -> np.ndarray:
-    """Modes I, I;16* and F -> uint8, by the smallest of 1 (floats only), 255, 65535 and the maximum that holds all."""
-    values = np.nan_to_num(np.asarray(file, np.float64), posinf=0, neginf=0).clip(min=0)
-    largest = values.max()
-    scales = (1, 255, 65535) if file.mode == "F" else (255, 65535)
-    return np.rint(values * (255 / next((s for s in scales if largest <= s), largest))).astype(np.uint8)
-
-
-def _has_alpha(file: Image.Image) -> bool:
-    return file.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in file.info
-
-
-def _rgb(file: Image.Image) -> np.ndarray:
-    if file.mode == "F" or file.mode.startswith("I"):
-        return np.repeat(_to_bytes(file)[..., None], 3, axis=2)
-    if file.mode == "LAB":  # Pillow has no conversion; it stores L as 0-255 and a, b with 128 added
-        lab = np.asarray(file, np.float64)
-        return np.rint(lab2rgb(np.dstack([lab[..., 0] / 2.55, lab[..., 1:] - 128])) * 255).astype(np.uint8)
-    if _has_alpha(file):  # on white, as a page shows it: what lies under transparent pixels is often arbitrary
-        rgba = file.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
-    return np.asarray(file.convert("RGB"))
-
-
-def _grey(file: Image.Image) -> np.ndarray:
-    if file.mode == "F" or file.mode.startswith("I"):
-        return _to_bytes(file)
-    if file.mode == "LAB":
-        return np.asarray(file)[..., 0]
-    if _has_alpha(file):  # on black; a mask of one colour, drawn in its alpha alone, is its alpha
-        light, alpha = (np.asarray(band) for band in file.convert("RGBA").convert("LA").split())
-        drawn_in_alpha = light.min() == light.max() and alpha.min() < alpha.max()
-        return alpha if drawn_in_alpha else np.rint(light * (alpha / 255.0)).astype(np.uint8)
-    return np.asarray(file.convert("L" if file.mode in ("1", "L", "P", "RGB") else "RGB").convert("L"))
-
-
-def _read(path: str | os.PathLike, convert: Callable[[Image.Image], np.ndarray]) -> tuple[np.ndarray, int]:
-    """First frame of a file as an upright array, and the orientation that the file was stored in."""
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            if width * height > MAX_PIXELS:
-                raise BadFile(path, f"declares {width}x{height} pixels, more than MAX_PIXELS = {MAX_PIXELS:,}")
-            orientation = _orientation(file)
-            file.load()
-            # Pillow turns TIFFs itself while loading, and takes the tag out
-            turned = orientation != 1 and _orientation(file) == 1
-            array = convert(file)
-            return np.ascontiguousarray(array if turned else turn(array, orientation)), orientation
-    except BadFile:
-        raise
-    except UnidentifiedImageError:
-        size = os.path.getsize(path)
-        raise BadFile(path, f"not an image that Pillow knows ({size:,} bytes)" if size else "empty file") from None
-    except Image.DecompressionBombError:
-        raise BadFile(path, f"declares more than {MAX_PIXELS:,} pixels") from None
-    except MemoryError:
-        raise BadFile(path, "does not fit into memory") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise BadFile(path, reason.splitlines()[0]) from None
-
-
-def scale_mask(grey: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Luminance (H, W) uint8 -> (mask uint8 with the object at 255, whether it was taken for noise on an empty mask).
-
-    Values 0 and 1, or 0 and any one value, become 0 and 255; other masks are divided by their maximum. The published
-    code does that to every mask and so turns the compression noise of an empty one (values of 1 to 5) into foreground.
-    """
-    levels = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    top = int(levels[-1])
-    if top in (0, 255):
-        return grey, False
-    if top == 1 or (len(levels) == 2 and levels[0] == 0):
-        return np.where(grey == top, np.uint8(255), np.uint8(0)), False
-    if top < NOISE_BELOW:
-        return np.zeros_like(grey), True
-    return np.rint(np.arange(256) * 255 / top).clip(max=255).astype(np.uint8)[grey], False
-
-
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright: transparency on white, 16-bit and float as bytes, of an animation the first frame.
-
-    Raises BadFile.
-    """
-    return _read(path, _rgb)[0]
-
-
-def read_mask(path: str | os.PathLike) -> np.ndarray:
-    """(H, W) uint8, 0 background to 255 object (`scale_mask` of the luminance), upright. Raises BadFile."""
-    return scale_mask(_read(path, _grey)[0])[0]
 
 
 class Reading(NamedTuple):
@@ -192,39 +80,56 @@ class Reading(NamedTuple):
     resized: bool
 
 
+@contextlib.contextmanager
+def reading(pair: Pair) -> Iterator[Reading]:
+    """`read_pair` for many threads: of large pictures, only some are in memory before the others leave the block."""
+    with contextlib.ExitStack() as held:
+        with opened(pair.image) as image_file, opened(pair.mask) as mask_file:
+            pixels = image_file.width * image_file.height + mask_file.width * mask_file.height
+            held.enter_context(ROOM.take(pixels))
+            image, orientation = decode(pair.image, image_file, rgb)
+            light, mask_orientation = decode(pair.mask, mask_file, grey)
+        (height, width), (rows, columns) = image.shape[:2], light.shape
+        if orientation >= 5 and mask_orientation == 1 and (rows, columns) == (width, height) != (height, width):
+            light = np.ascontiguousarray(turn(light, orientation))
+            rows, columns = light.shape
+        resized = (rows, columns) != (height, width)
+        if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
+            raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
+        mask, noise = scale_mask(light)
+        yield Reading(image, mask, int(light.min()), int(light.max()), noise, resized)
+
+
 def read_pair(pair: Pair) -> Reading:
     """Decode a pair; a mask without EXIF tag that was drawn on the unturned image is turned with it.
 
     Raises BadFile for a file that cannot be read and for a mask whose aspect ratio is not the image's.
     """
-    image, orientation = _read(pair.image, _rgb)
-    grey, mask_orientation = _read(pair.mask, _grey)
-    (height, width), (rows, columns) = image.shape[:2], grey.shape
-    if orientation >= 5 and mask_orientation == 1 and (rows, columns) == (width, height) != (height, width):
-        grey = np.ascontiguousarray(turn(grey, orientation))
-        rows, columns = grey.shape
-    resized = (rows, columns) != (height, width)
-    if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
-        raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
-    mask, noise = scale_mask(grey)
-    return Reading(image, mask, int(grey.min()), int(grey.max()), noise, resized)
+    with reading(pair) as got:
+        return got
 
 
 # ---------------------------------------------------------------------------------------------------- finding
 
 
 def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[str, str, str]], Unpaired]:
-    """File names -> sorted [(stem, image name, mask name)] and the names left over; other file types are passed by.
+    """File names -> sorted [(stem, image name, mask name)] and the names left over.
 
     Stems are compared in Unicode's composed form, so that a list made on macOS orders and holds out like any other.
     """
+
+    others: list[str] = []
 
     def by_stem(names: Iterable[str], types: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
         found: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for name in names:
             stem, extension = os.path.splitext(name)
-            if not name.startswith(".") and extension.lower() in types:
+            if name.startswith("."):
+                continue
+            if extension.lower() in types:
                 found[unicodedata.normalize("NFC", stem)].append((types.index(extension.lower()), name))
+            else:
+                others.append(name)
         ordered = {stem: sorted(several) for stem, several in found.items()}
         return (
             {stem: several[0][1] for stem, several in ordered.items()},
@@ -238,7 +143,16 @@ def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[
         sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys()),
         sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys()),
         sorted(image_doubles + mask_doubles),
+        sorted(others),
     )
+
+
+def is_file(entry: os.DirEntry) -> bool:
+    """Whether a folder's entry is a regular file or leads to one; a link that leads in a circle does not."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tuple[list[Pair], Unpaired]:
@@ -247,18 +161,25 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
     Raises DataError when a folder is missing or there is no pair at all.
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
-    names = []
+    names, odd = [], []
     for folder, what, constant in ((image_dir, "image", "tra_image_dir"), (mask_dir, "mask", "tra_label_dir")):
         try:
             with os.scandir(folder) as entries:
-                names.append([entry.name for entry in entries if entry.is_file()])
+                kinds = {entry.name: is_file(entry) for entry in entries}
         except OSError as error:
             raise DataError(f"{what} folder {folder}: {error.strerror}; set {constant}") from None
+        names.append([name for name, regular in kinds.items() if regular])
+        odd += [
+            f"{n} (not a regular file)"
+            for n, regular in kinds.items()
+            if not regular and n.lower().endswith(IMAGE_TYPES)
+        ]
     if image_dir.resolve() == mask_dir.resolve():
         raise DataError(
             f"images and masks are both looked for in {image_dir}; set tra_image_dir and tra_label_dir to two folders"
         )
     paired, unpaired = pair_names(*names)
+    unpaired.others.extend(sorted(odd))
     if not paired:
         raise DataError(
             f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}, "
@@ -281,7 +202,7 @@ def hold_out(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @dataclass
@@ -292,6 +213,7 @@ class Report:
     unpaired_images: list[str] = field(default_factory=list)
     unpaired_masks: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # of other types, or no files; not counted as set aside
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
     resized: list[str] = field(default_factory=list)  # masks of another size than their image
     noise: list[str] = field(default_factory=list)  # masks taken for empty
@@ -312,6 +234,7 @@ class Report:
             (self.unpaired_images, "images without a mask, set aside"),
             (self.unpaired_masks, "masks without an image, set aside"),
             (self.duplicates, "files with the name of another, set aside"),
+            (self.others, "of another type, not read"),
             ([f"{name} ({reason})" for name, reason in self.bad], "pairs that cannot be read or do not fit, set aside"),
             (self.resized, "masks of another size than their image, same shape, used"),
             (self.noise, f"masks never brighter than {NOISE_BELOW - 1}, taken for empty"),
@@ -338,18 +261,19 @@ def check_pairs(
     that no file is read twice. Pillow's decoders and the matrix products run outside Python's lock. `say` gets
     a line of progress every ten seconds.
     """
-    unpaired = unpaired or Unpaired([], [], [])
-    report = Report(0, list(unpaired.images), list(unpaired.masks), list(unpaired.duplicates))
+    report = Report(0, *map(list, unpaired or ()))
     good: list[int] = []
 
     def visit(index: int) -> tuple[int, int, bool, bool, bool, bool] | BadFile:
         try:
-            got = read_pair(pairs[index])
+            with reading(pairs[index]) as got:
+                if keep:
+                    keep(index, got.image, got.mask)
+                return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any()
         except BadFile as error:
             return error
-        if keep:
-            keep(index, got.image, got.mask)
-        return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any()
+        except MemoryError:
+            return BadFile(pairs[index].image, "does not fit into memory")
 
     pool = ThreadPoolExecutor(threads or min(32, os.cpu_count() or 1))
     try:

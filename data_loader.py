@@ -36,7 +36,7 @@ from data_check import (
     find_pairs,
     hold_out,
     is_held_out,
-    read_pair,
+    reading,
 )
 from data_reference import (
     MEAN,
@@ -185,10 +185,9 @@ class DataSource:
         # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, and
         # shared memory, of which a container has 64 MB; and they outlive a parent that is killed.
         def read(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            got = read_pair(self.pairs[index])
-            return tuple(
-                map(torch.from_numpy, (rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)))
-            )
+            with reading(self.pairs[index]) as got:
+                small = rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)
+            return tuple(map(torch.from_numpy, small))
 
         indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
         ahead: deque[Future] = deque()
