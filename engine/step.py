@@ -40,7 +40,8 @@ class TrainStep:
     """Calling it trains `net` by one batch.
 
     optimizer: one of PyTorch's with fused=True. loss: (logits d0..d6, masks) -> (7,) losses.
-    precision: "fp32"; or "bf16", activations and convolutions in bf16, weights and everything of Mamba in fp32.
+    precision: "fp32"; or "bf16", activations and convolutions in bf16; in fp32 the weights, and of Mamba everything,
+    with the fused kernels its state and sums.
     clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
     graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
     """
@@ -63,9 +64,7 @@ class TrainStep:
             device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not graph
         )
         self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.convolutions = [
-            m for m in net.modules() if kernels and isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
-        ]
+        self.copied = [m for m in net.modules() if kernels and _runs_in_bf16(m)]
         self.statistics = _flatten_statistics(net)
         self.ema_decay, self.ema = ema_decay, None
         if ema_decay:
@@ -169,18 +168,18 @@ class TrainStep:
 
     @torch.no_grad()
     def _copy_weights(self) -> None:
-        """bf16 copies of the convolutions' weights, all in a few kernels where autocast takes one for each."""
-        if not self.convolutions:
+        """bf16 copies of the weights, all in a few kernels where autocast takes one for each."""
+        if not self.copied:
             return
-        for m in self.convolutions:
+        for m in self.copied:
             if not hasattr(m, "copy"):
                 m.copy = m.weight.detach().to(torch.bfloat16).requires_grad_()  # a plain tensor: not in the state dict
             m.copy.grad = None
-        torch._foreach_copy_([m.copy for m in self.convolutions], [m.weight for m in self.convolutions])
+        torch._foreach_copy_([m.copy for m in self.copied], [m.weight for m in self.copied])
 
     @torch.no_grad()
     def _fetch_gradients(self) -> None:
-        used = [m for m in self.convolutions if m.copy.grad is not None]
+        used = [m for m in self.copied if m.copy.grad is not None]
         for m in used:
             m.weight.grad = torch.empty_like(m.weight)
         if used:
@@ -246,6 +245,11 @@ class TrainStep:
             self.ema_steps = state["ema_steps"]
             for mine, theirs in zip(self.ema, state["ema"], strict=True):
                 mine.copy_(theirs)
+
+
+def _runs_in_bf16(layer: nn.Module) -> bool:
+    """Whether the fused kernels take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
 
 
 def _flatten_statistics(net: nn.Module) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operations between U²-Net's convolutions: plain PyTorch, or inside `fused()` the kernels of model/kernels.
+"""The operations between U²-Net's convolutions and before Mamba's scan: plain PyTorch, or inside `fused()` the kernels
+of model/kernels.
 
 Both compute the same; the plain form is the definition, and what runs on everything but the fast training step.
 """
@@ -73,3 +74,31 @@ def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
     if x.shape[2:] == skip.shape[2:]:
         return torch.cat((x, skip), 1)
     return kernels.upsample_cat(x, skip) if _fused else torch.cat((upsample_to(x, skip.shape[2:]), skip), 1)
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """(B, L, C) -> the same in the dtype to go on with: at least fp32, or x's own where the fused kernels run."""
+    if _fused:
+        return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    return F.layer_norm(x.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+
+
+def project(layer: nn.Linear, v: Tensor, parts: int = 1, tokens_first: bool = False):
+    """layer.weight @ v, without the bias: (B, columns, L) -> (B, rows, L), which lies in memory so, as convolution and
+    scan want it, or with `tokens_first` as (B, L, rows). parts > 1: a tuple of the result's rows in so many tensors."""
+    if _fused:
+        return kernels.projection(weight_of(layer).to(v.dtype), v, parts, tokens_first)
+    weight = layer.weight.to(v.dtype)
+    if tokens_first:
+        return F.linear(v.transpose(1, 2), weight).transpose(1, 2)
+    results = [torch.bmm(w.expand(v.shape[0], -1, -1), v) for w in weight.chunk(parts)]
+    return results[0] if parts == 1 else tuple(results)
+
+
+def conv_silu(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """SiLU of the causal depthwise convolution: (B, d, L) -> (B, d, L)."""
+    if _fused:
+        return kernels.conv_silu(x, conv.weight, conv.bias)
+    y = F.conv1d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=conv.padding, groups=x.shape[1])
+    return F.silu(y[..., : x.shape[2]])

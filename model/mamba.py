@@ -9,9 +9,9 @@ goes either way.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers import conv_silu, layer_norm, project
 from model.selective_scan import selective_scan
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of Δ at the start (arXiv 2312.00752, section 3.6)
@@ -50,31 +50,21 @@ class Mamba(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
 
-        in_u, in_z = self.in_proj.weight.chunk(2)
-        tokens = x.transpose(1, 2)  # (B, d_model, L)
-        u, z = _project(in_u, tokens), _project(in_z, tokens)  # (B, d_inner, L)
-        taps, bias = self.conv1d.weight.to(x.dtype), self.conv1d.bias.to(x.dtype)
-        u = F.conv1d(u, taps, bias, padding=self.d_conv - 1, groups=self.d_inner)[..., : x.shape[1]]
-        u = F.silu(u)
-        dt, B, C = _project(self.x_proj.weight, u).split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        dt = _project(self.dt_proj.weight, dt)  # (B, d_inner, L)
+        u, z = project(self.in_proj, x.transpose(1, 2), parts=2)  # (B, d_inner, L)
+        u = conv_silu(self.conv1d, u)
+        dt, B, C = project(self.x_proj, u).split([self.dt_rank, self.d_state, self.d_state], dim=1)
+        dt = project(self.dt_proj, dt)  # (B, d_inner, L)
         A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
         y = selective_scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, backend=self.backend)
-        if channels_first:
-            return _project(self.out_proj.weight, y).transpose(1, 2)
-        return F.linear(y.transpose(1, 2), self.out_proj.weight.to(x.dtype))
-
-
-def _project(weight: Tensor, v: Tensor) -> Tensor:
-    """(rows, columns), (B, columns, L) -> (B, rows, L), so in memory too: the convolution and the scan want it."""
-    return torch.bmm(weight.to(v.dtype).expand(v.shape[0], -1, -1), v)
+        return project(self.out_proj, y, tokens_first=not channels_first).transpose(1, 2)
 
 
 class MambaLayer(nn.Module):
     """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
 
     With `channel_token` the C channels are the tokens and a token's H·W pixels its features: `dim` is then H·W, which
-    ties the layer to one image size. Works in fp32 inside any autocast; the result has the input's dtype and memory
+    ties the layer to one image size. Works in fp32 inside any autocast, but in the fused training step: there, as
+    mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the input's dtype and memory
     format, so that `h + mamba(h)` is one pass over memory.
     """
 
@@ -106,9 +96,7 @@ class MambaLayer(nn.Module):
         if tokens.shape[2] != self.dim:
             what = "H·W, with channel_token=True," if self.channel_token else "C"
             raise ValueError(f"MambaLayer: {what} must be dim={self.dim}, got {tokens.shape[2]} of x {tuple(x.shape)}")
-        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
-        norm = self.norm
-        tokens = F.layer_norm(tokens.to(dtype), (self.dim,), norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
+        tokens = layer_norm(self.norm, tokens)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if self.channel_token:
             y = self.mamba(tokens)

@@ -126,7 +126,7 @@ def _trouble(name: str, device: torch.device) -> str:
         return f"it needs a CUDA device, and this is {device}"
     kernel = _triton_scan if name == "triton" else _library_scan
     reference = functools.partial(selective_scan, backend="reference")
-    shapes = [(1, 2, 3), (1, 2, 3), (2, 4), (1, 4, 3), (1, 4, 3), (2,), (1, 2, 3), (2,)]
+    shapes = [(1, 9, 3), (1, 9, 3), (9, 4), (1, 4, 3), (1, 4, 3), (9,), (1, 9, 3), (9,)]
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             inputs = [torch.linspace(-1, 1, torch.Size(s).numel(), device=device).view(s) for s in shapes]

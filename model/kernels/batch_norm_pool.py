@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from model.kernels.batch_norm_relu import (
-    GRAD_STATS,
     SMALL_M,
     _backward,
     _sm_count,
@@ -34,6 +33,9 @@ from model.kernels.upsample import (
     _windows,
     max_pool2x2_skip,
 )
+
+APPLY, GRAD_STATS, GRAD_APPLY = (8, 16), (8, 16), (8, 16)  # warps, bytes of one load of a thread
+PROGRAMS = 4  # of `_grad_stats_pool`, per multiprocessor
 
 
 @jit()
@@ -169,7 +171,7 @@ class _BatchNormReLUPool(torch.autograd.Function):
         last = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
         y = torch.empty((n, 2 * c, h, w), **last)[:, c:]
         pooled = torch.empty((n, c, -(-h // 2), -(-w // 2)), **last)
-        grid, blocks, sizes = _launch(x, c, *pooled.shape[2:])
+        grid, blocks, sizes = _launch(x, c, *pooled.shape[2:], *APPLY)
         with on_device(x):
             _apply_pool[grid](
                 x, x if residual is None else residual, y, pooled, weight, bias, mean, rstd, h, w, c, 2 * c, blocks,
@@ -189,9 +191,9 @@ class _BatchNormReLUPool(torch.autograd.Function):
         dx = torch.empty_like(x)
         dpooled = dpooled.contiguous(memory_format=torch.channels_last)
         dskip, stride = rows_of(dskip)
-        (programs,), blocks, sizes = _launch(x, c, *dpooled.shape[2:])
+        (programs,), blocks, sizes = _launch(x, c, *dpooled.shape[2:], *GRAD_STATS)
         tiles = programs // blocks
-        parts = min(tiles, max(1, _sm_count(x.device) * GRAD_STATS[2] // blocks))
+        parts = min(tiles, max(1, _sm_count(x.device) * PROGRAMS // blocks))
         part = torch.empty(parts, 2, c, dtype=torch.float32, device=x.device)
         given = (weight, bias, mean, rstd)
         with on_device(x):
@@ -199,6 +201,7 @@ class _BatchNormReLUPool(torch.autograd.Function):
                 x, dpooled, dskip, part, *given, h, w, c, stride, blocks, tiles, parts, **sizes
             )
             dw, db = join_sums(part, weight)
+            (programs,), blocks, sizes = _launch(x, c, *dpooled.shape[2:], *GRAD_APPLY)
             _grad_apply_pool[(programs,)](
                 x, dpooled, dskip, dx, *given, dw, db, h, w, c, stride, x.numel() // c, blocks, **sizes
             )

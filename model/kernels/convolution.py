@@ -1,4 +1,4 @@
-"""A convolution whose weight gradient is computed beside the rest of the backward pass.
+"""Convolutions and projections whose weight gradient is computed beside the rest of the backward pass.
 
 Nothing before the optimizer needs the gradient of a weight, and on U²-Net's many small maps one kernel does not fill a
 GPU: on a second stream the weight gradients (compute-bound) run while the first goes on with the gradients of the
@@ -7,6 +7,7 @@ activations (mostly memory-bound). `join` must be called after backward and befo
 
 import functools
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,29 @@ from torch import Tensor
 
 WAITING = 8  # weight gradients on their way at once; each keeps its input and output gradient in memory
 
-_waiting: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+_waiting: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def _beside(compute: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
+    """What `compute` makes of `inputs`, on the side stream of their GPU; on the CPU at once."""
+    device = inputs[0].device
+    if device.type != "cuda":
+        return compute()
+    here, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        result = compute()
+        done = side.record_event()
+    # the inputs must not be freed, and their memory given to a kernel of this stream, before the other has read them
+    _waiting.append((done, inputs))
+    if len(_waiting) > WAITING:
+        here.wait_event(_waiting.popleft()[0])
+    return result
 
 
 class _Convolution(torch.autograd.Function):
@@ -34,16 +52,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, weight = ctx.saved_tensors
         backward = functools.partial(torch.ops.aten.convolution_backward, dy, x, weight, None, *ctx.geometry)
-        here, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            dw = backward([False, True, False])[1]
-            done = side.record_event()
+        dw = _beside(lambda: backward([False, True, False])[1], x, dy)
         dx = backward([True, False, False])[0] if ctx.needs_input_grad[0] else None
-        # x and dy must not be freed, and their memory given to a kernel of this stream, before the other has read them
-        _waiting.append((done, x, dy))
-        if len(_waiting) > WAITING:
-            here.wait_event(_waiting.popleft()[0])
         return dx, dw, None, None
 
 
@@ -52,6 +62,38 @@ def convolution(x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: t
     if x.is_cuda:
         return _Convolution.apply(x, weight, padding, dilation)
     return F.conv2d(x, weight, None, 1, padding, dilation)
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, v: Tensor, parts: int, tokens_first: bool):
+        ctx.save_for_backward(weight, v)
+        many = [w.expand(v.shape[0], -1, -1) for w in weight.chunk(parts)]
+        if tokens_first:
+            results = [torch.bmm(v.transpose(1, 2), w.transpose(1, 2)).transpose(1, 2) for w in many]
+        else:
+            results = [torch.bmm(w, v) for w in many]
+        return results[0] if parts == 1 else tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        weight, v = ctx.saved_tensors
+        dw = _beside(lambda: torch.cat([torch.bmm(g, v.transpose(1, 2)).sum(0) for g in grads]), v, *grads)
+        dv = None
+        for w, g in zip(weight.chunk(len(grads)), grads, strict=True):
+            many = w.t().expand(v.shape[0], -1, -1)
+            dv = torch.bmm(many, g) if dv is None else torch.baddbmm(dv, many, g)
+        return dw, dv, None, None
+
+
+def projection(weight: Tensor, v: Tensor, parts: int = 1, tokens_first: bool = False):
+    """weight @ v: (rows, columns), (B, columns, L) -> (B, rows, L), in memory so or, `tokens_first`, as (B, L, rows).
+
+    With parts > 1 a tuple of the result's rows in so many tensors. On a GPU the gradient of `weight` is ready only
+    after `join`.
+    """
+    return _Projection.apply(weight, v, parts, tokens_first)
 
 
 def join(device: torch.device) -> None:

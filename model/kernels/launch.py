@@ -17,13 +17,16 @@ except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Trit
 
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, read when a kernel is defined
-_compiling = False
+_compiling: list | None = None  # what was compiled inside `compile_only`
 
 if triton is not None:
 
     class _Kernel(triton.JITFunction):
         def run(self, *args, grid, warmup, **kwargs):
-            return super().run(*args, grid=grid, warmup=warmup or _compiling, **kwargs)
+            compiled = super().run(*args, grid=grid, warmup=warmup or _compiling is not None, **kwargs)
+            if _compiling is not None:
+                _compiling.append(compiled)
+            return compiled
 
 
 def jit(*no_specialize: str):
@@ -46,12 +49,15 @@ def compile_only() -> Iterator[None]:
     if triton is None or _INTERPRETED or not torch.cuda.is_available():
         yield
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-        _compiling = True
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _compiling = compiled = []
         try:
-            yield
+            with triton.AsyncCompileMode(pool):
+                yield
         finally:
-            _compiling = False
+            _compiling = None
+        # asking for what launches a kernel builds that too: older versions of Triton run a C compiler for it
+        list(pool.map(lambda kernel: (kernel.result() if hasattr(kernel, "result") else kernel).run, set(compiled)))
 
 
 def triton_runs(x: Tensor) -> bool:

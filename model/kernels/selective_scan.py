@@ -38,9 +38,13 @@ class Tiles(NamedTuple):
 
 PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
 JOIN_UNROLL = 32  # chunks whose states are on their way at once
-TABLE = (  # longest L -> tiles, as measured on an H200. Few rows: each is kernels to compile, at the first start
-    (96, Tiles(*[(6, 16, 2)] * 3, registers=(None, None))),  # 81 tokens: the innermost level at 288x288
-    (2048, Tiles(*[(16, 2, 1)] * 3, registers=(None, None))),  # short chunks: more programs
+TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
+    # `_grads` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
+    (
+        96,
+        Tiles((6, 16, 2), (6, 16, 2), (3, 32, 1), registers=(None, None)),
+    ),  # 81 tokens: the innermost level at 288x288
+    (2048, Tiles((16, 2, 1), (16, 2, 1), (4, 8, 1), registers=(None, None))),  # short chunks: more programs
     (math.inf, Tiles(*[(16, 4, 1)] * 3, registers=(None, None))),
 )
 

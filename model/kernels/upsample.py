@@ -175,13 +175,15 @@ def _max_pool(
         tl.store(y + pooled_before * C + pooled, best, mask=ok00)
 
 
-def _launch(x: Tensor, C: int, H: int, W: int) -> tuple[tuple[int], int, dict[str, int]]:
-    """Grid, channel blocks and tile sizes that cover (B, C, H, W) in x's dtype, one 16-byte vector per thread."""
+def _launch(
+    x: Tensor, C: int, H: int, W: int, warps: int = WARPS, vector: int = 16
+) -> tuple[tuple[int], int, dict[str, int]]:
+    """Grid, channel blocks and tile sizes that cover (B, C, H, W) in x's dtype, one vector (bytes) per thread."""
     block_c = min(MAX_BLOCK_C, triton.next_power_of_2(C))
-    th = max(1, WARPS * 32 * (16 // x.element_size()) // block_c // TILE_W)
+    th = max(1, warps * 32 * (vector // x.element_size()) // block_c // TILE_W)
     blocks = triton.cdiv(C, block_c)
     grid = (blocks * triton.cdiv(H, th) * triton.cdiv(W, TILE_W) * x.shape[0],)
-    return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": WARPS}
+    return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def _channels_last(x: Tensor) -> bool:
