@@ -118,9 +118,8 @@ class TrainStep:
             return
         self._copy_weights()
         net = copy.deepcopy(self.net)
-        # backward in this thread: Triton keeps the mode it compiles in for each thread
-        with compile_only(), torch.autograd.set_multithreading_enabled(False), self.autocast, fused(self.kernels):
-            self.loss(net(images, logits=True), masks).sum().backward()
+        with compile_only(), self.autocast, fused(self.kernels):
+            self._backward(self.loss(net(images, logits=True), masks))
         if self.kernels:
             join(self.device)
 
@@ -150,7 +149,7 @@ class TrainStep:
             logits = self.net(images, logits=True)
         losses = self.loss(logits, masks)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
+        self._backward(losses)
         if self.kernels:
             join(self.device)
         self._fetch_gradients()
@@ -165,6 +164,12 @@ class TrainStep:
         self._count(ok, logits[0].detach(), masks, losses.detach())
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
+
+    @staticmethod
+    def _backward(losses: Tensor) -> None:
+        """In this thread: Triton's mode of compiling, and the algorithms that cuDNN has chosen, belong to a thread."""
+        with torch.autograd.set_multithreading_enabled(False):
+            losses.sum().backward()
 
     @torch.no_grad()
     def _copy_weights(self) -> None:

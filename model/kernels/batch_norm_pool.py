@@ -34,7 +34,7 @@ from model.kernels.upsample import (
     max_pool2x2_skip,
 )
 
-APPLY, GRAD_STATS, GRAD_APPLY = (8, 16), (8, 16), (8, 16)  # warps, bytes of one load of a thread
+APPLY, GRAD_STATS, GRAD_APPLY = (8, 16), (4, 8), (4, 8)  # warps, bytes of one load of a thread
 PROGRAMS = 4  # of `_grad_stats_pool`, per multiprocessor
 
 
