@@ -30,6 +30,7 @@ ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio 
 HOLD_OUT = 20  # one pair of 20 is held out of training
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a mirrored copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first one found is taken
+MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", ".jpg", ".jpeg")  # saved maps, the most exact first
 MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless ones first
 
 # Pillow's remarks on odd metadata and on images of 90-179 million pixels, which we read: nothing a user can act on.
@@ -181,6 +182,38 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
     return scale_mask(_read(path, _grey)[0])[0]
 
 
+def _probabilities(file: Image.Image) -> np.ndarray:
+    if file.mode == "F":
+        return np.asarray(file, np.float64)
+    return np.asarray(file, np.float64) / 65535 if file.mode.startswith("I") else _grey(file) / 255.0
+
+
+def read_map(path: str | os.PathLike) -> np.ndarray:
+    """A saved saliency map as (H, W) float64 in [0, 1], upright: 8 bits / 255, 16 bits / 65535, floats as they are.
+
+    Floats come from a TIFF, or from a .npy of shape (H, W), (1, H, W) or the like. Raises BadFile, also for values that
+    are not finite or not in [0, 1].
+    """
+    if Path(path).suffix.lower() == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BadFile(path, f"not an array that numpy reads ({str(error).splitlines()[0]})") from None
+        if array.ndim > 2:
+            array = array.squeeze()
+        if array.ndim != 2 or (array.dtype.kind not in "fb" and array.dtype != np.uint8):
+            raise BadFile(path, f"holds {array.dtype} of shape {array.shape}; a map is (H, W), floating point or uint8")
+        array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
+    else:
+        array = _read(path, _probabilities)[0]
+    if not np.isfinite(array).all():
+        raise BadFile(path, "holds values that are not numbers (NaN or infinite)")
+    low, high = array.min(), array.max()
+    if low < -1e-6 or high > 1 + 1e-6:  # resampling in fp32 may leave [0, 1] by a rounding
+        raise BadFile(path, f"holds values from {low:.4g} to {high:.4g}; a map holds probabilities, 0 to 1")
+    return array.clip(0, 1)
+
+
 class Reading(NamedTuple):
     """One decoded pair: image (H, W, 3) uint8, mask (h, w) uint8, and what the report counts."""
 
@@ -213,7 +246,9 @@ def read_pair(pair: Pair) -> Reading:
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[str, str, str]], Unpaired]:
+def pair_names(
+    images: Iterable[str], masks: Iterable[str], image_types: tuple[str, ...] = IMAGE_TYPES
+) -> tuple[list[tuple[str, str, str]], Unpaired]:
     """File names -> sorted [(stem, image name, mask name)] and the names left over; other file types are passed by.
 
     Stems are compared in Unicode's composed form, so that a list made on macOS orders and holds out like any other.
@@ -231,7 +266,7 @@ def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[
             [f"{name} ({several[0][1]} is taken)" for several in ordered.values() for _, name in several[1:]],
         )
 
-    image_of, image_doubles = by_stem(images, IMAGE_TYPES)
+    image_of, image_doubles = by_stem(images, image_types)
     mask_of, mask_doubles = by_stem(masks, MASK_TYPES)
     paired = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
     return paired, Unpaired(
@@ -280,7 +315,8 @@ def hold_out(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 # --------------------------------------------------------------------------------------------------- checking
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
@@ -317,7 +353,7 @@ class Report:
             (self.noise, f"masks never brighter than {NOISE_BELOW - 1}, taken for empty"),
         ):
             if names:
-                out.append(f"data: {len(names):,} {what}: {_some(names)}")
+                out.append(f"data: {len(names):,} {what}: {some_of(names)}")
         if self.pairs and self.empty == self.pairs:
             out.append("data: warning: no mask holds an object, so there is nothing to learn")
         if self.black:
