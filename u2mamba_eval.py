@@ -31,10 +31,11 @@ import tyro
 from tqdm import tqdm
 
 from data_check import BadFile, Unpaired, read_image, read_map, read_mask, some_of
-from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, worker_pool
+from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at
 from engine.output import check_folder, write_whole
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
 from engine.settings import check_settings
+from engine.workers import worker_pool
 
 WORST = 20  # images on the sheet
 LABELS = dict(

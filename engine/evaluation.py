@@ -1,6 +1,6 @@
 """The metrics of the SOD papers over a set of saliency maps: PySODMetrics, in several processes, the numbers of one.
 
-    with worker_pool(8) as pool:
+    with worker_pool(8) as pool:  # engine.workers
         scores = SetScores("ECSSD")
         for item, result in evaluate(items_of(Path("masks"), Path("maps"))[0], pool):
             scores.add(item.stem, result)
@@ -19,15 +19,10 @@ E-measure the share of pixels below the threshold (times n / (n - 1) for n pixel
 else 0.
 """
 
-import contextlib
 import functools
-import multiprocessing
 import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,13 +42,13 @@ from py_sod_metrics import (
 
 from data_check import IMAGE_TYPES, MAP_TYPES, BadFile, Unpaired, pair_names, read_map, read_mask
 from engine.run import UserError
+from engine.workers import in_order
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
 AHEAD = 2  # images read in advance for each core
-MOST_PROCESSES = 61  # Windows waits for no more than that
 
 
 class Item(NamedTuple):
@@ -161,45 +156,6 @@ def score_item(item: Item, stretch: bool = False) -> ImageScores | BadFile:
 
 
 # ------------------------------------------------------------------------------------------------- many images
-
-
-def _set_up_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one ends the others
-    cv2.setNumThreads(1)
-
-
-@contextlib.contextmanager
-def worker_pool(processes: int) -> Iterator[Executor | None]:
-    """Processes for `evaluate`, started as new interpreters on every system (a fork would copy torch's threads).
-
-    None for one process, which is the caller's own. As always with such processes, a script that calls this keeps its
-    own work under `if __name__ == "__main__":`.
-    """
-    if processes <= 1:
-        yield None
-        return
-    pool = ProcessPoolExecutor(
-        min(processes, MOST_PROCESSES), multiprocessing.get_context("spawn"), initializer=_set_up_worker
-    )
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError("a process that computed metrics was killed, for memory perhaps: try --workers 1") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def in_order(pool: Executor, task: Callable, items: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
-    """(item, task(item)) in the order of `items`, of which at most `ahead` are taken before their turn."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append((item, pool.submit(task, item)))
-        if len(waiting) > ahead:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    while waiting:
-        item, future = waiting.popleft()
-        yield item, future.result()
 
 
 def evaluate(

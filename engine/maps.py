@@ -15,9 +15,10 @@ from data_cache import rescale_image
 from data_check import BadFile, Pair, read_image, read_pair
 from engine.checkpoint import build_network, load_weights
 from engine.device import choose_device, choose_precision, choose_scan, peak_memory
-from engine.evaluation import Item, in_order
+from engine.evaluation import Item
 from engine.inference import Predictor
 from engine.run import UserError
+from engine.workers import in_order
 
 READERS = min(8, os.cpu_count() or 1)  # threads
 
