@@ -46,7 +46,16 @@ LABELS = dict(
         strict=True,
     )
 )  # fmt: skip
-KINDS_OF_FOLDER = {"gt", "gts", "mask", "masks", "ground_truth", "groundtruth", "annotations"}  # not a set's name
+KINDS_OF_FOLDER = {
+    "gt",
+    "gts",
+    "gt_aug",
+    "mask",
+    "masks",
+    "ground_truth",
+    "groundtruth",
+    "annotations",
+}  # not a set's name
 
 
 @dataclass
