@@ -45,6 +45,7 @@ from engine.run import UserError
 from engine.workers import in_order
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
+EPS = np.spacing(1)  # PySODMetrics'
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
@@ -82,13 +83,34 @@ class ImageScores(NamedTuple):
 # ------------------------------------------------------------------------------------------------- one image
 
 
-class _FmeasureV2(FmeasureV2):
-    """The same counts by bincount instead of a histogram of float bins: a tenth of the time."""
+def _pixels_above(pred: np.ndarray, gt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels at or above thresholds 255, ..., 0, (256,) each: inside the mask and outside it.
 
+    What PySODMetrics counts twice by `np.histogram`, which sorts the pixels: a sixth of all its time.
+    """
+    levels = (pred * 255).astype(np.uint8)
+    inside, outside = (np.cumsum(np.bincount(levels[where], minlength=256)[::-1]) for where in (gt, ~gt))
+    return inside, outside
+
+
+class _FmeasureV2(FmeasureV2):
     def dynamically_binarizing(self, pred: np.ndarray, gt: np.ndarray, FG: int, BG: int) -> dict:
-        levels = (pred * 255).astype(np.uint8)
-        tp, fp = (np.cumsum(np.bincount(levels[where], minlength=256)[::-1]) for where in (gt, ~gt))
+        tp, fp = _pixels_above(pred, gt)
         return {"tp": tp, "fp": fp, "tn": BG - fp, "fn": FG - tp}
+
+
+class _Emeasure(Emeasure):
+    def cal_em_with_cumsumhistogram(self, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
+        tp, fp = _pixels_above(pred, gt)
+        found, left = tp + fp, self.gt_size - tp - fp
+        if self.gt_fg_numel == 0:
+            enhanced = left
+        elif self.gt_fg_numel == self.gt_size:
+            enhanced = found
+        else:
+            parts = self.generate_parts_numel_combinations(tp, fp, found, left)
+            enhanced = sum((2 * a * b / (a**2 + b**2 + EPS) + 1) ** 2 / 4 * n for n, (a, b) in zip(*parts, strict=True))
+        return enhanced / (self.gt_size - 1 + EPS)
 
 
 class _Smeasure(Smeasure):
@@ -106,7 +128,7 @@ def score_map(prediction: np.ndarray, truth: np.ndarray, resized: bool = False) 
         FmeasureHandler(True, False, beta=BETA2),
     ]
     of_half = IOUHandler(False, False, with_binary=True, sample_based=False)
-    mae, wf, sm, em = MAE(), WeightedFmeasure(), _Smeasure(), Emeasure()
+    mae, wf, sm, em = MAE(), WeightedFmeasure(), _Smeasure(), _Emeasure()
     for metric in (mae, wf, sm, em, _FmeasureV2(dict(enumerate((*of_thresholds, of_half))))):
         metric.step(prediction, truth, normalize=False)
     counts = of_half.binary_results

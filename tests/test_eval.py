@@ -148,6 +148,17 @@ def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
     assert got.iou == (1.0 if level <= 0.5 else 0.0)
 
 
+@pytest.mark.parametrize("truth", [np.ones((9, 7), bool), np.zeros((9, 7), bool), np.arange(63).reshape(9, 7) % 5 > 2])
+def test_masks_full_empty_and_scattered_as_pysodmetrics_counts_them(truth):
+    found = np.random.default_rng(2).random(truth.shape)
+    em, fm = psm.Emeasure(), psm.FmeasureV2({"f": psm.FmeasureHandler(True, False, beta=0.3)})
+    for metric in (em, fm):
+        metric.step(found, truth, normalize=False)
+    got = score_map(found, truth).curves
+    assert got[3] == pytest.approx(em.get_results()["em"]["curve"], abs=1e-12)
+    assert got[2] == pytest.approx(fm.get_results()["f"]["dynamic"], abs=1e-12)
+
+
 def test_an_object_on_the_border_has_an_s_measure():
     """PySODMetrics answers NaN: three of the four quadrants around its centre hold no pixel."""
     mask, found = np.zeros((30, 40), bool), np.full((30, 40), 0.3)
