@@ -201,7 +201,7 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
             raise BadFile(path, f"not an array that numpy reads ({str(error).splitlines()[0]})") from None
         if array.ndim > 2:
             array = array.squeeze()
-        if array.ndim != 2 or (array.dtype.kind not in "fb" and array.dtype != np.uint8):
+        if array.ndim != 2 or not array.size or (array.dtype.kind not in "fb" and array.dtype != np.uint8):
             raise BadFile(path, f"holds {array.dtype} of shape {array.shape}; a map is (H, W), floating point or uint8")
         array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
     else:

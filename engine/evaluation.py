@@ -7,7 +7,7 @@
     print(scores.summary())
 
 Every image is scored by a worker; what it contributes is added up in the order of the names, so the sums do not depend
-on the number of processes. Nothing here needs torch, so that a worker process starts in half a second.
+on the number of processes. Nothing here imports torch, which each worker would load for nothing.
 
 Conventions, those of PySODMetrics called with `normalize=False`: a mask is cut at > 128, the map stays as it is
 (PySODMetrics' default stretches each map to its own minimum and maximum). Thresholds: the float map times 255, decimals

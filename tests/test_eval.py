@@ -205,6 +205,8 @@ def test_maps_of_any_depth(name, array, expected, tmp_path):
         ("a.npy", np.array([[0, 255.0]]), "holds values from 0 to 255"),
         ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
         ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
+        ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
+        ("a.npy", b"", "not an array that numpy reads"),
         ("a.npy", b"no array", "not an array that numpy reads"),
         ("a.png", b"no picture", "not an image"),
         ("a.png", b"", "empty file"),
