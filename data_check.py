@@ -30,6 +30,7 @@ from data_read import (
     opened,
     printable,
     read_image,
+    read_map,
     read_mask,
     rgb,
     scale_mask,
@@ -38,13 +39,14 @@ from data_read import (
 
 __all__ = [
     "BadFile", "DataError", "Pair", "Reading", "Report", "Unpaired", "check_pairs", "find_pairs", "hold_out",
-    "is_held_out", "pair_names", "read_image", "read_mask", "read_pair", "reading", "scale_mask",
+    "is_held_out", "pair_names", "read_image", "read_map", "read_mask", "read_pair", "reading", "scale_mask",
 ]  # fmt: skip
 
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio is within 1 % of the image's
 HOLD_OUT = 20  # one pair of 20 is held out of training
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a mirrored copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first one found is taken
+MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", ".jpg", ".jpeg")  # saved maps, the most exact first
 MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless ones first
 
 
@@ -112,7 +114,9 @@ def read_pair(pair: Pair) -> Reading:
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[str, str, str]], Unpaired]:
+def pair_names(
+    images: Iterable[str], masks: Iterable[str], image_types: tuple[str, ...] = IMAGE_TYPES
+) -> tuple[list[tuple[str, str, str]], Unpaired]:
     """File names -> sorted [(stem, image name, mask name)] and the names left over.
 
     Stems are compared in Unicode's composed form, so that a list made on macOS orders and holds out like any other.
@@ -136,7 +140,7 @@ def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[
             [f"{name} ({several[0][1]} is taken)" for several in ordered.values() for _, name in several[1:]],
         )
 
-    image_of, image_doubles = by_stem(images, IMAGE_TYPES)
+    image_of, image_doubles = by_stem(images, image_types)
     mask_of, mask_doubles = by_stem(masks, MASK_TYPES)
     paired = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
     return paired, Unpaired(
@@ -201,7 +205,8 @@ def hold_out(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 # --------------------------------------------------------------------------------------------------- checking
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
@@ -240,7 +245,7 @@ class Report:
             (self.noise, f"masks never brighter than {NOISE_BELOW - 1}, taken for empty"),
         ):
             if names:
-                out.append(f"data: {len(names):,} {what}: {_some(names)}")
+                out.append(f"data: {len(names):,} {what}: {some_of(names)}")
         if self.pairs and self.empty == self.pairs:
             out.append("data: warning: no mask holds an object, so there is nothing to learn")
         if self.black:

@@ -153,6 +153,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 # ---------------------------------------------------------------------------------------------------- decoding
+
+
 def turn(array: np.ndarray, orientation: int) -> np.ndarray:
     """(H, W, ...) as stored -> as seen, for the values 1-8 of EXIF tag 0x0112."""
     if orientation >= 5:  # stored with rows and columns exchanged
@@ -261,3 +263,35 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 def read_mask(path: str | os.PathLike) -> np.ndarray:
     """(H, W) uint8, 0 background to 255 object (`scale_mask` of the luminance), upright. Raises BadFile."""
     return scale_mask(_read(path, grey))[0]
+
+
+def _probabilities(file: Image.Image) -> np.ndarray:
+    if file.mode == "F":
+        return np.asarray(file, np.float64)
+    return np.asarray(file, np.float64) / 65535 if file.mode.startswith("I") else grey(file) / 255.0
+
+
+def read_map(path: str | os.PathLike) -> np.ndarray:
+    """A saved saliency map as (H, W) float64 in [0, 1], upright: 8 bits / 255, 16 bits / 65535, floats as they are.
+
+    Floats come from a TIFF, or from a .npy of shape (H, W), (1, H, W) or the like. Raises BadFile, also for values that
+    are not finite or not in [0, 1].
+    """
+    if Path(path).suffix.lower() == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BadFile(path, f"not an array that numpy reads ({str(error).splitlines()[0]})") from None
+        if array.ndim > 2:
+            array = array.squeeze()
+        if array.ndim != 2 or not array.size or (array.dtype.kind not in "fb" and array.dtype != np.uint8):
+            raise BadFile(path, f"holds {array.dtype} of shape {array.shape}; a map is (H, W), floating point or uint8")
+        array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
+    else:
+        array = _read(path, _probabilities)
+    if not np.isfinite(array).all():
+        raise BadFile(path, "holds values that are not numbers (NaN or infinite)")
+    low, high = array.min(), array.max()
+    if low < -1e-6 or high > 1 + 1e-6:  # resampling in fp32 may leave [0, 1] by a rounding
+        raise BadFile(path, f"holds values from {low:.4g} to {high:.4g}; a map holds probabilities, 0 to 1")
+    return array.clip(0, 1)

@@ -12,6 +12,11 @@ from model import kernels
 from model.kernels.launch import triton_runs
 from model.selective_scan import choose_backend
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
     """The best device there is, or the one wanted, and a line that names it.
@@ -106,6 +111,18 @@ def memory_in_use(device: torch.device) -> float:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (OSError, AttributeError):
         return 0.0
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most GiB that tensors took on a GPU so far, or that the process took (0 on Windows, which is not asked)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    if resource is None:
+        return 0.0
+    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def seed_everything(seed: int) -> None:
