@@ -30,6 +30,7 @@ from engine.settings import as_plain_dict, differences, read_settings
 from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
+from model.kernels import multi_bce
 from train_data.make_demo import DemoError, make_demo
 
 # ------- 1. constants --------
@@ -204,9 +205,8 @@ def run(cfg: Config) -> int:
     optimizer = algorithm(
         decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
     )
-    step = TrainStep(
-        net, optimizer, multi_bce_loss_fusion, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused
-    )
+    loss = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
+    step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused)
 
     # ------- 6. training --------
 

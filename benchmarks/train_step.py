@@ -17,10 +17,12 @@ from benchmarks.hardware import lines, median_and_spread, time_calls
 from engine.device import choose_device, choose_kernels, choose_precision
 from engine.step import TrainStep
 from model import ARCHS
+from model.kernels import multi_bce
 from model.selective_scan import choose_backend
 from u2mamba_train import decayed_and_not, multi_bce_loss_fusion
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts
+    "Mamba's norm and convolution": ("_layer_norm", "_conv_silu"),
     "matrix product": ("gemm_f32", "gemm_tf32", "gemv", "nvjet", "splitK", "gemmk1"),
     "convolution": ("conv", "cudnn", "xmma", "implicit", "wgrad", "dgrad", "fprop", "cutlass", "nchwToNhwc"),
     "selective scan": ("_scan", "_ends", "_join", "_grads", "_add_splits", "selective"),
@@ -60,19 +62,21 @@ def make_step(options: Options, device: torch.device, published: bool, reference
     net = ARCHS[options.arch](**mamba).to(device, memory_format=memory_format)
     optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
     graph = (reference_graph or not published) and device.type == "cuda"
-    step = TrainStep(net, optimizer, multi_bce_loss_fusion, device, precision, graph=graph, kernels=kernels)
+    loss = multi_bce if kernels else multi_bce_loss_fusion
+    step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels)
     words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
     return step, ", ".join([*words, *(["fused kernels"] if kernels else []), f"scan {backend}"]), memory_format
 
 
 def measure(options: Options, device: torch.device, batch: int, published: bool) -> tuple[str, float, float, float]:
-    """(description, seconds a step, spread, GiB)."""
+    """(description, seconds a step, spread, GiB): the peak of what tensors take, with cuDNN's search at the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     step, words, memory_format = make_step(options, device, published)
     images = torch.randn(batch, 3, options.size, options.size, device=device).to(memory_format=memory_format)
     masks = (torch.rand(batch, 1, options.size, options.size, device=device) > 0.7).float()
     seconds = time_calls(lambda: step(images, masks), device, options.runs, options.steps, warm_up=6)
-    # what training holds from here on; the search for convolution algorithms at the start takes more for a moment
-    memory = torch.cuda.memory_reserved(device) / 2**30 if device.type == "cuda" else float("nan")
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     if options.profile and not published:
         profile(lambda: step(images, masks))
     return words, *median_and_spread(seconds), memory

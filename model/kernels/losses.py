@@ -150,3 +150,8 @@ def multi_bce_with_logits(logits: Tensor | list[Tensor] | tuple[Tensor, ...], ta
     if target.dtype == torch.bool:
         target = target.to(torch.uint8)
     return _forward(logits.contiguous(), target.contiguous())
+
+
+def multi_bce(logits: tuple[Tensor, ...], target: Tensor) -> Tensor:
+    """The losses (K) of `multi_bce_with_logits` alone."""
+    return multi_bce_with_logits(logits, target)[0]
