@@ -5,7 +5,8 @@
     python u2mamba_test.py "photos/**/*.jpg" --checkpoint saved_models/u2net/best.pth --tta
 
 A map has its image's size, and its orientation as seen; it lies at OUT/MODE/ where the image lies under INPUT. What is
-there already is skipped. Exit codes: 0 done, 1 done with files set aside, 2 nothing could be used, 130 Ctrl-C.
+there already is skipped. Exit codes: 0 done, 1 done with files set aside, 2 nothing could be used, 130 and 143 stopped
+by Ctrl-C and SIGTERM; what is written is whole then too, and the same command goes on.
 """
 
 import errno
@@ -46,9 +47,7 @@ DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next 
 
 @dataclass
 class Options:
-    """What to do; the inputs are images, folders and patterns like "photos/**/*.jpg"."""
-
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: tyro.conf.Positional[tuple[str, ...]]  # images, folders, patterns in quotes
     checkpoint: str = ""  # weights; default: the small network's that ship in saved_models/
     out: str = "maps"  # folder
     mode: tuple[Literal["soft", "binary", "rgba", "overlay", "sheet"], ...] = ("soft",)  # one or several
@@ -177,6 +176,8 @@ def run(options: Options) -> int:
     """The whole of it; returns the exit code."""
     check_settings(options, LIMITS)
     begun, out = time.monotonic(), Path(options.out)
+    if not options.inputs:
+        raise UserError("no input: name images, folders or patterns (--help shows examples)")
     sources = find_images(options.inputs, out)
     targets = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in options.mode} for s in sources}
     if not options.overwrite:

@@ -282,6 +282,11 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
     assert set(files(tmp_path / "out")) <= {"soft/below/b.png"}
 
 
+def test_no_input(predict):
+    with pytest.raises(UserError, match="no input: name images"):
+        predict()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
