@@ -94,7 +94,7 @@ def find_images(inputs: Iterable[str], out: Path) -> list[Source]:
 def _matches(word: str) -> tuple[Path, list[Path]]:
     """The folder that outputs are placed relative to, and the files and folders that `word` stands for."""
     path = Path(word)
-    if path.exists():
+    if os.path.exists(word):  # False, not an error, for a name longer than the system takes
         return path if path.is_dir() else path.parent, [path]
     matches = [Path(m) for m in sorted(glob.glob(word, recursive=True))]
     if not matches:
@@ -176,6 +176,8 @@ def run(options: Options) -> int:
     """The whole of it; returns the exit code."""
     check_settings(options, LIMITS)
     begun, out = time.monotonic(), Path(options.out)
+    if not options.mode:
+        raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
     if not options.inputs:
         raise UserError("no input: name images, folders or patterns (--help shows examples)")
     sources = find_images(options.inputs, out)

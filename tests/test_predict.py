@@ -232,6 +232,7 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
     ("more", "says"),
     [
         ({"inputs": "nowhere.jpg"}, "nowhere.jpg: there is no such file or folder"),
+        ({"inputs": "x" * 300}, ": there is no such file or folder"),
         ({"inputs": "empty"}, "empty: no image in it"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth: there is no such checkpoint"),
         ({"checkpoint": "other.pth"}, "another network than U²-Net"),
@@ -240,6 +241,7 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
         ({"out": "photos/a.png"}, "cannot be written"),
         ({"size": 8}, "size = 8: must be from 32 to 4096"),
         ({"threshold": float("nan")}, "threshold = nan: must be from 0 to 1"),
+        ({"mode": ()}, "no mode: give one or several of soft, binary"),
         ({"mode": ("soft", "alpha")}, "mode = ('soft', 'alpha')"),
     ],
 )
