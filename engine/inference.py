@@ -1,21 +1,39 @@
 """A trained network as fast as the machine runs it, for whoever wants maps: evaluation, prediction, export.
 
-net = build_network(load_weights(path), path)
+net, path = trained_network("saved_models/u2net/best.pth")
 predict = Predictor(net, device, precision)
 d0 = predict(images)  # (B, S, S, 3) uint8 -> (B, 1, S, S) float32 probabilities
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data_loader import normalise
+from engine.checkpoint import build_network, load_weights
 from engine.run import UserError
 from model.u2net import REBNCONV
 
+SHIPPED = Path(__file__).parents[1] / "saved_models"  # small weights come with the code as u2mambap*.pth
 GRAPHS = 4  # batch shapes kept as CUDA graphs; more of them run eagerly
+
+
+def trained_network(checkpoint: str = "", backend: str = "auto") -> tuple[nn.Module, Path]:
+    """The network of a checkpoint, in eval mode, and the file that it came from; "" is the newest that ships.
+
+    Raises UserError where there is none, CheckpointError for one that is not of this project's networks.
+    """
+    shipped = sorted(SHIPPED.glob("u2mambap*.pth"))
+    if not checkpoint and not shipped:
+        raise UserError(
+            "no weights: give --checkpoint PATH, of your own run, of `python u2mamba_train.py demo` "
+            "(saved_models/demo/best.pth, minutes), or U-2-Net's public u2netp.pth (github.com/xuebinqin/U-2-Net)"
+        )
+    path = Path(checkpoint) if checkpoint else shipped[-1]
+    return build_network(load_weights(path), path, backend), path
 
 
 def fold_batch_norm(net: nn.Module) -> nn.Module:

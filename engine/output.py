@@ -17,16 +17,25 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder") from None
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes to a temporary name beside `path`, flushes it to the disk, then renames it. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, content: bytes, flush: bool = True) -> None:
+    """Writes to a temporary name beside `path`, flushes it to the disk, then renames it; makes the folder.
+
+    flush: False for one of many small files, which a crash of the machine may lose.
+    Raises UserError, caused by the OSError.
+    """
+    temporary = None
     try:
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from others
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error})") from None
+        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)

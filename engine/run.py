@@ -15,7 +15,11 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns what a user can cause into one line on stderr and exit code 2; a second Ctrl-C into 130."""
+    """Turns what a user can cause into one line on stderr and exit code 2, Ctrl-C into 130 and SIGTERM into 143.
+
+    SIGTERM unwinds as Ctrl-C does, so that temporary files go; a training run catches both by `StopSignal`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no error
