@@ -119,7 +119,8 @@ class RunReport:
             self._warn(error)
         for name, value in row.items():
             if name not in ("ite", "epoch"):
-                self._draw("add_scalar", f"{group}/{name.removeprefix('val_')}", float(value), iteration)
+                label = {"tar": "d0", "wait": "data wait"}.get(name, name.removeprefix("val_"))
+                self._draw("add_scalar", f"{group}/{label}", float(value), iteration)
 
     def _draw(self, what: str, *values) -> None:
         """Calls a method of TensorBoard's writer, which also tells what its thread could not write a while ago."""

@@ -27,14 +27,14 @@ def run(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(script.ARCHS, "u2netp", Net)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def start(at=None, **constants):
-        """at: iteration -> what happens before it."""
+    def start(at=None, poison=None, **constants):
+        """at: batch of an epoch -> what happens before it; poison: what is done to each batch."""
         planned = script.batches
 
         def watched(source, plan, size, position, **more):
             for i, batch in enumerate(planned(source, plan, size, position, **more), position // size + 1):
                 (at or {}).get(i, lambda: None)()
-                yield batch
+                yield poison(source, batch) if poison else batch
 
         monkeypatch.setattr(script, "batches", watched)
         cfg = script.Config(

@@ -1,36 +1,26 @@
 """Before and beside a run: the overfit check, pretrained weights, bad batches by name, the curves."""
 
-import dataclasses
+import csv
+import math
 import re
 
 import pytest
 import torch
+from PIL import Image
 
-from data_loader import open_data
+from benchmarks import plot_run
+from data_loader import INDEX, epoch_plan, open_data
 from engine import overfit as module
 from engine.overfit import overfit
 from engine.run import UserError
+from engine.step import RECENT, TrainStep
 from model import U2MAMBAP, U2NET, U2NETP
+from tests import test_bad_storage as storage
 from tests import test_train as tiny
-from tests.test_step import Net, make, script
+from tests.test_step import Net, batch, make
 
-data = tiny.data  # the fixture: 24 pairs of a bright disc
-
-
-@pytest.fixture
-def run(data, tmp_path, capsys):
-    """Runs the trainer with small constants in this process, which saves the seconds of a start -> (code, output)."""
-
-    def start(**constants):
-        cfg = script.Config(
-            model_name="tiny", saved_models=str(tmp_path), arch="u2mambap", rescale=48, crop=40, batch_size_train=8,
-            epoch_num=1, log_frq=1, save_frq=3, device="cpu", data_dir=str(data), tra_image_dir="images",
-            tra_label_dir="masks",
-        )  # fmt: skip
-        code = script.run(dataclasses.replace(cfg, **constants))
-        return code, capsys.readouterr().out
-
-    return start
+data, run = tiny.data, storage.run  # fixtures: 24 pairs of a bright disc; the trainer in this process
+SMALL = {"arch": "u2mambap", "batch_size_train": 12, "save_frq": 100}
 
 
 class Never:
@@ -44,7 +34,7 @@ class Never:
 
 
 def test_overfit_learns_one_pair_and_writes_one_picture(run, tmp_path):
-    code, out = run(overfit=1, lr=2e-3, rescale=64)
+    code, out = run(overfit=1, lr=2e-3, rescale=64, arch="u2mambap")
     assert code == 0
     iou = [float(v) for v in re.findall(r"IoU: (\d\.\d{3})\n", out)]
     assert iou[-1] > 0.95 >= max(iou[:-1])
@@ -87,7 +77,7 @@ def test_a_run_starts_from_pretrained_weights_once(run, tmp_path):
     public = U2NETP().state_dict()
     weights = tmp_path / "u2netp.pth"
     torch.save({f"module.{k}": v for k, v in public.items()}, weights)
-    constants = {"pretrained": str(weights), "lr": 0.0}
+    constants = SMALL | {"pretrained": str(weights), "lr": 0.0}
     code, out = run(**constants)
     assert code == 0
     new = len(U2MAMBAP().state_dict()) - len(public)
@@ -101,7 +91,7 @@ def test_a_run_starts_from_pretrained_weights_once(run, tmp_path):
     code, out = run(epoch_num=2, **constants)
     assert code == 0 and "going on from" in out and "pretrained" not in out
     with pytest.raises(UserError, match=r"u2netp\.pth' -> 'other\.pth'"):
-        run(epoch_num=3, pretrained="other.pth", lr=0.0)
+        run(epoch_num=3, **constants | {"pretrained": "other.pth"})
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "u2netp.pth U2NETP")])
@@ -112,6 +102,106 @@ def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
     if content:
         torch.save(content().state_dict(), weights)
     with pytest.raises(UserError) as error:
-        run(pretrained=str(weights))
+        run(pretrained=str(weights), **SMALL)
     assert str(weights) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
     assert kept.read_bytes() == b"an earlier run"
+
+
+# ------- batches that are not finite
+
+
+def poisoned(*names):
+    """Batches in which the pictures of these names hold NaN."""
+
+    def poison(source, batch):
+        stems = [source.pairs[i].stem for i in batch.rows[:, INDEX].tolist()]
+        for place in (i for i, stem in enumerate(stems) if stem in names):
+            batch.x[place, 0, 0, 0] = math.nan
+        return batch
+
+    return poison
+
+
+def test_a_bad_batch_is_left_out_and_named(run, tmp_path):
+    code, out = run(poison=poisoned("d13"), log_frq=4, epoch_num=2)
+    assert code == 0
+    warned = re.findall(r"warning: iteration (\d+) is left out, (.+) not finite, of (.+)\n", out)
+    assert len(warned) == 2  # once an epoch, although a line comes every fourth iteration
+    for iteration, outputs, files in warned:
+        assert outputs == "d0, d1, d2, d3, d4, d5, d6"
+        epoch, place = divmod(int(iteration) - 1, 6)
+        plan = epoch_plan(23, epoch, 0, 32, 32)[4 * place : 4 * place + 4, INDEX]
+        names = [f"d{i}.png" for i in range(10, 34) if i != 27]
+        assert files.split(", ") == [names[i] for i in plan.tolist()] and "d13.png" in files
+    assert "ite: 12]" in out and "2 bad steps" in out
+    assert all(v.isfinite().all() for v in tiny.weights(tmp_path / "tiny").values())
+
+
+def test_only_the_output_that_was_not_finite_is_named():
+    def loss(logits, masks):
+        losses = torch.stack([d.mean() for d in logits])
+        return losses + torch.tensor([0.0, 0, 0, math.inf, 0, 0, math.nan])
+
+    net = Net()
+    step = TrainStep(net, torch.optim.Adam(net.parameters(), fused=True), loss, torch.device("cpu"))
+    step(*batch())
+    assert step.read().not_finite == {0: "d3, d6"}
+    step.loss = lambda logits, masks: torch.stack([d.abs().sqrt().mean() * 0 for d in logits])
+    net.bn.weight.data.zero_()  # sqrt at 0: a finite loss with a gradient of 0 * inf
+    step(*batch())
+    assert step.read().not_finite == {0: "the gradient", 1: "d3, d6"}
+    for _ in range(RECENT):
+        step.loss = lambda logits, masks: torch.stack([d.mean() for d in logits])
+        step(*batch())
+    assert step.read().not_finite == {}
+
+
+def test_a_run_of_bad_batches_stops_with_the_outputs_named_and_can_go_on(run, tmp_path):
+    everything = [f"d{i}" for i in range(10, 34)]
+    with pytest.raises(UserError, match=r"5 steps in a row were not finite, last d0, d1, .*last\.pth"):
+        run(poison=poisoned(*everything), max_bad_steps=5, save_frq=100)
+    code, out = run(resume="anyway", lr=1e-5, epoch_num=2, max_bad_steps=5)
+    assert code == 0 and "going on from" in out and "iteration 5" in out
+    assert all(v.isfinite().all() for v in tiny.weights(tmp_path / "tiny").values())
+
+
+# ------- curves
+
+
+def test_tensorboard_holds_each_figure_and_the_pictures(run, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(epoch_num=2)
+    events = accumulator.EventAccumulator(str(tmp_path / "tiny" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    with (tmp_path / "tiny" / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {f"train/d{i}": f"d{i}" for i in range(1, 7)} | {"train/d0": "tar", "train/data wait": "wait"}
+    columns |= {f"train/{name}": name for name in ("loss", "IoU", "lr", "img_s", "memory_GiB", "bad_steps")}
+    columns |= {f"val/{name}": f"val_{name}" for name in ("IoU", "MAE", "maxF")}
+    assert set(events.Tags()["scalars"]) == set(columns)
+    for tag, column in columns.items():
+        drawn = [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars(tag)]
+        assert drawn == [(int(r["ite"]), float(r[column])) for r in rows if r[column]]
+    assert [e.step for e in events.Images("held-out/image, mask, d0")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_plot_of_a_log(run, tmp_path, capsys):
+    run(epoch_num=2)
+    plot_run.main(plot_run.Options(folder=str(tmp_path / "tiny")))
+    path = tmp_path / "tiny" / "curves.png"
+    assert str(path) in capsys.readouterr().out
+    with Image.open(path) as picture:
+        assert picture.size == (1500, 800)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20  # lines, not only frames
+    read = plot_run.read_log(tmp_path / "tiny" / "log.csv")
+    assert read["d6"][0].tolist() == list(range(1, 13)) and read["val_maxF"][0].tolist() == [6, 12]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"1,2,3\n", b"ite,loss\n", b"\xff\xfe\x00"])
+def test_a_log_that_cannot_be_drawn_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        plot_run.main(plot_run.Options(folder=str(tmp_path)))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "curves.png").exists()
