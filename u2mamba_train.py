@@ -44,6 +44,7 @@ class Config:
     model_name: str = "u2net"  # folder of the checkpoints under saved_models/
     saved_models: str = "saved_models"  # where the runs' folders are
     seed: int = 0  # of the weights, the order and the crops
+    deterministic: bool = False  # the same seed, the same bits on a GPU too, at some speed; on a CPU it is so anyway
     # auto: goes on from last.pth when the constants agree; anyway: also when they do not; never: starts anew
     resume: Literal["auto", "anyway", "never"] = "auto"
 
@@ -117,7 +118,7 @@ LIMITS = {  # constant: (least, most)
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
     "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "keep_checkpoints", "device", "gpu",
+    "keep_checkpoints", "deterministic", "device", "gpu",
 }  # fmt: skip
 
 HOW_TO_GET_DATA = """\
@@ -173,6 +174,7 @@ def run(cfg: Config) -> int:
     if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     stop = StopSignal()
+    seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu)
     precision, precision_line = choose_precision(cfg.precision, device)
     fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last)
@@ -180,8 +182,6 @@ def run(cfg: Config) -> int:
     print(
         f"device: {device_line}\nprecision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True
     )
-    seed_everything(cfg.seed)
-    torch.backends.cudnn.benchmark = True  # one size of images: the fastest convolution is found once
     torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in Mamba's projections
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
 

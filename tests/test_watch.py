@@ -3,14 +3,16 @@
 import csv
 import math
 import re
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import plot_run
+from benchmarks import long_run, plot_run
 from data_loader import INDEX, epoch_plan, open_data
 from engine import overfit as module
+from engine.device import seed_everything
 from engine.overfit import overfit
 from engine.run import UserError
 from engine.step import RECENT, TrainStep
@@ -205,3 +207,29 @@ def test_a_log_that_cannot_be_drawn_is_named(content, tmp_path):
         plot_run.main(plot_run.Options(folder=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "curves.png").exists()
+
+
+# ------- the same result twice, and runs that do not grow
+
+
+def test_deterministic_is_asked_of_pytorch_and_changes_nothing_on_the_cpu(run, tmp_path):
+    try:
+        run(**SMALL | {"model_name": "plain"})
+        assert not torch.are_deterministic_algorithms_enabled()
+        run(**SMALL | {"model_name": "exact", "deterministic": True})
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    finally:
+        seed_everything(0)
+    assert storage.same(tiny.weights(tmp_path / "plain"), tiny.weights(tmp_path / "exact"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory and open files are read from /proc")
+def test_a_run_of_a_thousand_iterations_does_not_grow(monkeypatch):
+    monkeypatch.setattr(long_run.u2mamba_train, "ARCHS", dict(long_run.u2mamba_train.ARCHS))
+    monkeypatch.setattr(long_run.u2mamba_train, "batches", long_run.u2mamba_train.batches)
+    monkeypatch.chdir(tiny.SCRIPT.parent)
+    looks = long_run.measure(1000, "cpu", "one")
+    assert len(looks) == 10
+    assert looks[-1]["RSS, MiB"] - looks[2]["RSS, MiB"] < 24
+    assert looks[-1]["files"] == looks[2]["files"] and looks[-1]["threads"] == looks[2]["threads"]
