@@ -252,7 +252,8 @@ def store(cache: PairCache, path: Path, about: dict, say: Callable[[str], None])
                 other.unlink()
         free = shutil.disk_usage(path.parent).free
         if free < need + DISK_MARGIN:
-            say(f"cache: not stored on disk, {in_words(free)} free in {path.parent}, {in_words(need)} needed")
+            keeps = f"{in_words(need)} needed and {in_words(DISK_MARGIN)} to stay free"
+            say(f"cache: not stored on disk, {in_words(free)} free in {path.parent}, {keeps}")
             return
         cache.save(path, about)
         say(f"cache: stored as {path}")
@@ -268,7 +269,7 @@ def cached_pairs(
     try:
         kept, about = PairCache.load(path)
         report = Report(**{**about["report"], "bad": [tuple(entry) for entry in about["report"]["bad"]]})
-        report.unpaired_images, report.unpaired_masks, report.duplicates = map(list, unpaired)
+        report.unpaired_images, report.unpaired_masks, report.duplicates, report.other_types = map(list, unpaired)
         say(f"cache: read from {path} in {time.perf_counter() - started:.1f} s")
         return kept, about["good"], report
     except FileNotFoundError:

@@ -65,6 +65,7 @@ class Unpaired(NamedTuple):
     images: list[str]
     masks: list[str]
     duplicates: list[str]
+    other_types: list[str]  # files that are no image of a type that is read
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -214,7 +215,7 @@ def read_pair(pair: Pair) -> Reading:
 
 
 def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[str, str, str]], Unpaired]:
-    """File names -> sorted [(stem, image name, mask name)] and the names left over; other file types are passed by.
+    """File names -> sorted [(stem, image name, mask name)] and the names left over.
 
     Stems are compared in Unicode's composed form, so that a list made on macOS orders and holds out like any other.
     """
@@ -231,6 +232,7 @@ def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[
             [f"{name} ({several[0][1]} is taken)" for several in ordered.values() for _, name in several[1:]],
         )
 
+    images, masks = list(images), list(masks)
     image_of, image_doubles = by_stem(images, IMAGE_TYPES)
     mask_of, mask_doubles = by_stem(masks, MASK_TYPES)
     paired = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
@@ -238,7 +240,12 @@ def pair_names(images: Iterable[str], masks: Iterable[str]) -> tuple[list[tuple[
         sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys()),
         sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys()),
         sorted(image_doubles + mask_doubles),
+        sorted({name for name in (*images, *masks) if not _is_read(name) and not name.startswith(".")}),
     )
+
+
+def _is_read(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_TYPES
 
 
 def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tuple[list[Pair], Unpaired]:
@@ -263,6 +270,7 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
         raise DataError(
             f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}, "
             "and no image has a mask of the same name"
+            + (f"; not read for their type: {_some(unpaired.other_types)}" if unpaired.other_types else "")
         )
     return [Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired], unpaired
 
@@ -292,6 +300,7 @@ class Report:
     unpaired_images: list[str] = field(default_factory=list)
     unpaired_masks: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
+    other_types: list[str] = field(default_factory=list)  # not counted as set aside: notes, lists, Thumbs.db
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
     resized: list[str] = field(default_factory=list)  # masks of another size than their image
     noise: list[str] = field(default_factory=list)  # masks taken for empty
@@ -312,6 +321,7 @@ class Report:
             (self.unpaired_images, "images without a mask, set aside"),
             (self.unpaired_masks, "masks without an image, set aside"),
             (self.duplicates, "files with the name of another, set aside"),
+            (self.other_types, f"files of types that are not read (read are {' '.join(IMAGE_TYPES)})"),
             ([f"{name} ({reason})" for name, reason in self.bad], "pairs that cannot be read or do not fit, set aside"),
             (self.resized, "masks of another size than their image, same shape, used"),
             (self.noise, f"masks never brighter than {NOISE_BELOW - 1}, taken for empty"),
@@ -338,8 +348,8 @@ def check_pairs(
     that no file is read twice. Pillow's decoders and the matrix products run outside Python's lock. `say` gets
     a line of progress every ten seconds.
     """
-    unpaired = unpaired or Unpaired([], [], [])
-    report = Report(0, list(unpaired.images), list(unpaired.masks), list(unpaired.duplicates))
+    unpaired = unpaired or Unpaired([], [], [], [])
+    report = Report(0, *map(list, unpaired))
     good: list[int] = []
 
     def visit(index: int) -> tuple[int, int, bool, bool, bool, bool] | BadFile:

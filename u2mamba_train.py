@@ -221,6 +221,8 @@ def run(cfg: Config) -> int:
     if cfg.overfit:
         return overfit(step, source, cfg.overfit, cfg.batch_size_train, cfg.channels_last, folder, stop)
     iterations = cfg.epoch_num * math.ceil(len(source) / cfg.batch_size_train)
+    if cfg.warmup > iterations:
+        print(f"warning: warmup = {cfg.warmup} is longer than the run of {iterations} iterations: lr is never reached")
     constants = as_plain_dict(cfg) | {"pairs": len(source)}
     progress = Progress()
     saved, found = checkpoint.find_last(folder, cfg.resume, constants)

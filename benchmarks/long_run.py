@@ -66,8 +66,8 @@ def look(device: torch.device) -> dict[str, float]:
     }
 
 
-def measure(iterations: int, device: str, network: str) -> list[dict[str, float]]:
-    """Trains; what the process held at each tenth of the run."""
+def measure(iterations: int, device: str, network: str, **constants) -> list[dict[str, float]]:
+    """Trains on the demo set, or what the `constants` say; what the process held at each tenth of the run."""
     looks, where = [], choose_device(device)[0]
     planned = u2mamba_train.batches
 
@@ -88,7 +88,7 @@ def measure(iterations: int, device: str, network: str) -> list[dict[str, float]
             channels_last=False, epoch_num=-(-iterations // 228), save_frq=iterations // 50, keep_checkpoints=3,
             log_frq=iterations // 100, save_minutes=0.25, device=device,
         )  # fmt: skip
-        u2mamba_train.run(cfg)
+        u2mamba_train.run(dataclasses.replace(cfg, **constants))
     return looks[:10]
 
 
