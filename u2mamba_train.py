@@ -287,7 +287,7 @@ def run(cfg: Config) -> int:
                 if means.bad_in_a_row >= cfg.max_bad_steps:
                     last.write(everything())
                     raise UserError(
-                        f"{means.bad_in_a_row} steps in a row were not finite, last {means.not_finite[0]}; go on "
+                        f"{means.bad_in_a_row} steps in a row were not finite (the last: {means.not_finite[0]}); go on "
                         f'from {last.path} with a lower lr, clip = 1.0 or precision = "fp32" (and --resume anyway)'
                     )
             if progress.iteration % cfg.save_frq == 0:

@@ -162,7 +162,7 @@ def test_only_the_output_that_was_not_finite_is_named():
 
 def test_a_run_of_bad_batches_stops_with_the_outputs_named_and_can_go_on(run, tmp_path):
     everything = [f"d{i}" for i in range(10, 34)]
-    with pytest.raises(UserError, match=r"5 steps in a row were not finite, last d0, d1, .*last\.pth"):
+    with pytest.raises(UserError, match=r"5 steps in a row were not finite \(the last: d0, d1, .*last\.pth"):
         run(poison=poisoned(*everything), max_bad_steps=5, save_frq=100)
     code, out = run(resume="anyway", lr=1e-5, epoch_num=2, max_bad_steps=5)
     assert code == 0 and "going on from" in out and "iteration 5" in out
