@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from engine.report import best_in_log
 from engine.run import UserError
 from model import ARCHS, load_u2net_weights
 
@@ -190,8 +191,8 @@ def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[
         print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
         epoch, done = divmod(iteration, math.ceil(constants["pairs"] / constants["batch_size_train"]))
         place = {"epoch": epoch, "position": done * constants["batch_size_train"], "iteration": iteration}
-        random = torch.get_rng_state()
-        return {"config": constants, "progress": place, "step": None, "model": weights, "random": random}, path
+        rest = {"config": constants, "step": None, "random": torch.get_rng_state()}
+        return rest | {"progress": place | {"best": best_in_log(folder)}, "model": weights}, path
     raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {mend}")
 
 
@@ -245,9 +246,8 @@ def load(path: Path) -> Any:
         raise Damaged(f"{path}: is truncated, or cannot be read ({error.strerror or error})") from None
     except Exception as error:  # zipfile, pickle and torch answer damage with whatever their parsers stumble over
         # operand 149 begins the pickles of today's Python, which torch.save does not write
-        code = re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            what = code[1] or "a plain pickle"
+        if isinstance(error, pickle.UnpicklingError) and (m := re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))):
+            what = m[1] or "a plain pickle"
             raise CheckpointError(f"{path}: refused, it holds code ({what}) and not only weights") from None
         raise Damaged(f"{path}: is not a checkpoint, or is truncated or damaged") from None
 
@@ -274,9 +274,7 @@ def start_from(net: nn.Module, path: Path) -> str:
 
 def build_network(state: Mapping[str, Tensor], path: Path, backend: str = "auto") -> nn.Module:
     """The network whose weights `state` are, found from its keys and shapes, loaded and in eval mode.
-
-    Raises CheckpointError when they are not those of one of this project's networks.
-    """
+    Raises CheckpointError when they are not those of one of this project's networks."""
     first = state.get("stage1.rebnconv1.conv_s1.weight")
     if first is None:
         raise CheckpointError(f"{path}: holds the weights of another network than U²-Net")

@@ -166,6 +166,15 @@ class RunReport:
         self._warned = True
 
 
+def best_in_log(folder: Path) -> float:
+    """The largest held-out max F-measure in the log.csv of a run; -1 where there is none."""
+    try:
+        with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
+            return max((float(row["val_maxF"]) for row in csv.DictReader(file) if row["val_maxF"]), default=-1.0)
+    except (OSError, ValueError, KeyError, csv.Error):
+        return -1.0
+
+
 def write_picture(sheet: Tensor, path: Path) -> None:
     """sheet: uint8 (3, H, W), to a temporary name and renamed. Raises OSError or RuntimeError."""
     temporary = path.with_stem(f".{path.stem}")

@@ -1,5 +1,6 @@
 """Disks that are full, read-only or give back other bytes: the run warns, goes on, and finds what is still whole."""
 
+import csv
 import dataclasses
 import errno
 import os
@@ -167,6 +168,14 @@ def test_the_run_goes_on_from_the_file_before_as_if_nothing_was(damage, run, tmp
 def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
     run()
     folder = tmp_path / "tiny"
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[-1]["val_maxF"] = "0.999"  # the epoch that best.pth is of; none after it will be as good
+    with (folder / "log.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    best = (folder / "best.pth").read_bytes()
     for name in ("last.pth", "last_before.pth"):
         flip(folder / name)
     (_, fourth), (_, sixth) = checkpoint.weight_files(folder)[1:]
@@ -178,6 +187,7 @@ def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
     assert f"warning: {fourth} holds weights only: the state of the optimizer" in out
     assert f"going on from {fourth}: epoch 1, iteration 4" in out
     assert "[epoch: 1/2, batch: 20/23, ite: 5]" in out and "ite: 12]" in out
+    assert (folder / "best.pth").read_bytes() == best
     kept = torch.load(fourth, weights_only=True)
     assert same(tiny.weights(folder)["conv.weight"], kept["conv.weight"])
 

@@ -98,6 +98,16 @@ def test_a_run_starts_from_pretrained_weights_once(run, tmp_path):
         run(epoch_num=3, **constants | {"pretrained": "other.pth"})
 
 
+def test_a_run_starts_anew_from_its_own_best_weights(run, tmp_path):
+    run(lr=1e-2)
+    best = tmp_path / "tiny" / "best.pth"
+    kept = torch.load(best, weights_only=True)
+    code, out = run(lr=0.0, resume="never", pretrained=str(best))
+    assert code == 0 and f"({best})" in out and "now end in _1" in out
+    assert torch.equal(tiny.weights(tmp_path / "tiny")["conv.weight"], kept["conv.weight"])
+    assert storage.same(torch.load(tmp_path / "tiny" / "best_1.pth", weights_only=True), kept)
+
+
 @pytest.mark.parametrize(("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "u2netp.pth U2NETP")])
 def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
     weights, kept = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth"
