@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from tqdm import tqdm
 
 from data_loader import INDEX
@@ -101,7 +101,7 @@ class RunReport:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
         try:
             write_picture(sheet, self.folder / "preview.png")
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             self._warn(error)
         self._draw("add_image", "held-out/image, mask, d0", sheet, iteration)
 
@@ -176,9 +176,9 @@ def best_in_log(folder: Path) -> float:
 
 
 def write_picture(sheet: Tensor, path: Path) -> None:
-    """sheet: uint8 (3, H, W), to a temporary name and renamed. Raises OSError or RuntimeError."""
+    """sheet: uint8 (3, H, W), to a temporary name and renamed. Raises OSError."""
     temporary = path.with_stem(f".{path.stem}")
-    write_png(sheet, str(temporary))
+    Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(temporary)
     os.replace(temporary, path)
 
 
