@@ -3,6 +3,8 @@
     python u2mamba_train.py            the reference run: the constants below
     python u2mamba_train.py fast       the same network and loss, engineered for speed and quality
     python u2mamba_train.py demo       a small made data set and the small network: minutes on a laptop's CPU
+    python u2mamba_train.py finetune --pretrained u2net.pth   goes on from weights, on pairs of your own
+    python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
 
 Edit the constants, run, read loss and IoU, find the checkpoints in saved_models/<model_name>/. A run that was stopped,
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 from data_loader import batches, epoch_plan, open_data, validation_batches
 from engine import checkpoint
 from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
+from engine.overfit import overfit
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
 from engine.settings import as_plain_dict, differences, read_settings
@@ -31,7 +34,7 @@ from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
 from model.kernels import multi_bce
-from train_data.make_demo import DemoError, make_demo
+from train_data.make_demo import make_demo
 
 # ------- 1. constants --------
 
@@ -42,6 +45,7 @@ class Config:
     model_name: str = "u2net"  # folder of the checkpoints under saved_models/
     saved_models: str = "saved_models"  # where the runs' folders are
     seed: int = 0  # of the weights, the order and the crops
+    deterministic: bool = False  # the same seed, the same bits on a GPU too, at some speed; on a CPU it is so anyway
     # auto: goes on from last.pth when the constants agree; anyway: also when they do not; never: starts anew
     resume: Literal["auto", "anyway", "never"] = "auto"
 
@@ -49,6 +53,7 @@ class Config:
     arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # p: the small one
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in the RSUs
     scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"
+    pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
     # the data
     data_dir: str = "train_data"
     tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir
@@ -60,6 +65,7 @@ class Config:
     cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
     num_workers: int = 4  # threads that read and decode where they do not
     # the training
+    overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
     batch_size_train: int = 12
     batch_size_val: int = 12
@@ -78,6 +84,7 @@ class Config:
     # what is printed and kept
     log_frq: int = 10  # iterations between printed lines
     save_frq: int = 2000  # iterations between checkpoints
+    keep_checkpoints: int = 0  # weight files that stay, the newest; 0: all
     save_minutes: float = 5.0  # most minutes between two writings of last.pth
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -91,6 +98,11 @@ PRESETS = {
         epoch_num=40, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02,
         ema_decay=0.9995, clip=1.0, flip_upside_down=0.0, mirror=0.5,
     ),
+    "finetune": Config(
+        model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
+        epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,
+        flip_upside_down=0.0, mirror=0.5,
+    ),
     "demo": Config(
         model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",
         channels_last=True, epoch_num=4, batch_size_train=8, lr=1e-3, lr_schedule="cosine", warmup=20,
@@ -102,12 +114,12 @@ LIMITS = {  # constant: (least, most)
     "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
     "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
-    "gpu": (0, 1024), "seed": (0, 2**63 - 1),
+    "gpu": (0, 1024), "seed": (0, 2**63 - 1), "overfit": (0, 10**9), "keep_checkpoints": (0, 10**9),
 }  # fmt: skip
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
     "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "device", "gpu",
+    "keep_checkpoints", "deterministic", "device", "gpu",
 }  # fmt: skip
 
 HOW_TO_GET_DATA = """\
@@ -163,6 +175,7 @@ def run(cfg: Config) -> int:
     if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     stop = StopSignal()
+    seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu)
     precision, precision_line = choose_precision(cfg.precision, device)
     fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last)
@@ -170,18 +183,13 @@ def run(cfg: Config) -> int:
     print(
         f"device: {device_line}\nprecision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True
     )
-    seed_everything(cfg.seed)
-    torch.backends.cudnn.benchmark = True  # one size of images: the fastest convolution is found once
     torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in Mamba's projections
-    folder = Path(cfg.saved_models, cfg.model_name)
+    folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
 
     # ------- 3. data --------
 
     if cfg.data_dir == PRESETS["demo"].data_dir:
-        try:
-            make_demo(cfg.data_dir)
-        except DemoError as error:
-            raise UserError(str(error)) from None
+        make_demo(cfg.data_dir)
     image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
     if not image_dir.is_dir() and not mask_dir.is_dir():
         raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
@@ -210,31 +218,39 @@ def run(cfg: Config) -> int:
 
     # ------- 6. training --------
 
+    if cfg.overfit:
+        return overfit(step, source, cfg.overfit, cfg.batch_size_train, cfg.channels_last, folder, stop)
     iterations = cfg.epoch_num * math.ceil(len(source) / cfg.batch_size_train)
+    if cfg.warmup > iterations:
+        print(f"warning: warmup = {cfg.warmup} is longer than the run of {iterations} iterations: lr is never reached")
     constants = as_plain_dict(cfg) | {"pairs": len(source)}
     progress = Progress()
-    saved, last_file = checkpoint.find_last(folder, cfg.resume), folder / "last.pth"
+    saved, found = checkpoint.find_last(folder, cfg.resume, constants)
     if saved:
-        with checkpoint.contents_of(last_file):
+        with checkpoint.contents_of(found):
             may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
             other = differences(saved["config"], constants, may_change)
             if other and cfg.resume == "auto":
                 raise UserError(
-                    f"{last_file} was made with other constants ({'; '.join(other)}): set them back, choose another "
+                    f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another "
                     "model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
                 )
-            checkpoint.fill(net, saved["model"], last_file, cfg.arch)
-            step.load_state_dict(saved["step"])
+            checkpoint.fill(net, saved["model"], found, cfg.arch)
+            if saved["step"] is not None:  # else it is a weight file
+                step.load_state_dict(saved["step"])
             torch.set_rng_state(saved["random"])
             progress = Progress(**saved["progress"])
             if progress.epoch >= cfg.epoch_num:
-                print(
-                    f"{last_file} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it"
-                )
+                print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it")
                 return EXIT_DONE
-        print(f"going on from {last_file}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
-    report = RunReport(folder, cfg.epoch_num, len(source), iterations, progress.iteration, progress.seconds)
-    last = checkpoint.LastFile(last_file, cfg.save_minutes, report.say)
+        print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
+    else:
+        if cfg.pretrained:
+            print(checkpoint.start_from(net, Path(cfg.pretrained)))
+        checkpoint.put_aside(folder)
+    names = [pair.image.name for pair in source.pairs]
+    report = RunReport(folder, cfg.epoch_num, names, iterations, progress.iteration, progress.seconds)
+    last = checkpoint.LastFile(folder, cfg.save_minutes, report.say, found.name == "last.pth")
 
     def everything() -> dict:
         progress.seconds = report.seconds
@@ -246,7 +262,8 @@ def run(cfg: Config) -> int:
     def save_weights() -> None:
         means, kept = step.read(), step.averaged()
         name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
-        checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say)
+        if checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say):
+            checkpoint.prune(folder, cfg.keep_checkpoints)
         report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
@@ -260,7 +277,7 @@ def run(cfg: Config) -> int:
             step(batch.x, batch.y)
             progress.iteration += 1
             progress.position += len(batch.rows)
-            report.count(len(batch.rows), batch.wait)
+            report.count(batch.rows, batch.wait)
 
             if progress.iteration % cfg.log_frq == 0:
                 means = step.read()
@@ -268,9 +285,10 @@ def run(cfg: Config) -> int:
                     epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)
                 )
                 if means.bad_in_a_row >= cfg.max_bad_steps:
+                    last.write(everything())
                     raise UserError(
-                        f"{means.bad_in_a_row} steps in a row had a loss or gradient that is not finite; go on from "
-                        f'{last.path} with a lower lr, clip = 1.0 or precision = "fp32" (and --resume anyway)'
+                        f"{means.bad_in_a_row} steps in a row were not finite (the last: {means.not_finite[0]}); go on "
+                        f'from {last.path} with a lower lr, clip = 1.0 or precision = "fp32" (and --resume anyway)'
                     )
             if progress.iteration % cfg.save_frq == 0:
                 save_weights()
@@ -294,7 +312,7 @@ def run(cfg: Config) -> int:
             last.write(everything())
         if stop:
             report.close()
-            print(f"stopped at iteration {progress.iteration}; the same command goes on from there")
+            print(f"stopped at iteration {progress.iteration}; {last.promise}")
             return stop.exit_code
     if progress.iteration % cfg.save_frq:  # else it was just done
         save_weights()

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import math
 import os
 import pickle
+import re
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from engine.report import best_in_log
 from engine.run import UserError
-from model import ARCHS
+from model import ARCHS, load_u2net_weights
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, or does not fit."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that is cut short, differs from its checksums, or that the disk does not give."""
 
 
 def weight_file(model_name: str, iteration: int, train_loss: float, tar_loss: float) -> str:
@@ -28,15 +36,32 @@ def weight_file(model_name: str, iteration: int, train_loss: float, tar_loss: fl
     return f"{model_name}_bce_itr_{iteration}_train_{train_loss:3f}_tar_{tar_loss:3f}.pth"
 
 
+def weight_files(folder: Path) -> list[tuple[int, Path]]:
+    """(iteration, file) of the weight files of the run in `folder`, oldest first.
+
+    From the names, since these files hold plain keys and nothing else; no run needs them while `last.pth` is whole.
+    """
+    name = re.compile(rf"{re.escape(folder.name)}_bce_itr_(\d+)_train_[^_]+_tar_[^_]+\.pth")
+    return sorted((int(match[1]), folder / match[0]) for match in map(name.fullmatch, os.listdir(folder)) if match)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest weight files; 0 keeps all. best.pth and last.pth are no such files."""
+    for _, path in weight_files(folder)[:-keep] if keep else []:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def plain_state(net: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights on the CPU, contiguous: what every file holds whatever the run used."""
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items()}
 
 
-def save(content: Any, path: Path) -> None:
+def save(content: Any, path: Path, keep_as: Path | None = None) -> None:
     """Writes `content` to a temporary name beside `path`, flushes it to the disk, then renames it.
 
-    A reader of `path` sees the old file or the new one, never a part. Raises OSError when the disk refuses.
+    A reader of `path` sees the old file or the new one, never a part; the old one goes on as `keep_as`.
+    Raises OSError when the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
@@ -44,15 +69,30 @@ def save(content: Any, path: Path) -> None:
         with os.fdopen(handle, "wb") as file:
             try:
                 torch.save(content, file)
-            except RuntimeError as error:  # torch's zip writer says a full disk in its own words
-                raise OSError(errno.EIO, f"disk full or refusing: {str(error).splitlines()[0]}") from error
+            except RuntimeError as error:  # torch's zip writer hides what the disk answered
+                refusal = error.__context__
+                raise refusal if isinstance(refusal, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared folder's checkpoints from its other users
+        if keep_as and path.exists():
+            _keep(path, keep_as)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _keep(path: Path, keep_as: Path) -> None:
+    """Gives the file at `path` a second name in place of the file there: at any moment `path` is whole."""
+    link = keep_as.with_name(f".{keep_as.stem}-.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links: for a moment there is `keep_as` alone
+        link = path
+    os.replace(link, keep_as)
 
 
 def save_or_warn(content: Any, path: Path, say: Callable[[str], None]) -> bool:
@@ -66,10 +106,14 @@ def save_or_warn(content: Any, path: Path, say: Callable[[str], None]) -> bool:
 
 
 class LastFile:
-    """`last.pth`, from which a run goes on: when it was written last, and when it is due again."""
+    """`last.pth`, from which a run goes on: when it was written last, and when it is due again.
 
-    def __init__(self, path: Path, minutes: float, say: Callable[[str], None]):
-        self.path, self._minutes, self._say = path, minutes, say
+    The one before stays as `last_before.pth`, for the day on which a disk gives the newest back damaged. `is_good`:
+    whether the file there now was read whole, and so may take that place.
+    """
+
+    def __init__(self, folder: Path, minutes: float, say: Callable[[str], None], is_good: bool):
+        self.path, self._minutes, self._say, self._is_good = folder / "last.pth", minutes, say, is_good
         self._written = time.monotonic()
         self.is_safe = True  # whether the last writing succeeded
 
@@ -78,7 +122,21 @@ class LastFile:
 
     def write(self, content: dict[str, Any]) -> None:
         self._written = time.monotonic()
-        self.is_safe = save_or_warn(content, self.path, self._say)
+        before = self.path.with_name("last_before.pth")
+        try:
+            save(content, self.path, before if self._is_good else None)
+            self.is_safe = True
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)) and self._is_good and self.path.exists():
+                before.unlink(missing_ok=True)  # room for the new one counts more, and last.pth is whole
+            self.is_safe = save_or_warn(content, self.path, self._say)
+        self._is_good |= self.is_safe
+
+    @property
+    def promise(self) -> str:
+        """What a run that stops now can tell."""
+        there = "there" if self.is_safe else f"what was saved before, for {self.path} could not be written"
+        return f"the same command goes on from {there}"
 
 
 def open_folder(folder: Path) -> FileLock:
@@ -92,6 +150,8 @@ def open_folder(folder: Path) -> FileLock:
             file.write(b"1")
         lock = FileLock(folder / "run.lock")
         lock.acquire(timeout=0)
+        for file in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            file.unlink()
     except Timeout:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
     except OSError as error:
@@ -100,36 +160,53 @@ def open_folder(folder: Path) -> FileLock:
     return lock
 
 
-def find_last(folder: Path, resume: str) -> dict[str, Any] | None:
-    """What `last.pth` in `folder` holds, or None where there is none, or resume is "never"; then what an earlier run
-    left is put aside under a number.
+def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[dict[str, Any] | None, Path]:
+    """What the run in `folder` goes on from, and the file that holds it: the first that is whole of last.pth,
+    last_before.pth and the weight files from the newest on; each that is not is named. None where there is no run, or
+    resume is "never". From a weight file "step" is None, and the place in the run follows from the `constants`.
 
-    Raises CheckpointError when it cannot be read or is not a run's.
+    Raises CheckpointError when there is a run but no such file, or one that is whole holds something else.
     """
-    path = folder / "last.pth"
-    mend = "move it away, or give --resume never"
-    if resume == "never" or not path.exists():
-        _put_aside([folder / name for name in ("last.pth", "best.pth", "log.csv")])
-        return None
-    try:
-        content = load(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {mend}") from None
-    keys = {"config", "progress", "step", "model", "random"}
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise CheckpointError(f"{path}: does not hold a run to go on from; {mend}")
-    return content
+    last, mend = folder / "last.pth", "move it away, or give --resume never"
+    files = [path for path in (last, folder / "last_before.pth") if path.exists()]
+    if resume == "never" or not files:
+        return None, last
+    for path in files:
+        try:
+            content = load(path)
+        except Damaged as error:
+            print(f"warning: {error}")
+            continue
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {mend}") from None
+        if not isinstance(content, dict) or not {"config", "progress", "step", "model", "random"} <= content.keys():
+            raise CheckpointError(f"{path}: does not hold a run to go on from; {mend}")
+        return content, path
+    for iteration, path in reversed(weight_files(folder)):
+        try:
+            weights = load_weights(path)
+        except CheckpointError as error:
+            print(f"warning: {error}")
+            continue
+        print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
+        epoch, done = divmod(iteration, math.ceil(constants["pairs"] / constants["batch_size_train"]))
+        place = {"epoch": epoch, "position": done * constants["batch_size_train"], "iteration": iteration}
+        rest = {"config": constants, "step": None, "random": torch.get_rng_state()}
+        return rest | {"progress": place | {"best": best_in_log(folder)}, "model": weights}, path
+    raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {mend}")
 
 
-def _put_aside(files: list[Path]) -> None:
-    files = [f for f in files if f.exists()]
+def put_aside(folder: Path) -> None:
+    """Renames what an earlier run left in `folder`, under a number."""
+    files = [folder / name for name in ("last.pth", "last_before.pth", "best.pth", "log.csv", "tensorboard")]
+    files = [f for f in (*files, *(path for _, path in weight_files(folder))) if f.exists()]
     number = 1
     while any(f.with_stem(f"{f.stem}_{number}").exists() for f in files):
         number += 1
     for f in files:
         f.rename(f.with_stem(f"{f.stem}_{number}"))
     if files:
-        print(f"starting anew: of the earlier run, {', '.join(f.name for f in files)} now end in _{number}")
+        print(f"starting anew: the {len(files)} files of the earlier run ({files[0].name}, ...) now end in _{number}")
 
 
 @contextlib.contextmanager
@@ -141,28 +218,38 @@ def contents_of(path: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(
-            f"{path}: does not hold a run to go on from ({reason}); move it away, or give --resume never"
-        ) from None
+        mend = "move it away, or give --resume never"
+        raise CheckpointError(f"{path}: does not hold a run to go on from ({reason}); {mend}") from None
 
 
 def load(path: Path) -> Any:
-    """What `path` holds, on the CPU. Raises CheckpointError with one line for whatever is wrong with the file."""
+    """What `path` holds, on the CPU. Raises CheckpointError with one line for whatever is wrong with the file.
+
+    torch.save stores a CRC-32 of each record, which torch.load does not look at; zipfile does.
+    """
     try:
+        if zipfile.is_zipfile(path):  # the public weights of 2020 are of an older format, without checksums
+            with zipfile.ZipFile(path) as records:
+                if record := records.testzip():
+                    raise Damaged(f"{path}: is damaged, {record} differs from its checksum")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks users to file an issue about pickles that are refused here
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
-    except pickle.UnpicklingError as error:
-        # torch answers so for code in a pickle, and for a file that is no pickle at all
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise CheckpointError(f"{path}: refused, it holds code and not only weights") from None
-        raise CheckpointError(f"{path}: is not a checkpoint, or is damaged") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, IndexError, AttributeError, UnicodeDecodeError):
-        raise CheckpointError(f"{path}: is not a checkpoint, or is truncated or damaged") from None
+    except OSError as error:
+        # a file cut short makes the readers seek to a place before its beginning: Invalid argument
+        raise Damaged(f"{path}: is truncated, or cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # zipfile, pickle and torch answer damage with whatever their parsers stumble over
+        # operand 149 begins the pickles of today's Python, which torch.save does not write
+        if isinstance(error, pickle.UnpicklingError) and (m := re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))):
+            what = m[1] or "a plain pickle"
+            raise CheckpointError(f"{path}: refused, it holds code ({what}) and not only weights") from None
+        raise Damaged(f"{path}: is not a checkpoint, or is truncated or damaged") from None
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -175,11 +262,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v for k, v in content.items()}
 
 
+def start_from(net: nn.Module, path: Path) -> str:
+    """Fills `net` with the weights in `path`, public U²-Net's or ours -> a line on what matched, what is new, what is
+    left out. Raises CheckpointError naming the first tensor when they are those of another network."""
+    state = load_weights(path)
+    try:
+        return f"pretrained: {load_u2net_weights(net, state)} ({path})"
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def build_network(state: Mapping[str, Tensor], path: Path, backend: str = "auto") -> nn.Module:
     """The network whose weights `state` are, found from its keys and shapes, loaded and in eval mode.
-
-    Raises CheckpointError when they are not those of one of this project's networks.
-    """
+    Raises CheckpointError when they are not those of one of this project's networks."""
     first = state.get("stage1.rebnconv1.conv_s1.weight")
     if first is None:
         raise CheckpointError(f"{path}: holds the weights of another network than U²-Net")
@@ -196,8 +291,8 @@ def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> 
     own = net.state_dict()
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
     if wrong:
+        mend = "set arch and mamba_at to those it was trained with"
         raise CheckpointError(
-            f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); "
-            "set arch and mamba_at to those it was trained with"
+            f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); {mend}"
         )
     net.load_state_dict(state)

@@ -4,14 +4,18 @@ import csv
 import datetime
 import os
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from tqdm import tqdm
 
-from engine.step import Means
+from data_loader import INDEX
+from engine.step import RECENT, Means
 
 COLUMNS = (
     "ite", "epoch", "loss", "tar", "d1", "d2", "d3", "d4", "d5", "d6", "IoU", "lr", "img_s", "wait", "memory_GiB",
@@ -20,12 +24,13 @@ COLUMNS = (
 
 
 class RunReport:
-    """Prints and records. `iteration`: where the run goes on; rows of later ones, left by a killed run, go."""
+    """Prints and records. names: of the training pairs, by which a bad batch is told. iteration: where the run goes on;
+    rows of later ones, left by a killed run, go."""
 
     def __init__(
-        self, folder: Path, epochs: int, pairs: int, iterations: int, iteration: int = 0, seconds: float = 0.0
+        self, folder: Path, epochs: int, names: Sequence[str], iterations: int, iteration: int = 0, seconds: float = 0.0
     ):
-        self.folder, self.epochs, self.pairs, self.iterations = folder, epochs, pairs, iterations
+        self.folder, self.epochs, self.names, self.iterations = folder, epochs, names, iterations
         self._start = time.monotonic() - seconds
         self._csv_path = folder / "log.csv"
         self._warned = False
@@ -34,6 +39,7 @@ class RunReport:
         self._bar = None
         self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
         self._images = self._waited = 0.0
+        self._rows: deque[Tensor] = deque(maxlen=RECENT)  # of the last batches, the newest first
         if sys.stderr.isatty():
             self._bar = tqdm(total=iterations, initial=iteration, unit="ite", dynamic_ncols=True, smoothing=0.05)
 
@@ -49,9 +55,10 @@ class RunReport:
         else:
             print(text, flush=True)
 
-    def count(self, images: int, waited: float) -> None:
-        """One iteration of `images` pairs, for which the loop waited `waited` seconds."""
-        self._images += images
+    def count(self, rows: Tensor, waited: float) -> None:
+        """One iteration with `rows` of the plan, for which the loop waited `waited` seconds."""
+        self._rows.appendleft(rows)
+        self._images += len(rows)
         self._waited += waited
         if self._bar:
             self._bar.update()
@@ -63,9 +70,11 @@ class RunReport:
         speed, wait = self._images / elapsed, self._waited / elapsed
         done = iteration - since_iteration if since_iteration else None
         eta = (self.iterations - iteration) * elapsed / done if done else None
+        self._name_bad_batches(iteration, {a: what for a, what in means.not_finite.items() if a < len(self._rows)})
+        self._rows.clear()
         self._mark, self._images, self._waited = (now, iteration), 0.0, 0.0
         self.say(
-            f"[epoch: {epoch}/{self.epochs}, batch: {position}/{self.pairs}, ite: {iteration}] "
+            f"[epoch: {epoch}/{self.epochs}, batch: {position}/{len(self.names)}, ite: {iteration}] "
             f"train loss: {means.loss:.3f}, tar: {means.losses[0]:.3f}, IoU: {means.iou:.3f}"
             f" | lr {lr:.2e}, {speed:.1f} img/s, wait {wait:.0%}, {memory:.1f} GiB"
             + (f", eta {datetime.timedelta(seconds=round(eta))}" if eta is not None else "")
@@ -76,6 +85,11 @@ class RunReport:
         row |= {"img_s": speed, "wait": wait, "memory_GiB": memory, "bad_steps": means.bad_steps}
         self._record("train", iteration, row)
 
+    def _name_bad_batches(self, iteration: int, not_finite: dict[int, str]) -> None:
+        for ago, what in sorted(not_finite.items(), reverse=True)[-3:]:
+            files = ", ".join(self.names[row] for row in self._rows[ago][:, INDEX].tolist())
+            self.say(f"warning: iteration {iteration - ago} is left out, {what} not finite, of {files}")
+
     def validation_line(self, epoch: int, iteration: int, values: dict[str, float], best: bool, took: float) -> None:
         figures = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
         self.say(f"[epoch: {epoch}/{self.epochs}] held-out {figures}{' (best)' if best else ''} | {took:.1f} s")
@@ -85,20 +99,16 @@ class RunReport:
 
     def picture(self, sheet: Tensor, iteration: int) -> None:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
-        temporary = self.folder / ".preview.tmp.png"
         try:
-            write_png(sheet, str(temporary))
-            os.replace(temporary, self.folder / "preview.png")
-        except (OSError, RuntimeError) as error:
+            write_picture(sheet, self.folder / "preview.png")
+        except OSError as error:
             self._warn(error)
-        if self._board:
-            self._board.add_image("held-out/image, mask, d0", sheet, iteration)
+        self._draw("add_image", "held-out/image, mask, d0", sheet, iteration)
 
     def close(self) -> None:
         if self._bar:
             self._bar.close()
-        if self._board:
-            self._board.close()
+        self._draw("close")
 
     def _record(self, group: str, iteration: int, row: dict) -> None:
         try:
@@ -107,10 +117,19 @@ class RunReport:
                 csv.DictWriter(file, COLUMNS).writerow(row | {"seconds": f"{self.seconds:.1f}"})
         except OSError as error:
             self._warn(error)
-        if self._board:
-            for name, value in row.items():
-                if name not in ("ite", "epoch"):
-                    self._board.add_scalar(f"{group}/{name.removeprefix('val_')}", float(value), iteration)
+        for name, value in row.items():
+            if name not in ("ite", "epoch"):
+                label = {"tar": "d0", "wait": "data wait"}.get(name, name.removeprefix("val_"))
+                self._draw("add_scalar", f"{group}/{label}", float(value), iteration)
+
+    def _draw(self, what: str, *values) -> None:
+        """Calls a method of TensorBoard's writer, which also tells what its thread could not write a while ago."""
+        try:
+            if self._board:
+                getattr(self._board, what)(*values)
+        except OSError as error:
+            self._warn(error)
+            self._board = None
 
     def _keep_rows(self, iteration: int) -> None:
         """Leaves the rows up to `iteration`; starts the file when there are none."""
@@ -147,12 +166,31 @@ class RunReport:
         self._warned = True
 
 
+def best_in_log(folder: Path) -> float:
+    """The largest held-out max F-measure in the log.csv of a run; -1 where there is none."""
+    try:
+        with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
+            return max((float(row["val_maxF"]) for row in csv.DictReader(file) if row["val_maxF"]), default=-1.0)
+    except (OSError, ValueError, KeyError, csv.Error):
+        return -1.0
+
+
+def write_picture(sheet: Tensor, path: Path) -> None:
+    """sheet: uint8 (3, H, W), to a temporary name and renamed. Raises OSError."""
+    temporary = path.with_stem(f".{path.stem}")
+    Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(temporary)
+    os.replace(temporary, path)
+
+
 def _tensorboard(folder: Path, iteration: int, say):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         say("TensorBoard is not installed: its scalars and pictures are left out (pip install tensorboard)")
         return None
+    other = threading.excepthook
+    # its thread ends with a traceback when the disk refuses; the next call tells us, see `_draw`
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else other(args)
     try:
         return SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
     except OSError:

@@ -1,10 +1,12 @@
 """The constants of a script, given in its file or on the command line, checked before anything is started."""
 
 import dataclasses
+import itertools
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -27,6 +29,9 @@ def read_settings(
         if argv[0] not in presets:
             raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
         default = presets[argv.pop(0)]
+    for before, word in itertools.pairwise(argv):
+        if word in presets and (not before.startswith("-") or before.startswith("--no-")):
+            raise UserError(f"the preset comes first: python {Path(sys.argv[0]).name} {word} --key value ...")
     check_settings(default, limits)  # before tyro, which would blame the command line for a constant of the file
     description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the one chosen"
     config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)

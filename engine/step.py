@@ -21,6 +21,7 @@ from model.kernels import compile_only, join
 from model.layers import fused
 
 OUTPUTS = 7  # d0..d6
+RECENT = 64  # steps of which it is remembered what was not finite
 EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
 
 
@@ -34,6 +35,7 @@ class Means:
     steps: int
     bad_steps: int  # steps left out since the run began
     bad_in_a_row: int
+    not_finite: dict[int, str]  # of the RECENT last steps, 0 the newest: the outputs whose loss was not finite
 
 
 class TrainStep:
@@ -72,6 +74,8 @@ class TrainStep:
         # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
+        self.recent = torch.zeros(RECENT, device=device)  # newest first: a bit for each output, one for the gradient
+        self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
         self.ema_steps = self.eager_steps = 0
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
@@ -157,10 +161,12 @@ class TrainStep:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        ok = torch.isfinite(norm) & torch.isfinite(losses.detach().sum())
+        odd = ~torch.isfinite(torch.cat((losses.detach().float(), norm.float().view(1))))
+        ok = ~odd.any()
         self.optimizer.found_inf = (~ok).float()  # read by the fused optimizers: they then change nothing
         self.optimizer.step()
         self.statistics.copy_(torch.where(ok, self.statistics, statistics))
+        self.recent.copy_(torch.cat(((odd * self.bits).sum().view(1), self.recent[:-1])))
         self._count(ok, logits[0].detach(), masks, losses.detach())
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
@@ -204,7 +210,9 @@ class TrainStep:
         steps, images, iou, *losses = self.sums.tolist()
         bad, bad_in_a_row = self.bad.tolist()
         losses = [v / steps if steps else math.nan for v in losses]
-        return Means(sum(losses), losses, iou / images if images else math.nan, int(steps), int(bad), int(bad_in_a_row))
+        iou = iou / images if images else math.nan
+        odd = {ago: _outputs(int(bits)) for ago, bits in enumerate(self.recent.tolist()) if bits}
+        return Means(sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd)
 
     def reset(self) -> None:
         self.sums.zero_()
@@ -255,6 +263,11 @@ class TrainStep:
 def _runs_in_bf16(layer: nn.Module) -> bool:
     """Whether the fused kernels take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
+
+
+def _outputs(bits: int) -> str:
+    names = [f"d{i}" for i in range(OUTPUTS) if bits >> i & 1]
+    return ", ".join(names) or "the gradient"
 
 
 def _flatten_statistics(net: nn.Module) -> Tensor:

@@ -81,14 +81,24 @@ class Malicious:
         return (Path.touch, (Path("ran.txt"),))
 
 
-@pytest.mark.parametrize("writer", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, writer):
+@pytest.mark.parametrize("nested", [lambda code: {"w": code}, lambda code: {"model": [code]}, lambda code: code])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        torch.save,
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content, path: path.write_bytes(pickle.dumps(content)),
+        lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, writer, nested):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
-    writer({"w": Malicious()}, path)
-    with pytest.raises(CheckpointError) as error:
-        checkpoint.load(path)
-    assert "refused" in one_line(error, path)
+    writer(nested(Malicious()), path)
+    for read in (checkpoint.load, checkpoint.load_weights, lambda path: checkpoint.start_from(U2NETP(), path)):
+        with pytest.raises(CheckpointError) as error:
+            read(path)
+        assert "refused, it holds code" in one_line(error, path)
     assert not Path("ran.txt").exists()
 
 
@@ -125,15 +135,16 @@ def test_a_file_without_weights(tmp_path, content):
 def test_starting_anew_keeps_the_old_run(tmp_path):
     for content in (1, 2):
         torch.save(content, tmp_path / "last.pth")
-        assert checkpoint.find_last(tmp_path, "never") is None
+        assert checkpoint.find_last(tmp_path, "never", {})[0] is None
+        checkpoint.put_aside(tmp_path)
     assert torch.load(tmp_path / "last_1.pth") == 1 and torch.load(tmp_path / "last_2.pth") == 2
-    assert checkpoint.find_last(tmp_path, "auto") is None
+    assert checkpoint.find_last(tmp_path, "auto", {})[0] is None
 
 
 def test_a_weight_file_called_last_is_not_a_run(tmp_path):
     torch.save(U2NETP().state_dict(), tmp_path / "last.pth")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.find_last(tmp_path, "auto")
+        checkpoint.find_last(tmp_path, "auto", {})
     one_line(error, tmp_path / "last.pth")
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import socket
 import subprocess
 import sys
@@ -158,3 +159,14 @@ def test_command_line(tmp_path, monkeypatch):
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe's reader that has gone is told otherwise there")
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--count", "1"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (143, "")
+    assert (tmp_path / "DUTS-TR" / "DUTS-TR" / "demo.json").exists()

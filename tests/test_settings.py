@@ -63,6 +63,13 @@ def test_unknown_preset_lists_those_there_are():
         read("fastest")
 
 
+@pytest.mark.parametrize("argv", [("--lr", "1", "fast"), ("--no-cache", "fast"), ("--batch", "3", "fast", "--lr", "1")])
+def test_a_preset_that_does_not_come_first_is_told_so(argv):
+    with pytest.raises(UserError, match=r"the preset comes first: python \S* fast --key value"):
+        read(*argv)
+    assert read("--name", "fast").name == "fast"  # a value is no preset
+
+
 @pytest.mark.parametrize("argv", [("--learning-rate", "1"), ("--lr", "much"), ("--batch", "1.5"), ("--arch", "c")])
 def test_unusable_words_end_with_code_2(argv, capsys):
     with pytest.raises(SystemExit) as end:

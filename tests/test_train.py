@@ -115,11 +115,11 @@ def test_lines_and_csv(finished):
 def test_files(finished):
     folder, _ = finished
     names = {p.name for p in folder.iterdir()}
-    assert {"last.pth", "best.pth", "preview.png", "log.csv", "tensorboard"} <= names
+    assert {"last.pth", "last_before.pth", "best.pth", "preview.png", "log.csv", "tensorboard"} <= names
     assert not any(n.startswith(".") for n in names), names
     periodic = sorted(n for n in names if re.fullmatch(r"tiny_bce_itr_\d+_train_\d+\.\d{6}_tar_\d+\.\d{6}\.pth", n))
     assert sorted(int(n.split("_")[3]) for n in periodic) == [3, 6, 9, 12]
-    assert len(list(folder.glob("*.pth"))) == len(periodic) + 2
+    assert len(list(folder.glob("*.pth"))) == len(periodic) + 3
     for name in (*periodic, "best.pth"):
         torch.nn.Module.load_state_dict(_fresh(), torch.load(folder / name, weights_only=True))
     with Image.open(folder / "preview.png") as sheet:

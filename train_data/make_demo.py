@@ -28,13 +28,16 @@ import skimage.data
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from skimage.color import rgb2lab
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the modules are one folder up
+from engine.run import UserError, one_line_errors
+
 VERSION = 1  # a new number makes existing sets be composed again: raise it when the pictures would change
 COUNT = 480  # 24 of them are held out by crc32(stem) % 20 == 0
 FOLDER = Path("DUTS-TR", "DUTS-TR")
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError):
     """The set cannot be made; the message is one line that says why and what mends it."""
 
 
@@ -304,21 +307,16 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     return out_dir
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Compose a small salient-object set in the DUTS layout.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo", help="folder that becomes data_dir")
     parser.add_argument("--count", type=int, default=COUNT, help="pairs (default %(default)s; about 5 %% are held out)")
     parser.add_argument("--seed", type=int, default=0, help="another number, another set (default %(default)s)")
     args = parser.parse_args()
-    try:
-        print(f"{args.count} pairs in {make_demo(args.out, args.count, args.seed) / FOLDER}")
-    except DemoError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    with one_line_errors():
+        # flushed here: at the end of the process nobody would catch that the pipe is closed
+        print(f"{args.count} pairs in {make_demo(args.out, args.count, args.seed) / FOLDER}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
