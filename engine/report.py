@@ -20,17 +20,29 @@ COLUMNS = (
 
 
 class RunReport:
-    """Prints and records. `iteration`: where the run goes on; rows of later ones, left by a killed run, go."""
+    """Prints and records. `iteration`: where the run goes on; rows of later ones, left by a killed run, go.
+
+    writes: False in all processes of a run but one, whose files these are.
+    """
 
     def __init__(
-        self, folder: Path, epochs: int, pairs: int, iterations: int, iteration: int = 0, seconds: float = 0.0
+        self,
+        folder: Path,
+        epochs: int,
+        pairs: int,
+        iterations: int,
+        iteration: int = 0,
+        seconds: float = 0.0,
+        writes: bool = True,
     ):
         self.folder, self.epochs, self.pairs, self.iterations = folder, epochs, pairs, iterations
         self._start = time.monotonic() - seconds
         self._csv_path = folder / "log.csv"
         self._warned = False
-        self._keep_rows(iteration)
-        self._board = _tensorboard(folder / "tensorboard", iteration, self.say)
+        self.writes = writes
+        if writes:
+            self._keep_rows(iteration)
+        self._board = _tensorboard(folder / "tensorboard", iteration, self.say) if writes else None
         self._bar = None
         self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
         self._images = self._waited = 0.0
@@ -101,6 +113,8 @@ class RunReport:
             self._board.close()
 
     def _record(self, group: str, iteration: int, row: dict) -> None:
+        if not self.writes:
+            return
         try:
             with self._csv_path.open("a", newline="", encoding="utf-8") as file:
                 row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.run import UserError
 from model.kernels import join
@@ -43,6 +44,8 @@ class TrainStep:
     precision: "fp32"; or "bf16", activations and convolutions in bf16, weights and everything of Mamba in fp32.
     clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
     graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
+    world: the processes that train together, each with its own batch of the same size; weights, averages and means
+    stay the same in all, batch norm statistics are the mean of theirs.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TrainStep:
         ema_decay: float = 0.0,
         graph: bool = False,
         kernels: bool = False,
+        world: World = World(),  # noqa: B008 - immutable
     ):
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
         self.clip, self.kernels = clip, kernels
@@ -73,6 +77,7 @@ class TrainStep:
         # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
+        self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
         self.ema_steps = self.eager_steps = 0
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
@@ -125,7 +130,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: NCCL's own thread may ask for the state of an earlier all-reduce meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(self.images, self.masks)
         self.graph = graph
         self.graph.replay()  # the capture itself computed nothing
@@ -141,15 +147,18 @@ class TrainStep:
         if self.kernels:
             join(self.device)
         self._fetch_gradients()
+        iou = iou_per_image(torch.sigmoid(logits[0].detach().float()), masks).sum()
+        figures = torch.cat((iou[None], losses.detach().float()))
+        self.mean_of_all(self.statistics, figures)  # from here on every process computes the same
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        ok = torch.isfinite(norm) & torch.isfinite(losses.detach().sum())
+        ok = torch.isfinite(norm) & torch.isfinite(figures.sum())
         self.optimizer.found_inf = (~ok).float()  # read by the fused optimizers: they then change nothing
         self.optimizer.step()
         self.statistics.copy_(torch.where(ok, self.statistics, statistics))
-        self._count(ok, logits[0].detach(), masks, losses.detach())
+        self._count(ok, figures, len(masks))
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
 
@@ -168,15 +177,13 @@ class TrainStep:
     def _fetch_gradients(self) -> None:
         used = [m for m in self.convolutions if m.copy.grad is not None]
         for m in used:
-            m.weight.grad = torch.empty_like(m.weight)
+            m.weight.grad = self.mean_of_all.empty_gradient(m.weight)
         if used:
             torch._foreach_copy_([m.weight.grad for m in used], [m.copy.grad for m in used])
 
     @torch.no_grad()
-    def _count(self, ok: Tensor, d0: Tensor, masks: Tensor, losses: Tensor) -> None:
-        iou = iou_per_image(torch.sigmoid(d0.float()), masks).sum()
-        images = torch.full_like(iou, len(masks))
-        seen = torch.cat((torch.stack((torch.ones_like(iou), images, iou)), losses.float()))
+    def _count(self, ok: Tensor, figures: Tensor, images: int) -> None:
+        seen = torch.cat((torch.ones_like(figures[:1]), torch.full_like(figures[:1], images), figures))
         self.sums += torch.where(ok, seen, 0.0)
         self.bad += torch.where(ok, 0.0, 1.0)
         self.bad[1] *= torch.where(ok, 0.0, 1.0)
