@@ -14,7 +14,9 @@ import datetime
 import math
 import os
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -134,6 +136,7 @@ def joined() -> Iterator[World]:
         yield World()
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = _of_this_attempt(store, rank, size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     world = World(rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -150,6 +153,30 @@ def joined() -> Iterator[World]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """`store` without what the processes before a restart by torchrun left in it, such as their addresses.
+
+    PyTorch keeps the store over restarts (github.com/pytorch/pytorch/issues/135712), and torchrun's count of them
+    differs between machines. So the first process makes up a name for the attempt, and the others take it when it has
+    answered them.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, size):
+            while not (hello := store.get(f"hello of {other}").decode()).startswith(mine):
+                time.sleep(0.05)
+            store.set(f"answer to {other}", hello)
+        return dist.PrefixStore(mine, store)
+    while True:
+        attempt = store.get("attempt").decode()
+        hello, answer = f"{attempt} {mine}", f"answer to {rank}"
+        store.set(f"hello of {rank}", hello)
+        if store.check([answer]) and store.get(answer).decode() == hello:
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -188,7 +215,7 @@ class MeanOfAll:
             return
         like = [*parameters, *more]
         room = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in like]
-        self._flat = torch.zeros(sum(room), device=parameters[0].device)
+        self._flat = torch.zeros(sum(room), dtype=parameters[0].dtype, device=parameters[0].device)
         parts = zip(self._flat.split(room), like, strict=True)
         views = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in parts]
         self._places = dict(zip(parameters, views, strict=False))
@@ -241,7 +268,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         rank, size = dist.get_rank(), dist.get_world_size()
-        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0)
         own = F.pad(torch.stack((mean, variance))[None], (0, 0, 0, 0, rank, size - 1 - rank))  # zeros for the others
         means, variances = _SumOfAll.apply(own).unbind(1)  # (size, C) each: every process's, with gradients
         mean = means.mean(0)
