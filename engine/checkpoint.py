@@ -92,6 +92,8 @@ def open_folder(folder: Path) -> FileLock:
             file.write(b"1")
         lock = FileLock(folder / "run.lock")
         lock.acquire(timeout=0)
+        for part in folder.glob(".*.tmp"):  # of a checkpoint, by a run that was killed while it wrote
+            part.unlink()
     except Timeout:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
     except OSError as error:
