@@ -77,6 +77,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values`, on any device, over the processes, in place."""
+        if self.size > 1 and values.is_cuda:
+            dist.all_reduce(values, dist.ReduceOp.AVG)
+        elif self.size > 1:
+            dist.all_reduce(values.mul_(1 / self.size))  # gloo knows no mean
+        return values
+
     @contextlib.contextmanager
     def one_before_the_others(self) -> Iterator[None]:
         """The first process of each machine runs what is inside, and then the others do, who find what it left."""
@@ -235,8 +243,7 @@ class MeanOfAll:
         torch._foreach_copy_(
             [*(self._places[p] for p in elsewhere), *self._more], [*(p.grad for p in elsewhere), *more]
         )
-        self._flat.mul_(1 / self.world.size)  # before the sum: gloo has no mean, and what is large stays finite
-        self.world.sum(self._flat)
+        self.world.mean(self._flat)
         for p in used:
             p.grad = self._places[p]
         torch._foreach_copy_(list(more), self._more)
