@@ -194,6 +194,8 @@ def run(cfg: Config, world: World) -> int:
             copies=world.local_size,
         )  # fmt: skip
         source, held_out = data.train.to(device), data.val.to(device)
+    constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
+    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_CHANGE)
     shown = next(
         validation_batches(held_out or source, range(min(6, len(held_out or source))), channels_last=cfg.channels_last)
     )
@@ -218,8 +220,6 @@ def run(cfg: Config, world: World) -> int:
 
     # ------- 6. training --------
 
-    constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
-    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_CHANGE)
     progress, last_file = Progress(), folder / "last.pth"
     saved = world.from_first(lambda: checkpoint.find_last(folder, cfg.resume))
     if saved:
