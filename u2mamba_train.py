@@ -242,7 +242,7 @@ def run(cfg: Config, world: World) -> int:
                 return EXIT_DONE
         print(f"going on from {last_file}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
         if (before := saved["config"].get("processes", 1)) != world.size:
-            print(f"{world.size} processes after {before}: another number of pairs a step, at the same learning rate")
+            print(f"processes: {before} before, now {world.size}: other batches, at the same learning rate")
     total = progress.iteration + world.steps(len(source) - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(len(source), cfg.batch_size_train)
     report = RunReport(folder, cfg.epoch_num, len(source), total, progress.iteration, progress.seconds, world.is_first)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults --kills 50
 
-Starts the real script, tiny, on a disk slowed down so that many kills fall into the writing of a checkpoint; sends it
+Starts the real script, tiny, on a disk slowed down so that kills fall into the writing of checkpoints too; sends it
 SIGKILL at random moments, looks at every checkpoint it left, starts it again; lets it finish, and compares weights,
 optimizer and log with those of a run without kills, bit for bit. On the CPU. Linux and macOS.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PIECES, PAUSE = 8, 0.03  # a checkpoint goes out in so many pieces; seconds after each, and before a file's new name
+PIECES, PAUSE = 8, 0.06  # a checkpoint goes out in so many pieces; seconds after each, and before a file's new name
 
 
 def main() -> None:

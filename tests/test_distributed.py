@@ -250,7 +250,7 @@ def test_a_signal_to_one_process_stops_all_and_one_alone_goes_on(data, tmp_path)
     assert len(figures(lines, 1)) == 1  # printed by one process alone
     alone = test_train.train(data, tmp_path, "--arch", "u2netp", "--batch_size_train", "2", "--epoch_num", "1")
     assert alone.returncode == 0, alone.stderr
-    assert f"iteration {kept['iteration']}" in alone.stdout and "1 processes after 2" in alone.stdout
+    assert f"iteration {kept['iteration']}" in alone.stdout and "processes: 2 before, now 1" in alone.stdout
     first = re.search(r"batch: (\d+)/(\d+), ite: (\d+)]", alone.stdout)
     assert [int(v) for v in first.groups()[::2]] == [kept["position"] + 2, kept["iteration"] + 1]
 
