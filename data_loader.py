@@ -281,19 +281,21 @@ def open_data(
     need: int = 1,
     workers: int = STREAM_WORKERS,
     say: Callable[[str], None] = print,
+    copies: int = 1,
 ) -> Data:
     """Find, check and report all pairs, and keep them in memory at size x size where they fit.
 
     cache=False streams from disk. The cache is stored in `cache_dir`, by default beside the image folder. `need`:
-    fewest training pairs that will do; `workers`: threads that read where there is no cache.
+    fewest training pairs that will do; `workers`: threads that read where there is no cache; `copies`: processes of
+    this machine that each keep the pairs.
     Raises DataError (one line to print) when the data cannot be used.
     """
     pairs, unpaired = find_pairs(image_dir, mask_dir)
     train, val = hold_out(pairs)
     pairs = train + val  # so that each of the two is one piece of the cache
     total, free = PairCache.bytes_for(len(pairs), size), available_memory()
-    if cache and total > free * MEMORY_SHARE:
-        say(f"cache: {in_words(total)} do not fit into {in_words(free)} of free memory; {workers} threads stream")
+    if cache and copies * total > free * MEMORY_SHARE:
+        say(f"cache: {in_words(copies * total)} do not fit into {in_words(free)} of memory; {workers} threads stream")
         cache = False
     kept = None
     if not cache:

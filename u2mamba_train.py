@@ -6,6 +6,7 @@
     python u2mamba_train.py finetune --pretrained u2net.pth   goes on from weights, on pairs of your own
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
+    torchrun --nproc_per_node=4 u2mamba_train.py   the same on four GPUs
 
 Edit the constants, run, read loss and IoU, find the checkpoints in saved_models/<model_name>/. A run that was stopped,
 killed or cut off goes on where it was when the same command is given again.
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from data_loader import batches, epoch_plan, open_data, validation_batches
 from engine import checkpoint
 from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
+from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
@@ -67,13 +69,14 @@ class Config:
     # the training
     overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
-    batch_size_train: int = 12
+    batch_size_train: int = 12  # pairs a step and GPU
     batch_size_val: int = 12
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
     warmup: int = 0  # iterations of rising learning rate
     weight_decay: float = 0.0
+    sync_batch_norm: bool = False  # several GPUs: normalise by the batches of all instead of each by its own
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
     ema_decay: float = 0.0  # of the averaged weights, per iteration; 0: no average
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
@@ -88,7 +91,7 @@ class Config:
     save_minutes: float = 5.0  # most minutes between two writings of last.pth
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    gpu: int = 0  # which one, where there are several
+    gpu: int = 0  # which one, where there are several; of several processes, the first one's
 
 
 PRESETS = {
@@ -119,7 +122,7 @@ LIMITS = {  # constant: (least, most)
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
     "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "keep_checkpoints", "deterministic", "device", "gpu",
+    "keep_checkpoints", "deterministic", "device", "gpu", "processes",
 }  # fmt: skip
 
 HOW_TO_GET_DATA = """\
@@ -142,11 +145,11 @@ def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks) for d in logits])
 
 
-def learning_rate(cfg: Config, iteration: int, iterations: int) -> float:
-    """The rate of iteration 1, 2, ..., iterations."""
+def learning_rate(cfg: Config, iteration: int, done: float) -> float:
+    """The rate of iteration 1, 2, ..., after which the share `done` of the run is over."""
     rate = cfg.lr * min(1.0, iteration / max(cfg.warmup, 1))
     if cfg.lr_schedule == "cosine":
-        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
     return rate
 
 
@@ -168,43 +171,49 @@ class Progress:
     seconds: float = 0.0  # spent, over all starts
 
 
-def run(cfg: Config) -> int:
-    """The whole run, from the constants to the last checkpoint; returns the exit code."""
+def run(cfg: Config, world: World) -> int:
+    """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
     if cfg.crop > cfg.rescale:
         raise UserError(f"crop = {cfg.crop}: cannot be larger than rescale = {cfg.rescale}")
     if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     stop = StopSignal()
     seed_everything(cfg.seed, cfg.deterministic)
-    device, device_line = choose_device(cfg.device, cfg.gpu)
+    device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)
-    fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last)
+    synchronised = cfg.sync_batch_norm and world.size > 1
+    fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last, synchronised)
     backend, backend_line = choose_scan(device, cfg.scan_backend)
-    print(
-        f"device: {device_line}\nprecision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True
-    )
+    print(f"device: {device_line}\nprocesses: {world.line(cfg.batch_size_train)}", flush=True)
+    print(f"precision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True)
     torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in Mamba's projections
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
 
     # ------- 3. data --------
 
-    if cfg.data_dir == PRESETS["demo"].data_dir:
-        make_demo(cfg.data_dir)
-    image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
-    if not image_dir.is_dir() and not mask_dir.is_dir():
-        raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
-    lock = checkpoint.open_folder(folder)
-    data = open_data(image_dir, mask_dir, cache=cfg.cache, size=cfg.rescale, workers=cfg.num_workers)
-    source, held_out = data.train.to(device), data.val.to(device)
-    shown = next(
-        validation_batches(held_out or source, range(min(6, len(held_out or source))), channels_last=cfg.channels_last)
-    )
+    with world.one_before_the_others():  # it decodes the pairs and leaves the others a file of them
+        if cfg.data_dir == PRESETS["demo"].data_dir:
+            make_demo(cfg.data_dir)
+        image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
+        if not image_dir.is_dir() and not mask_dir.is_dir():
+            raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
+        lock = checkpoint.open_folder(folder) if world.is_first else None  # noqa: F841 - held until the process ends
+        data = open_data(
+            image_dir, mask_dir, cfg.cache, size=cfg.rescale, need=world.size, workers=cfg.num_workers,
+            copies=world.local_size,
+        )  # fmt: skip
+        source, held_out = data.train.to(device), data.val.to(device)
+    constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
+    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_CHANGE)
+    first = range(min(6, len(held_out or source)))
+    shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
 
     # ------- 4. model --------
 
     mamba = {"mamba_at": cfg.mamba_at, "backend": backend} if cfg.arch.startswith("u2mamba") else {}
     net = ARCHS[cfg.arch](**mamba)
     net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    world.prepare(net, cfg.sync_batch_norm)
     print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
 
     # ------- 5. optimizer --------
@@ -214,18 +223,14 @@ def run(cfg: Config) -> int:
         decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
     )
     loss = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
-    step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused)
+    step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world)
 
     # ------- 6. training --------
 
     if cfg.overfit:
         return overfit(step, source, cfg.overfit, cfg.batch_size_train, cfg.channels_last, folder, stop)
-    iterations = cfg.epoch_num * math.ceil(len(source) / cfg.batch_size_train)
-    if cfg.warmup > iterations:
-        print(f"warning: warmup = {cfg.warmup} is longer than the run of {iterations} iterations: lr is never reached")
-    constants = as_plain_dict(cfg) | {"pairs": len(source)}
     progress = Progress()
-    saved, found = checkpoint.find_last(folder, cfg.resume, constants)
+    saved, found = world.from_first(lambda: checkpoint.find_last(folder, cfg.resume, constants))
     if saved:
         with checkpoint.contents_of(found):
             may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
@@ -244,40 +249,52 @@ def run(cfg: Config) -> int:
                 print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it")
                 return EXIT_DONE
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
+        if (before := saved["config"].get("processes", 1)) != world.size:
+            print(f"processes: {before} before, now {world.size}: other batches, at the same learning rate")
     else:
         if cfg.pretrained:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
-        checkpoint.put_aside(folder)
+        if world.is_first:
+            checkpoint.put_aside(folder)
+    total = progress.iteration + world.steps(len(source) - progress.position, cfg.batch_size_train)
+    total += (cfg.epoch_num - progress.epoch - 1) * world.steps(len(source), cfg.batch_size_train)
+    if cfg.warmup > total:
+        print(f"warning: warmup = {cfg.warmup} is longer than the run of {total} iterations: lr is never reached")
     names = [pair.image.name for pair in source.pairs]
-    report = RunReport(folder, cfg.epoch_num, names, iterations, progress.iteration, progress.seconds)
+    report = RunReport(folder, cfg.epoch_num, names, total, progress.iteration, progress.seconds, world.is_first)
     last = checkpoint.LastFile(folder, cfg.save_minutes, report.say, found.name == "last.pth")
 
-    def everything() -> dict:
-        progress.seconds = report.seconds
-        return {
-            "config": constants, "progress": asdict(progress), "model": checkpoint.plain_state(net),
-            "step": step.state_dict(), "random": torch.get_rng_state(),
-        }  # fmt: skip
+    def save_last() -> None:
+        if world.is_first:
+            progress.seconds = report.seconds
+            last.write({
+                "config": constants, "progress": asdict(progress), "model": checkpoint.plain_state(net),
+                "step": step.state_dict(), "random": torch.get_rng_state(),
+            })  # fmt: skip
 
     def save_weights() -> None:
-        means, kept = step.read(), step.averaged()
-        name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
-        if checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say):
-            checkpoint.prune(folder, cfg.keep_checkpoints)
-        report.picture(preview(kept, shown.x, shown.y), progress.iteration)
+        if world.is_first:
+            means, kept = step.read(), step.averaged()
+            name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
+            if checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say):
+                checkpoint.prune(folder, cfg.keep_checkpoints)
+            report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
+    stopped = 0  # the exit code when a signal ends the run
     for epoch in range(progress.epoch, cfg.epoch_num):
         plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, cfg.crop, cfg.flip_upside_down, cfg.mirror)
-        for batch in batches(
-            source, plan, cfg.batch_size_train, progress.position, crop=cfg.crop, channels_last=cfg.channels_last
-        ):
-            rate = learning_rate(cfg, progress.iteration + 1, iterations)
+        own = world.share(plan[progress.position :])
+        for batch in batches(source, own, cfg.batch_size_train, crop=cfg.crop, channels_last=cfg.channels_last):
+            rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
+            progress.iteration += 1
+            progress.position += len(rows)
+            done = (epoch + progress.position / len(source)) / cfg.epoch_num  # not by iterations: GPUs may come and go
+            rate = learning_rate(cfg, progress.iteration, done)
             step.set_learning_rate(rate)
             step(batch.x, batch.y)
-            progress.iteration += 1
-            progress.position += len(batch.rows)
-            report.count(batch.rows, batch.wait)
+            stopped = world.largest(stop.exit_code)  # a signal to one process ends all at the same iteration
+            report.count(rows, batch.wait)
 
             if progress.iteration % cfg.log_frq == 0:
                 means = step.read()
@@ -285,47 +302,48 @@ def run(cfg: Config) -> int:
                     epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)
                 )
                 if means.bad_in_a_row >= cfg.max_bad_steps:
-                    last.write(everything())
+                    save_last()
                     raise UserError(
                         f"{means.bad_in_a_row} steps in a row were not finite (the last: {means.not_finite[0]}); go on "
                         f'from {last.path} with a lower lr, clip = 1.0 or precision = "fp32" (and --resume anyway)'
                     )
             if progress.iteration % cfg.save_frq == 0:
                 save_weights()
-                last.write(everything())
-            elif stop or last.is_due():
-                last.write(everything())
-            if stop:
+                save_last()
+            elif stopped or last.is_due():
+                save_last()
+            if stopped:
                 break
 
-        if not stop:
+        if not stopped:
             started, kept = time.monotonic(), step.averaged()
-            figures = validate(kept, validation_batches(held_out, None, cfg.batch_size_val, cfg.channels_last), stop)
+            own = range(world.rank, len(held_out), world.size)
+            own = validation_batches(held_out, own, cfg.batch_size_val, cfg.channels_last)
+            figures = validate(kept, own, stop, world)
+            stopped = world.largest(stop.exit_code)
             if figures:
                 best = math.isfinite(figures["MAE"]) and figures["maxF"] > progress.best
                 progress.best = figures["maxF"] if best else progress.best
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
-                if best:
+                if best and world.is_first:
                     checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
-            if not stop:
+            if not stopped:
                 progress.epoch, progress.position = epoch + 1, 0
-            last.write(everything())
-        if stop:
+            save_last()
+        if stopped:
             report.close()
             print(f"stopped at iteration {progress.iteration}; {last.promise}")
-            return stop.exit_code
+            return stopped
     if progress.iteration % cfg.save_frq:  # else it was just done
         save_weights()
     report.close()
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
-    lock.release()
-    print(
-        f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"
-    )
+    took = timedelta(seconds=round(report.seconds))
+    print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}")
     return EXIT_SET_ASIDE if data.report.set_aside else EXIT_DONE
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        sys.exit(run(read_settings(Config(), PRESETS, LIMITS)))
+    with one_line_errors(), joined() as world:
+        sys.exit(run(read_settings(Config(), PRESETS, LIMITS), world))

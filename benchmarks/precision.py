@@ -6,6 +6,8 @@ Both start from the same weights and see the same batches; printed are the runni
 their relative difference.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import tyro
 from benchmarks.hardware import lines
 from benchmarks.train_step import Options as StepOptions
 from benchmarks.train_step import make_step
-from data_loader import batches, epoch_plan, open_data
+from data_loader import Batch, DataSource, batches, epoch_plan, open_data
 from engine.device import choose_device
 
 
@@ -27,24 +29,28 @@ class Options:
     mamba_at: str = "bottleneck"
 
 
+def endless(source: DataSource, batch: int, channels_last: bool) -> Iterator[Batch]:
+    """Whole batches of one epoch after the other."""
+    for epoch in itertools.count():
+        plan = epoch_plan(len(source), epoch, seed=0)
+        yield from batches(source, plan, batch, drop_last=True, channels_last=channels_last)
+
+
 def main(options: Options) -> None:
     device, _ = choose_device()
     print("\n".join(lines(device)))
     root = Path(options.data_dir, "DUTS-TR", "DUTS-TR")
     source = open_data(root / "im_aug", root / "gt_aug").train.to(device)
-    plan = epoch_plan(len(source), epoch=0, seed=0)
     what = StepOptions(arch=options.arch, mamba_at=options.mamba_at)
     means = []
     for published in (True, False):
         step, words, memory_format = make_step(what, device, published, reference_graph=True)
         print(("reference: " if published else "fast: ") + words, flush=True)
         means.append([])
-        for i, batch in enumerate(batches(source, plan, options.batch, channels_last=not published), start=1):
+        for i, batch in zip(range(1, options.steps + 1), endless(source, options.batch, not published), strict=False):
             step(batch.x.to(memory_format=memory_format), batch.y)
             if i % 25 == 0:
                 means[-1].append(step.read().loss)
-            if i == options.steps:
-                break
         del step
     for i, (reference, fast) in enumerate(zip(*means, strict=True), start=1):
         print(f"ite {25 * i:4}: {reference:.4f} {fast:.4f}  {100 * (fast / reference - 1):+.2f} %")

@@ -15,6 +15,7 @@ import tyro
 
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from engine.device import choose_device, choose_kernels, choose_precision
+from engine.distributed import World
 from engine.step import TrainStep
 from model import ARCHS
 from model.kernels import multi_bce
@@ -47,7 +48,13 @@ class Options:
     profile: bool = False
 
 
-def make_step(options: Options, device: torch.device, published: bool, reference_graph: bool = False):
+def make_step(
+    options: Options,
+    device: torch.device,
+    published: bool,
+    reference_graph: bool = False,
+    world: World = World(),  # noqa: B008 - immutable
+):
     """A TrainStep, the line that describes it, its memory format. reference_graph: capture the published way too."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if published else "high")
@@ -60,10 +67,11 @@ def make_step(options: Options, device: torch.device, published: bool, reference
     mamba = {"mamba_at": options.mamba_at, "backend": backend} if options.arch.startswith("u2mamba") else {}
     memory_format = torch.contiguous_format if published else torch.channels_last
     net = ARCHS[options.arch](**mamba).to(device, memory_format=memory_format)
+    world.prepare(net, synchronise_batch_norm=False)
     optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
     graph = (reference_graph or not published) and device.type == "cuda"
     loss = multi_bce if kernels else multi_bce_loss_fusion
-    step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels)
+    step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world)
     words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
     return step, ", ".join([*words, *(["fused kernels"] if kernels else []), f"scan {backend}"]), memory_format
 

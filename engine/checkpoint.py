@@ -189,8 +189,9 @@ def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[
             print(f"warning: {error}")
             continue
         print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
-        epoch, done = divmod(iteration, math.ceil(constants["pairs"] / constants["batch_size_train"]))
-        place = {"epoch": epoch, "position": done * constants["batch_size_train"], "iteration": iteration}
+        batch, processes = constants["batch_size_train"], constants["processes"]
+        epoch, done = divmod(iteration, math.ceil(constants["pairs"] // processes / batch))
+        place = {"epoch": epoch, "position": done * batch * processes, "iteration": iteration}
         rest = {"config": constants, "step": None, "random": torch.get_rng_state()}
         return rest | {"progress": place | {"best": best_in_log(folder)}, "model": weights}, path
     raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {mend}")

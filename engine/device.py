@@ -31,7 +31,7 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
     if wanted in ("auto", "cuda") and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if gpu >= count:
-            raise UserError(f"gpu = {gpu}: there are {count} GPUs, numbered from 0")
+            raise UserError(f"gpu = {gpu}: there are {count} GPUs, numbered from 0; each process takes one")
         torch.cuda.set_device(gpu)
         properties = torch.cuda.get_device_properties(gpu)
         return torch.device(
@@ -55,7 +55,9 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return wanted, wanted
 
 
-def choose_kernels(wanted: bool, device: torch.device, precision: str, channels_last: bool) -> tuple[bool, str]:
+def choose_kernels(
+    wanted: bool, device: torch.device, precision: str, channels_last: bool, sync_batch_norm: bool = False
+) -> tuple[bool, str]:
     """Whether the fused Triton kernels run, and a line that says so or why not."""
     if not wanted:
         return False, "plain PyTorch layers"
@@ -63,6 +65,7 @@ def choose_kernels(wanted: bool, device: torch.device, precision: str, channels_
     missing += [] if triton_runs(torch.empty(1, device=device)) or missing else ["Triton"]
     missing += [] if precision == "bf16" else ['precision = "bf16"']
     missing += [] if channels_last else ["channels_last = True"]
+    missing += ["sync_batch_norm = False"] if sync_batch_norm else []
     if missing:
         return False, f"plain PyTorch layers (the fused kernels want {', '.join(missing)})"
     if trouble := _trouble_with_kernels(device):

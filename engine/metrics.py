@@ -7,6 +7,8 @@ them together) and exists because validation after every epoch has to stay on th
 import torch
 from torch import Tensor
 
+from engine.distributed import World
+
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009, used by every SOD paper
 LEVELS = 256  # thresholds
 
@@ -52,6 +54,12 @@ class ValidationMetrics:
         recall = positive / truth.sum(1, keepdim=True).clamp(min=1)
         self._curves += torch.stack((precision.sum(0), recall.sum(0)))
         self.images += b
+
+    def gather(self, world: World) -> None:
+        """Adds up what the processes have seen, each its own images."""
+        self.images = int(world.sum(torch.tensor(self.images)))
+        world.sum(self._sums)
+        world.sum(self._curves)
 
     def result(self) -> dict[str, float]:
         """{"IoU", "MAE", "maxF"}; raises ZeroDivisionError when no image was seen."""

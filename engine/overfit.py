@@ -27,8 +27,10 @@ def overfit(
     """Trains on `count` pairs as they are, neither cropped nor flipped, until their IoU is above GOAL -> exit code.
 
     Measured as a user will: in eval mode, by the running statistics of batch norm. Writes `folder`/preview.png.
-    Raises UserError when MOST_STEPS do not suffice, or there are too few pairs that show an object.
+    Raises UserError when MOST_STEPS do not suffice, there are too few pairs that show an object, or several processes.
     """
+    if step.mean_of_all.world.size > 1:
+        raise UserError(f"overfit = {count}: is a check that one process makes, without torchrun")
     singles = zip(itertools.count(), validation_batches(source, batch_size=1, channels_last=channels_last))
     chosen = list(itertools.islice((i for i, batch in singles if batch.y.mean() > LEAST_OBJECT), count))
     if len(chosen) < count:

@@ -25,17 +25,26 @@ COLUMNS = (
 
 class RunReport:
     """Prints and records. names: of the training pairs, by which a bad batch is told. iteration: where the run goes on;
-    rows of later ones, left by a killed run, go."""
+    rows of later ones, left by a killed run, go. writes: False in all processes but the one whose files these are."""
 
     def __init__(
-        self, folder: Path, epochs: int, names: Sequence[str], iterations: int, iteration: int = 0, seconds: float = 0.0
+        self,
+        folder: Path,
+        epochs: int,
+        names: Sequence[str],
+        iterations: int,
+        iteration: int = 0,
+        seconds: float = 0.0,
+        writes: bool = True,
     ):
         self.folder, self.epochs, self.names, self.iterations = folder, epochs, names, iterations
         self._start = time.monotonic() - seconds
         self._csv_path = folder / "log.csv"
         self._warned = False
-        self._keep_rows(iteration)
-        self._board = _tensorboard(folder / "tensorboard", iteration, self.say)
+        self.writes = writes
+        if writes:
+            self._keep_rows(iteration)
+        self._board = _tensorboard(folder / "tensorboard", iteration, self.say) if writes else None
         self._bar = None
         self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
         self._images = self._waited = 0.0
@@ -111,6 +120,8 @@ class RunReport:
         self._draw("close")
 
     def _record(self, group: str, iteration: int, row: dict) -> None:
+        if not self.writes:
+            return
         try:
             with self._csv_path.open("a", newline="", encoding="utf-8") as file:
                 row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

@@ -52,7 +52,10 @@ class StopSignal:
             raise KeyboardInterrupt
         self.exit_code = EXIT_INTERRUPT if number == signal.SIGINT else EXIT_TERMINATED
         # os.write: print is not safe inside a signal handler
-        os.write(2, b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n")
+        # to sys.stderr's file: of many processes only the first one's is the terminal
+        os.write(
+            sys.stderr.fileno(), b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n"
+        )
 
     def __bool__(self) -> bool:
         return self.exit_code != 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.run import UserError
 from model.kernels import compile_only, join
@@ -46,6 +47,8 @@ class TrainStep:
     with the fused kernels its state and sums.
     clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
     graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
+    world: the processes that train together, each with its own batch of the same size; weights, averages and means
+    stay the same in all, batch norm statistics are the mean of theirs.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainStep:
         ema_decay: float = 0.0,
         graph: bool = False,
         kernels: bool = False,
+        world: World = World(),  # noqa: B008 - immutable
     ):
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
         self.clip, self.kernels = clip, kernels
@@ -76,6 +80,7 @@ class TrainStep:
         self.bad = torch.zeros(2, device=device)
         self.recent = torch.zeros(RECENT, device=device)  # newest first: a bit for each output, one for the gradient
         self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
+        self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
         self.ema_steps = self.eager_steps = 0
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
@@ -141,7 +146,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: NCCL's own thread may ask for the state of an earlier all-reduce meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(self.images, self.masks)
         self.graph = graph
         self.graph.replay()  # the capture itself computed nothing
@@ -157,17 +163,20 @@ class TrainStep:
         if self.kernels:
             join(self.device)
         self._fetch_gradients()
+        iou = iou_per_image(torch.sigmoid(logits[0].detach().float()), masks).sum()
+        figures = torch.cat((iou[None], losses.detach().float()))
+        self.mean_of_all(self.statistics, figures)  # from here on every process computes the same
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        odd = ~torch.isfinite(torch.cat((losses.detach().float(), norm.float().view(1))))
+        odd = ~torch.isfinite(torch.cat((figures[1:], norm.float().view(1))))
         ok = ~odd.any()
         self.optimizer.found_inf = (~ok).float()  # read by the fused optimizers: they then change nothing
         self.optimizer.step()
         self.statistics.copy_(torch.where(ok, self.statistics, statistics))
         self.recent.copy_(torch.cat(((odd * self.bits).sum().view(1), self.recent[:-1])))
-        self._count(ok, logits[0].detach(), masks, losses.detach())
+        self._count(ok, figures, len(masks))
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
 
@@ -192,15 +201,13 @@ class TrainStep:
     def _fetch_gradients(self) -> None:
         used = [m for m in self.copied if m.copy.grad is not None]
         for m in used:
-            m.weight.grad = torch.empty_like(m.weight)
+            m.weight.grad = self.mean_of_all.empty_gradient(m.weight)
         if used:
             torch._foreach_copy_([m.weight.grad for m in used], [m.copy.grad for m in used])
 
     @torch.no_grad()
-    def _count(self, ok: Tensor, d0: Tensor, masks: Tensor, losses: Tensor) -> None:
-        iou = iou_per_image(torch.sigmoid(d0.float()), masks).sum()
-        images = torch.full_like(iou, len(masks))
-        seen = torch.cat((torch.stack((torch.ones_like(iou), images, iou)), losses.float()))
+    def _count(self, ok: Tensor, figures: Tensor, images: int) -> None:
+        seen = torch.cat((torch.ones_like(figures[:1]), torch.full_like(figures[:1], images), figures))
         self.sums += torch.where(ok, seen, 0.0)
         self.bad += torch.where(ok, 0.0, 1.0)
         self.bad[1] *= torch.where(ok, 0.0, 1.0)

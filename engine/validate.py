@@ -7,21 +7,30 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from data_loader import MEAN, STD, Batch
+from engine.distributed import World
 from engine.metrics import ValidationMetrics
 from engine.run import StopSignal
 
 
 @torch.no_grad()
-def validate(net: nn.Module, batches: Iterable[Batch], stop: StopSignal) -> dict[str, float] | None:
-    """{"IoU", "MAE", "maxF"} of d0 over `batches`; None where there are none, or when `stop` became true in between."""
+def validate(
+    net: nn.Module,
+    batches: Iterable[Batch],
+    stop: StopSignal,
+    world: World = World(),  # noqa: B008 - immutable
+) -> dict[str, float] | None:
+    """{"IoU", "MAE", "maxF"} of d0 over the `batches` of all processes; None where there are none, or when `stop`
+    became true in between."""
     net.eval()
-    metrics = None
+    metrics = ValidationMetrics(next(net.parameters()).device)
     for batch in batches:
         if stop:
-            return None
-        metrics = metrics or ValidationMetrics(batch.x.device)
+            break
         metrics.update(net(batch.x)[0], batch.y)
-    return metrics and metrics.result()
+    if world.largest(stop.exit_code):
+        return None
+    metrics.gather(world)
+    return metrics.result() if metrics.images else None
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ def test_bf16_falls_back_with_the_reason(monkeypatch):
 
 
 def test_fused_kernels_say_what_they_miss():
-    on, line = choices.choose_kernels(True, CPU, "fp32", False)
+    on, line = choices.choose_kernels(True, CPU, "fp32", False, sync_batch_norm=True)
     assert not on
-    for missing in ("a CUDA GPU", 'precision = "bf16"', "channels_last = True"):
+    for missing in ("a CUDA GPU", 'precision = "bf16"', "channels_last = True", "sync_batch_norm = False"):
         assert missing in line
     assert choices.choose_kernels(False, CPU, "bf16", True) == (False, "plain PyTorch layers")
 

@@ -168,13 +168,13 @@ def test_state_goes_on_exactly():
 
 def test_learning_rate_warms_up_and_falls():
     cfg = script.Config(lr=1.0, lr_schedule="cosine", warmup=10)
-    rates = [script.learning_rate(cfg, i, 100) for i in range(1, 101)]
+    rates = [script.learning_rate(cfg, i, i / 100) for i in range(1, 101)]
     assert rates[0] == pytest.approx(0.1, rel=1e-2)
     assert max(rates) == rates[9]
     assert rates[-1] == pytest.approx(0.01)
     assert rates[54] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 0.55)))
     constant = script.Config(lr=0.5)
-    assert {script.learning_rate(constant, i, 100) for i in (1, 50, 100)} == {0.5}
+    assert {script.learning_rate(constant, i, i / 100) for i in (1, 50, 100)} == {0.5}
 
 
 def test_no_decay_for_norms_biases_and_the_scan():
