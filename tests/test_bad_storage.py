@@ -32,8 +32,9 @@ def run(data, tmp_path, capsys, monkeypatch):
         """at: batch of an epoch -> what happens before it; poison: what is done to each batch."""
         planned = script.batches
 
-        def watched(source, plan, size, position, **more):
-            for i, batch in enumerate(planned(source, plan, size, position, **more), position // size + 1):
+        def watched(source, plan, size, **more):
+            done = (len(source) - len(plan)) // size
+            for i, batch in enumerate(planned(source, plan, size, **more), done + 1):
                 (at or {}).get(i, lambda: None)()
                 yield poison(source, batch) if poison else batch
 
@@ -44,7 +45,7 @@ def run(data, tmp_path, capsys, monkeypatch):
             tra_label_dir="masks",
         )  # fmt: skip
         try:
-            code = script.run(dataclasses.replace(cfg, **constants))
+            code = script.run(dataclasses.replace(cfg, **constants), script.World())
         finally:
             monkeypatch.setattr(script, "batches", planned)
         return code, capsys.readouterr().out

@@ -252,26 +252,6 @@ def test_a_run_of_a_thousand_iterations_does_not_grow(data, monkeypatch):
 # ------- what the start says
 
 
-def test_files_of_types_that_are_not_read_are_named(data, tmp_path):
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for i in range(10, 13):
-            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
-    for name in ("a.heic", "b.gif", ".hidden"):
-        (tmp_path / "images" / name).write_bytes(b"")
-    for _ in range(2):  # checked, then from the stored cache
-        said = []
-        opened = open_data(tmp_path / "images", tmp_path / "masks", size=32, say=said.append)
-        assert (
-            len([line for line in said if line.endswith(": a.heic, b.gif") and line.startswith("data: 2 files")]) == 1
-        )
-        assert opened.report.set_aside == 0
-    for path in (tmp_path / "images").glob("*.png"):
-        path.unlink()
-    with pytest.raises(UserError, match=r"no pairs: 0 images .*not read for their type: a\.heic, b\.gif"):
-        open_data(tmp_path / "images", tmp_path / "masks", size=32)
-
-
 def test_a_cache_for_which_the_disk_has_no_room_names_what_is_kept_free(data, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(data_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 29))
