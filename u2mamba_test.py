@@ -33,9 +33,10 @@ from data_check import IMAGE_TYPES, BadFile, read_image
 from engine.device import choose_device, choose_precision, choose_scan
 from engine.inference import Predictor, trained_network
 from engine.output import check_folder, write_whole
-from engine.predict import THREADS, Map, Source, ahead, at_size, budget, compute_maps
+from engine.predict import THREADS, Map, Source, at_size, budget, compute_maps
 from engine.run import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
 from engine.settings import check_settings
+from engine.workers import in_order
 
 # soft: 8-bit grey; binary: 0 and 255; rgba: the image with the map as alpha; overlay: what is not the object goes grey
 # and dark; sheet: image, map and cut-out side by side, small
@@ -201,8 +202,8 @@ def run(options: Options) -> int:
     aside, pool = 0, ThreadPoolExecutor(THREADS)
     try:
         maps = compute_maps(predict, targets, pool, options.size, batch, options.tta)
-        written = ahead(pool, lambda found: write(found, targets, options.threshold), maps, 2 * batch + THREADS)
-        for failure in tqdm(written, total=len(targets), unit="img", disable=None):
+        written = in_order(pool, lambda found: write(found, targets, options.threshold), maps, 2 * batch + THREADS)
+        for _, failure in tqdm(written, total=len(targets), unit="img", disable=None):
             if failure:
                 aside += 1
                 tqdm.write(f"set aside: {failure}", file=sys.stderr)

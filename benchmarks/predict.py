@@ -25,7 +25,8 @@ from benchmarks.hardware import lines, median_and_spread, wait
 from data_check import IMAGE_TYPES
 from engine.device import choose_device, choose_precision, choose_scan, memory_in_use
 from engine.inference import Predictor, trained_network
-from engine.predict import THREADS, ahead, compute_maps, read
+from engine.predict import THREADS, compute_maps, read
+from engine.workers import in_order
 from model import ARCHS
 from train_data.make_demo import PHOTOGRAPHS
 
@@ -75,7 +76,8 @@ def work(options: Options, predict: Predictor, sources: list, out: Path, batch: 
     targets = {s: {m: out / m / f"{s.name}{u2mamba_test.MODES[m]}" for m in options.mode} for s in sources}
     with ThreadPoolExecutor(THREADS) as pool:
         maps = compute_maps(predict, targets, pool, options.size, batch)
-        for failure in ahead(pool, lambda found: u2mamba_test.write(found, targets, 0.5), maps, 2 * batch + THREADS):
+        written = in_order(pool, lambda found: u2mamba_test.write(found, targets, 0.5), maps, 2 * batch + THREADS)
+        for _, failure in written:
             if failure:
                 sys.exit(f"error: {failure}")
 

@@ -8,11 +8,10 @@ with ThreadPoolExecutor(THREADS) as pool:
 import contextlib
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from PIL import Image
 from data_cache import rescale_image
 from data_check import BadFile, read_image
 from engine.inference import Predictor
+from engine.workers import in_order
 
 PIXELS_AT_ONCE = 50_000_000  # decoded at a time by all threads, up to 20 bytes each; a larger image goes alone
 THREADS = min(16, os.cpu_count() or 1)  # that read and write
@@ -62,17 +62,6 @@ class PixelBudget:
 
 
 budget = PixelBudget(PIXELS_AT_ONCE)
-
-
-def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int) -> Iterator[Any]:
-    """Like pool.map, but with at most `most` results begun and not taken."""
-    begun = deque()
-    for item in items:
-        begun.append(pool.submit(function, item))
-        if len(begun) == most:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
 
 
 def declared_pixels(path: Path) -> int:
@@ -123,7 +112,7 @@ def compute_maps(
                 yield BadFile(source.path, "its map is not finite: damaged weights, or try --precision fp32")
 
     group, running = [], None
-    for got in ahead(pool, lambda source: read(source, size), sources, 2 * batch + THREADS):
+    for _, got in in_order(pool, lambda source: read(source, size), sources, 2 * batch + THREADS):
         if isinstance(got, BadFile):
             yield got
             continue

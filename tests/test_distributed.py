@@ -136,6 +136,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(case, both):
             assert torch.allclose(value, first[part][key], rtol=0, atol=1e-5), key
             assert torch.equal(first[part][key], second[part][key]), key
     assert first["means"] == second["means"]
+    assert first["means"].pop("not_finite") == one["means"].pop("not_finite") == {}
     assert first["means"].pop("losses") == pytest.approx(one["means"].pop("losses"), abs=1e-6)
     assert first["means"] == pytest.approx(one["means"], abs=1e-6)
 

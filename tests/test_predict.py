@@ -19,8 +19,9 @@ import engine.inference
 import engine.output
 from data_cache import rescale_image
 from engine.inference import Predictor
-from engine.predict import PixelBudget, ahead, at_size
+from engine.predict import PixelBudget, at_size
 from engine.run import UserError
+from engine.workers import in_order
 from model import U2NETP
 from u2mamba_test import MODES, Options, run
 from u2mamba_train import ARCHS
@@ -334,7 +335,7 @@ def test_budget_bounds_what_is_held_and_lets_a_single_one_pass():
         assert pool.submit(hold, 25).result(timeout=10) is None
 
 
-def test_ahead_keeps_order_and_does_not_run_ahead_of_its_reader():
+def test_in_order_keeps_order_and_does_not_run_ahead_of_its_reader():
     begun = []
 
     def items():
@@ -343,6 +344,6 @@ def test_ahead_keeps_order_and_does_not_run_ahead_of_its_reader():
             yield i
 
     with ThreadPoolExecutor(4) as pool:
-        results = ahead(pool, lambda i: i * i, items(), 5)
-        assert next(results) == 0 and len(begun) == 5
-        assert list(results) == [i * i for i in range(1, 20)]
+        results = in_order(pool, lambda i: i * i, items(), 4)
+        assert next(results) == (0, 0) and len(begun) == 5
+        assert list(results) == [(i, i * i) for i in range(1, 20)]
