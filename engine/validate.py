@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from data_loader import MEAN, STD, Batch
 from engine.distributed import World
@@ -36,6 +35,8 @@ def validate(
 @torch.no_grad()
 def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: as the loop gives them."""
+    from torchvision.utils import make_grid  # here, since it takes more than a second of every start
+
     net.eval()
     d0 = net(images)[0].float().cpu()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))

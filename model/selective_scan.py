@@ -92,7 +92,6 @@ def _library_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor
     return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
     """The backend that `wanted` means on `device`, and one line that says why, and why not a faster one.
 
@@ -116,6 +115,10 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[st
             return name, "; ".join(["the fastest that works here", *troubles])
         troubles.append(f"not {name}: {trouble}")
     return "torch", "; ".join(["chunked PyTorch, slow on a GPU", *troubles])
+
+
+# torch.compiler.assume_constant_result sets this, and imports all of torch._dynamo for it: 1.3 s of every start
+choose_backend._dynamo_marked_constant = True
 
 
 @functools.cache
