@@ -186,7 +186,7 @@ def run(cfg: Config, world: World) -> int:
     backend, backend_line = choose_scan(device, cfg.scan_backend)
     print(f"device: {device_line}\nprocesses: {world.line(cfg.batch_size_train)}", flush=True)
     print(f"precision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True)
-    torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in Mamba's projections
+    torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in what stays fp32
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
 
     # ------- 3. data --------

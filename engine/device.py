@@ -116,6 +116,11 @@ def memory_in_use(device: torch.device) -> float:
         return 0.0
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory did not suffice; on a CPU PyTorch has no class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def peak_memory(device: torch.device) -> float:
     """The most GiB that tensors took on a GPU so far, or that the process took (0 on Windows, which is not asked)."""
     if device.type == "cuda":

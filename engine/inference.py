@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data_loader import normalise
 from engine.checkpoint import build_network, load_weights
+from engine.device import out_of_memory
 from engine.run import UserError
 from model.u2net import REBNCONV
 
@@ -82,8 +83,8 @@ class Predictor:
             taken.copy_(images, non_blocking=True)
             graph.replay()
             return given.clone()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             n, h, w, _ = images.shape
             less = f"a batch of {n // 2}" if n > 1 else "a smaller size"

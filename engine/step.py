@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from engine.device import out_of_memory
 from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.run import UserError
@@ -111,8 +112,8 @@ class TrainStep:
                 self.graph.replay()
             else:  # the last, smaller batch of an epoch
                 self._step(images, masks)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             less = max(len(images) // 2, 1)
             raise UserError(

@@ -17,12 +17,11 @@ from torch import Tensor
 from model.kernels.batch_norm_relu import (
     SMALL_M,
     _backward,
-    _sm_count,
     batch_norm_relu,
     join_sums,
     statistics,
 )
-from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton_runs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton_runs
 from model.kernels.upsample import (
     _channels_last,
     _largest,
@@ -193,7 +192,7 @@ class _BatchNormReLUPool(torch.autograd.Function):
         dskip, stride = rows_of(dskip)
         (programs,), blocks, sizes = _launch(x, c, *dpooled.shape[2:], *GRAD_STATS)
         tiles = programs // blocks
-        parts = min(tiles, max(1, _sm_count(x.device) * PROGRAMS // blocks))
+        parts = min(tiles, max(1, sm_count(x.device) * PROGRAMS // blocks))
         part = torch.empty(parts, 2, c, dtype=torch.float32, device=x.device)
         given = (weight, bias, mean, rstd)
         with on_device(x):

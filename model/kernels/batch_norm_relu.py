@@ -11,13 +11,11 @@ small, one program does all. Only x and two vectors are kept: the ReLU's mask is
 Memory traffic: forward 2 reads + 1 write of the tensor, backward 4 reads + 1 write (a residual: one read more).
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton, triton_runs
 
 # Launch sizes: (warps, 16-byte loads in flight per thread, most programs per multiprocessor). Each program of the first
 # launch leaves partial sums, hence few and large ones there.
@@ -27,11 +25,6 @@ JOIN_BLOCK_C = 16
 MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 CHUNK = 64  # partial sums joined at once
 SMALL_M, SMALL_BLOCK_C, SMALL = 1024, 8, (8, 4, 1)  # up to so many rows one launch does everything
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @jit()
@@ -262,7 +255,7 @@ def _launch(x: Tensor, config: tuple[int, int, int], small: bool) -> tuple[tuple
     block_c = min(SMALL_BLOCK_C if small else MAX_BLOCK_C, triton.next_power_of_2(C))
     rows = warps * 32 * (16 // x.element_size()) // block_c
     blocks, steps = triton.cdiv(C, block_c), triton.cdiv(x.numel() // C, rows * unroll)
-    programs = 1 if small else min(steps, max(1, _sm_count(x.device) * per_sm // blocks))
+    programs = 1 if small else min(steps, max(1, sm_count(x.device) * per_sm // blocks))
     return (blocks, programs), {"ROWS": rows, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": warps}
 
 

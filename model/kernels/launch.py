@@ -1,6 +1,7 @@
 """What every Triton kernel here needs around it: Triton if there is one, a device to launch on, a layout."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,12 @@ def compile_only() -> Iterator[None]:
             _compiling = None
         # asking for what launches a kernel builds that too: older versions of Triton run a C compiler for it
         list(pool.map(lambda kernel: (kernel.result() if hasattr(kernel, "result") else kernel).run, set(compiled)))
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def triton_runs(x: Tensor) -> bool:

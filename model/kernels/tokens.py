@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.batch_norm_relu import _sm_count, join_sums
-from model.kernels.launch import constexpr, jit, on_device, tl, triton, triton_runs
+from model.kernels.batch_norm_relu import join_sums
+from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs
 
 WARPS = 4
 PER_THREAD = 16  # numbers of a tile that a thread holds
@@ -80,7 +80,7 @@ class _LayerNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy, dx, C = dy.contiguous(), torch.empty_like(x), x.shape[-1]
         M, sizes = x.numel() // C, _rows(C)
-        programs = min(triton.cdiv(M, sizes["ROWS"]), _sm_count(x.device) * PROGRAMS)
+        programs = min(triton.cdiv(M, sizes["ROWS"]), sm_count(x.device) * PROGRAMS)
         part = torch.empty(programs, 2, C, dtype=torch.float32, device=x.device)
         with on_device(x):
             _layer_norm_grad[(programs,)](dy, x, dx, part, weight, M, C, programs, ctx.eps, **sizes)
