@@ -26,6 +26,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from data_augment import NUMBERS, SCALE, Changes, change
 from data_cache import MEMORY_SHARE, PairCache, available_memory, cached_pairs, in_words, rescale_image, rescale_mask
 from data_check import (
     BadFile,
@@ -50,9 +51,9 @@ from data_reference import (
 )
 
 __all__ = [
-    "MEAN", "STD", "Batch", "Data", "DataError", "DataSource", "RandomCrop", "Rescale", "RescaleT", "SalObjDataset",
-    "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "normalise", "open_data",
-    "validation_batches",
+    "HOW_TO_GET_DATA", "MEAN", "STD", "Batch", "Changes", "Data", "DataError", "DataSource", "RandomCrop", "Rescale",
+    "RescaleT", "SalObjDataset", "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "normalise",
+    "open_data", "validation_batches",
 ]  # fmt: skip
 
 STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
@@ -60,17 +61,33 @@ STREAM_AHEAD = 64  # pictures that they read ahead, 0.4 MB each
 INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 UPSIDE_DOWN, MIRROR = 1, 2  # bits of the column FLIP
 
+HOW_TO_GET_DATA = """\
+  DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
+    python train_data/prepare_duts.py DUTS-TR.zip
+  your own pairs: images and masks of the same names in two folders, then
+    python u2mamba_train.py --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
+  without any data, a small set is made and trained on in minutes by
+    python u2mamba_train.py demo"""
+
 
 # ----------------------------------------------------------------------------------------- plan and augmentation
 
 
 def epoch_plan(
-    n: int, epoch: int, seed: int, rescale: int = 320, crop: int = 288, p_flip: float = 0.5, p_mirror: float = 0.0
+    n: int,
+    epoch: int,
+    seed: int,
+    rescale: int = 320,
+    crop: int = 288,
+    p_flip: float = 0.5,
+    p_mirror: float = 0.0,
+    numbers: bool = False,
 ) -> torch.Tensor:
     """What happens to each of `n` pictures in an epoch: (n, 4) int64, columns INDEX, TOP, LEFT, FLIP.
 
     The order is shuffled; the window's offset goes from 0 to rescale - crop, both included; FLIP holds the bits
-    UPSIDE_DOWN (p = 0.5 as published) and MIRROR. A function of its arguments alone. Raises ValueError.
+    UPSIDE_DOWN (p = 0.5 as published) and MIRROR. With `numbers` as many more columns as `data_augment.change` draws
+    from. A function of its arguments alone. Raises ValueError.
     """
     if not 0 < crop <= rescale:
         raise ValueError(f"crop = {crop} must be from 1 to rescale = {rescale}")
@@ -80,7 +97,8 @@ def epoch_plan(
     offsets = torch.randint(rescale - crop + 1, (n, 2), generator=generator)
     chance = torch.rand((n, 2), generator=generator)
     flip = (chance[:, 0] < p_flip) * UPSIDE_DOWN + (chance[:, 1] < p_mirror) * MIRROR
-    return torch.cat([order[:, None], offsets, flip[:, None]], dim=1)
+    more = torch.randint(SCALE, (n, NUMBERS), generator=generator) if numbers else order.new_empty((n, 0))
+    return torch.cat([order[:, None], offsets, flip[:, None], more], dim=1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +118,7 @@ def _cut_by_index(
     images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows (B, crop, crop, 3) and (B, crop, crop) of a plan's rows, without looking at the rows' values."""
-    index, top, left, flip = rows[:, :, None].unbind(1)  # (B, 1) each
+    index, top, left, flip = rows[:, :4, None].unbind(1)  # (B, 1) each
     y, x = top + offsets, left + offsets  # (B, crop)
     y = torch.where((flip & UPSIDE_DOWN) > 0, images.shape[1] - 1 - y, y)[:, :, None]
     x = torch.where((flip & MIRROR) > 0, images.shape[2] - 1 - x, x)[:, None, :]
@@ -113,7 +131,7 @@ def _cut_by_slice(
     """The same on the CPU: 0.3 ms for 12 windows, where `_cut_by_index` takes 12.8 (2 cores)."""
     crop, wholes = len(offsets), (images.numpy(), masks.numpy())
     cuts = np.empty((len(rows), crop, crop, 3), np.uint8), np.empty((len(rows), crop, crop), np.uint8)
-    for place, (index, top, left, flip) in enumerate(rows.tolist()):
+    for place, (index, top, left, flip) in enumerate(rows[:, :4].tolist()):
         step_y, step_x = -1 if flip & UPSIDE_DOWN else 1, -1 if flip & MIRROR else 1
         for whole, cut in zip(wholes, cuts, strict=True):
             cut[place] = whole[index, ::step_y, ::step_x][top : top + crop, left : left + crop]
@@ -139,17 +157,38 @@ def normalise(pixels: torch.Tensor, channels_last: bool = False) -> torch.Tensor
 
 
 def augment(
-    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, crop: int = 288, channels_last: bool = False
+    images: torch.Tensor,
+    masks: torch.Tensor,
+    rows: torch.Tensor,
+    crop: int = 288,
+    channels_last: bool = False,
+    changes: Changes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of a plan -> (x (B, 3, crop, crop) float32 as ToTensorLab(0) makes it, y (B, 1, crop, crop) float32 in 0-1).
 
     images (N, S, S, 3) and masks (N, S, S) uint8, rows (B, 4) int64, all on one device. On a GPU: no synchronisation,
     and after one call to warm up it can be captured in a CUDA graph, with `rows` as the tensor to fill. The cache is
-    channels_last by nature, so channels_last=True saves a pass.
+    channels_last by nature, so channels_last=True saves a pass. With `changes` the rows must hold the numbers for them,
+    and a window of any size is brought to crop x crop pixels.
     """
+    if changes and any(changes):
+        return _changed(images, masks, rows, crop, channels_last, changes)
     cut = _cut_by_slice if images.device.type == "cpu" else _cut_by_index
     pixels, mask = cut(images, masks, rows, _offsets(images.device, crop))
     return normalise(pixels, channels_last), mask[:, None].float().div_(255)
+
+
+def _changed(
+    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, crop: int, channels_last: bool, changes: Changes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pictures, flip = images[rows[:, INDEX]].permute(0, 3, 1, 2).float(), rows[:, FLIP]
+    pictures = pictures / pictures.amax((1, 2, 3), keepdim=True).clamp_min(1)
+    flips = 1 - 2 * torch.stack(((flip & MIRROR) > 0, (flip & UPSIDE_DOWN) > 0), 1).float()
+    numbers = rows[:, FLIP + 1 :].float() / SCALE
+    both = change(pictures, masks[rows[:, INDEX]][:, None].float() / 255, numbers, flips, crop, changes)
+    inverse, bias = _scale_and_bias(images.device)
+    x = torch.addcmul(bias[:, None, None], both[:, :3], inverse[:, None, None])
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x, both[:, 3:].contiguous()
 
 
 # --------------------------------------------------------------------------------------------- sources and batches
@@ -240,6 +279,7 @@ def batches(
     drop_last: bool = False,
     crop: int = 288,
     channels_last: bool = False,
+    changes: Changes | None = None,
 ) -> Iterator[Batch]:
     """Batches of a plan in its order, from row `start` on, the last one smaller unless drop_last.
 
@@ -250,7 +290,7 @@ def batches(
     fetched = source._fetched(parts)
     for part in parts:
         before = time.perf_counter()
-        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last)
+        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, changes=changes)
         yield Batch(x, y, part, time.perf_counter() - before)
 
 

@@ -15,7 +15,7 @@ killed or cut off goes on where it was when the same command is given again.
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_loader import batches, epoch_plan, open_data, validation_batches
+from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data, validation_batches
 from engine import checkpoint
 from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
 from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import as_plain_dict, differences, read_settings
-from engine.step import TrainStep
+from engine.settings import LIMITS, MAY_CHANGE, as_plain_dict, differences, read_settings
+from engine.step import TrainStep, decayed_and_not
 from engine.validate import preview, validate
 from model import ARCHS
 from model.kernels import multi_bce
@@ -54,6 +54,9 @@ class Config:
     # the network
     arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # p: the small one
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in the RSUs
+    mamba_residual: bool = True  # h + mamba(h), or mamba(h) alone
+    mamba_directions: int = 1  # 2: a second Mamba reads the tokens from the end
+    mamba_zero: bool = False  # out_proj starts at zero, and so the network as plain U²-Net
     scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"
     pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
     # the data
@@ -63,6 +66,12 @@ class Config:
     rescale: int = 320  # pixels: every pair is squashed to this square
     crop: int = 288  # pixels: then cut to this square at random
     flip_upside_down: float = 0.5  # probability
+    crop_early: int = 0  # pixels in the first part of the run, where small pictures teach as much in less time; 0: crop
+    early: float = 0.6  # that part, as a share of the epochs
+    window: float = 0.0  # smallest share of a picture's sides that is cut out and brought to crop; 0: crop as it is
+    rotate: float = 0.0  # degrees either way; with this or the next two and no window, of whole pictures
+    colour: float = 0.0  # share by which brightness, contrast and saturation change
+    paste: float = 0.0  # probability that another picture's object is put in
     mirror: float = 0.0  # probability; 0 because im_aug may already hold mirrored copies
     cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
     num_workers: int = 4  # threads that read and decode where they do not
@@ -72,6 +81,7 @@ class Config:
     batch_size_train: int = 12  # pairs a step and GPU
     batch_size_val: int = 12
     optimizer: Literal["adam", "adamw"] = "adam"
+    iou_loss: float = 0.0  # weight of 1 - soft IoU of each output beside its BCE
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
     warmup: int = 0  # iterations of rising learning rate
@@ -86,6 +96,7 @@ class Config:
     max_bad_steps: int = 20  # steps in a row that are not finite before the run stops
     # what is printed and kept
     log_frq: int = 10  # iterations between printed lines
+    val_frq: int = 1  # epochs between validations
     save_frq: int = 2000  # iterations between checkpoints
     keep_checkpoints: int = 0  # weight files that stay, the newest; 0: all
     save_minutes: float = 5.0  # most minutes between two writings of last.pth
@@ -94,13 +105,16 @@ class Config:
     gpu: int = 0  # which one, where there are several; of several processes, the first one's
 
 
+FAST = Config(
+    model_name="fast", epoch_num=100, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
+    batch_size_val=32, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=500, weight_decay=0.02, clip=1.0,
+    ema_decay=0.9995, iou_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3, flip_upside_down=0.0,
+    mirror=0.5, val_frq=5,
+)  # fmt: skip
 PRESETS = {
     "reference": Config(),
-    "fast": Config(
-        model_name="fast", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
-        epoch_num=40, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=200, weight_decay=0.02,
-        ema_decay=0.9995, clip=1.0, flip_upside_down=0.0, mirror=0.5,
-    ),
+    "fast": FAST,
+    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=120),
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,
@@ -112,27 +126,6 @@ PRESETS = {
         flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip
-LIMITS = {  # constant: (least, most)
-    "rescale": (32, 4096), "crop": (32, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1), "num_workers": (1, 256),
-    "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
-    "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
-    "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
-    "gpu": (0, 1024), "seed": (0, 2**63 - 1), "overfit": (0, 10**9), "keep_checkpoints": (0, 10**9),
-}  # fmt: skip
-MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
-    "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
-    "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "keep_checkpoints", "deterministic", "device", "gpu", "processes",
-}  # fmt: skip
-
-HOW_TO_GET_DATA = """\
-  DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
-    python train_data/prepare_duts.py DUTS-TR.zip
-  your own pairs: images and masks of the same names in two folders, then
-    python u2mamba_train.py --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
-  without any data, a small set is made and trained on in minutes by
-    python u2mamba_train.py demo"""
-
 # ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
 
 
@@ -145,19 +138,19 @@ def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks) for d in logits])
 
 
+def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
+    """1 - soft IoU of d0, ..., d6, averaged over the images -> (7,): a small object counts as much as a large one."""
+    p = torch.sigmoid(torch.stack([d.float() for d in logits]))  # (7, B, 1, H, W)
+    both = (p * masks).sum((2, 3, 4))
+    return 1 - ((both + 1) / (p.sum((2, 3, 4)) + masks.sum((1, 2, 3)) - both + 1)).mean(1)
+
+
 def learning_rate(cfg: Config, iteration: int, done: float) -> float:
     """The rate of iteration 1, 2, ..., after which the share `done` of the run is over."""
     rate = cfg.lr * min(1.0, iteration / max(cfg.warmup, 1))
     if cfg.lr_schedule == "cosine":
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
     return rate
-
-
-def decayed_and_not(net: torch.nn.Module) -> list[dict]:
-    """Parameter groups: weight decay for matrices and convolutions, none for norms, biases and the scan's A and D."""
-    plain = [p for p in net.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
-    kept = {id(p) for p in plain}
-    return [{"params": [p for p in net.parameters() if id(p) not in kept]}, {"params": plain, "weight_decay": 0.0}]
 
 
 @dataclass
@@ -173,8 +166,8 @@ class Progress:
 
 def run(cfg: Config, world: World) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
-    if cfg.crop > cfg.rescale:
-        raise UserError(f"crop = {cfg.crop}: cannot be larger than rescale = {cfg.rescale}")
+    if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
+        raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
     if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     stop = StopSignal()
@@ -210,8 +203,9 @@ def run(cfg: Config, world: World) -> int:
 
     # ------- 4. model --------
 
-    mamba = {"mamba_at": cfg.mamba_at, "backend": backend} if cfg.arch.startswith("u2mamba") else {}
-    net = ARCHS[cfg.arch](**mamba)
+    mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "directions": cfg.mamba_directions}
+    mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero}
+    net = ARCHS[cfg.arch](**mamba if cfg.arch.startswith("u2mamba") else {})
     net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     world.prepare(net, cfg.sync_batch_norm)
     print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
@@ -222,7 +216,8 @@ def run(cfg: Config, world: World) -> int:
     optimizer = algorithm(
         decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
     )
-    loss = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
+    bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
+    loss = (lambda d, y: bce(d, y) + cfg.iou_loss * soft_iou_loss(d, y)) if cfg.iou_loss else bce
     step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world)
 
     # ------- 6. training --------
@@ -281,11 +276,14 @@ def run(cfg: Config, world: World) -> int:
             report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
+    changes = Changes(cfg.window, cfg.rotate, cfg.colour, cfg.paste)
     stopped = 0  # the exit code when a signal ends the run
     for epoch in range(progress.epoch, cfg.epoch_num):
-        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, cfg.crop, cfg.flip_upside_down, cfg.mirror)
+        crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop
+        chances = (cfg.flip_upside_down, cfg.mirror)
+        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))
         own = world.share(plan[progress.position :])
-        for batch in batches(source, own, cfg.batch_size_train, crop=cfg.crop, channels_last=cfg.channels_last):
+        for batch in batches(source, own, cfg.batch_size_train, 0, False, crop, cfg.channels_last, changes):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)
@@ -315,7 +313,7 @@ def run(cfg: Config, world: World) -> int:
             if stopped:
                 break
 
-        if not stopped:
+        if not stopped and ((epoch + 1) % cfg.val_frq == 0 or epoch + 1 == cfg.epoch_num):
             started, kept = time.monotonic(), step.averaged()
             own = range(world.rank, len(held_out), world.size)
             own = validation_batches(held_out, own, cfg.batch_size_val, cfg.channels_last)
@@ -327,8 +325,9 @@ def run(cfg: Config, world: World) -> int:
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
                 if best and world.is_first:
                     checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
-            if not stopped:
-                progress.epoch, progress.position = epoch + 1, 0
+        if not stopped:
+            progress.epoch, progress.position = epoch + 1, 0
+        if stopped or last.is_due() or (epoch + 1) % cfg.val_frq == 0 or epoch + 1 == cfg.epoch_num:
             save_last()
         if stopped:
             report.close()

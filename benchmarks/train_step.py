@@ -16,11 +16,11 @@ import tyro
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from engine.device import choose_device, choose_kernels, choose_precision
 from engine.distributed import World
-from engine.step import TrainStep
+from engine.step import TrainStep, decayed_and_not
 from model import ARCHS
 from model.kernels import multi_bce
 from model.selective_scan import choose_backend
-from u2mamba_train import decayed_and_not, multi_bce_loss_fusion
+from u2mamba_train import multi_bce_loss_fusion
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts
     "Mamba's norm and convolution": ("_layer_norm", "_conv_silu"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from engine.report import best_in_log
 from engine.run import UserError
 from model import ARCHS, load_u2net_weights
+from model.u2mamba import variant_of
 
 
 class CheckpointError(UserError):
@@ -281,8 +282,7 @@ def build_network(state: Mapping[str, Tensor], path: Path, backend: str = "auto"
         raise CheckpointError(f"{path}: holds the weights of another network than U²-Net")
     mamba = any(".mamba" in k for k in state)
     arch = ("u2mamba" if mamba else "u2net") + ("p" if first.shape[0] == 16 else "")
-    options = {"backend": backend, "mamba_at": "encoder" if "stage1.mamba1.norm.weight" in state else "bottleneck"}
-    net = ARCHS[arch](**options if mamba else {})
+    net = ARCHS[arch](backend=backend, **variant_of(state)) if mamba else ARCHS[arch]()
     fill(net, state, path, arch)
     return net.eval()
 

@@ -102,16 +102,14 @@ class TrainStep:
                 self._compile_kernels(images, masks)
             if not self.wants_graph:
                 self._step(images, masks)
-            elif self.graph is None and self.eager_steps < EAGER_STEPS:
-                self._on_side_stream(images, masks)
-            elif self.graph is None and images.shape == self.shape:  # twice in a row: not the last, smaller batch
-                self._capture(images, masks)
             elif self.graph and images.shape == self.images.shape:
                 self.images.copy_(images)
                 self.masks.copy_(masks)
                 self.graph.replay()
-            else:  # the last, smaller batch of an epoch
-                self._step(images, masks)
+            elif self.eager_steps >= EAGER_STEPS and images.shape == self.shape:  # twice in a row: no last batch
+                self._capture(images, masks)
+            else:  # the first steps, the first of another size, and the last, smaller batch of an epoch
+                self._on_side_stream(images, masks)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -143,6 +141,7 @@ class TrainStep:
         self.eager_steps += 1
 
     def _capture(self, images: Tensor, masks: Tensor) -> None:
+        self.graph = None  # of another size
         self.images, self.masks = images.clone(), masks.clone()  # clone keeps the memory format
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
@@ -266,6 +265,13 @@ class TrainStep:
             self.ema_steps = state["ema_steps"]
             for mine, theirs in zip(self.ema, state["ema"], strict=True):
                 mine.copy_(theirs)
+
+
+def decayed_and_not(net: nn.Module) -> list[dict]:
+    """Parameter groups: weight decay for matrices and convolutions, none for norms, biases and the scan's A and D."""
+    plain = [p for p in net.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
+    kept = {id(p) for p in plain}
+    return [{"params": [p for p in net.parameters() if id(p) not in kept]}, {"params": plain, "weight_decay": 0.0}]
 
 
 def _runs_in_bf16(layer: nn.Module) -> bool:

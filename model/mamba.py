@@ -62,6 +62,10 @@ class Mamba(nn.Module):
 class MambaLayer(nn.Module):
     """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
 
+    directions=2: a second Mamba, `mamba_back`, reads the tokens from the last to the first; the result is the mean.
+    out_proj_zero: the projections at the end start at zero. residual: whether the caller shall add the result to x (the
+    layer only remembers it, and its state dict names a layer without: `no_residual`).
+
     With `channel_token` the C channels are the tokens and a token's H·W pixels its features: `dim` is then H·W, which
     ties the layer to one image size. Works in fp32 inside any autocast, but in the fused training step: there, as
     mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the input's dtype and memory
@@ -76,11 +80,22 @@ class MambaLayer(nn.Module):
         expand: int = 2,
         channel_token: bool = False,
         backend: str = "auto",
+        residual: bool = True,
+        directions: int = 1,
+        out_proj_zero: bool = False,
     ) -> None:
         super().__init__()
-        self.dim, self.channel_token = dim, channel_token
+        if directions not in (1, 2):
+            raise ValueError(f"MambaLayer: directions must be 1 or 2, not {directions!r}")
+        self.dim, self.channel_token, self.residual = dim, channel_token, residual
         self.norm = nn.LayerNorm(dim)
         self.mamba = Mamba(dim, d_state, d_conv, expand, backend)
+        self.mamba_back = Mamba(dim, d_state, d_conv, expand, backend) if directions == 2 else None
+        if not residual:
+            self.register_buffer("no_residual", torch.ones(1))
+        for mamba in self.children() if out_proj_zero else ():
+            if isinstance(mamba, Mamba):
+                nn.init.zeros_(mamba.out_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same. Raises ValueError where C (with `channel_token` H·W) is not `dim`."""
@@ -98,10 +113,12 @@ class MambaLayer(nn.Module):
             raise ValueError(f"MambaLayer: {what} must be dim={self.dim}, got {tokens.shape[2]} of x {tuple(x.shape)}")
         tokens = layer_norm(self.norm, tokens)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if self.channel_token:
-            y = self.mamba(tokens)
-        else:
-            y = self.mamba(tokens, channels_first=not channels_last).transpose(1, 2)
+        channels_first = not channels_last and not self.channel_token
+        y = self.mamba(tokens, channels_first)
+        if self.mamba_back is not None:
+            y = (y + self.mamba_back(tokens.flip(1), channels_first).flip(1)) / 2
+        if not self.channel_token:
+            y = y.transpose(1, 2)
         y = y.unflatten(2, x.shape[2:])
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return y.to(x.dtype, memory_format=layout).contiguous(memory_format=layout)

@@ -6,12 +6,13 @@ encoder-side REBNCONV, arXiv 2606.20282.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.mamba import MambaLayer
+from model.mamba import Mamba, MambaLayer
 from model.u2net import RSU_TABLE_SMALL, U2NET
 
 MambaAt = Literal["none", "bottleneck", "encoder"]
@@ -24,7 +25,8 @@ class U2MAMBA(U2NET):
         "none": nowhere; equal to U2NET.
         "bottleneck": after the deepest REBNCONV of all 11 RSUs.
         "encoder": there, and after every other encoder-side REBNCONV of the six encoder stages, at full resolution.
-    d_state, d_conv, expand, backend: see `model.mamba.Mamba`.
+    d_state, d_conv, expand, backend: see `model.mamba.Mamba`. residual=False: h = mamba(h). directions, out_proj_zero:
+    see `model.mamba.MambaLayer`.
     """
 
     def __init__(
@@ -36,6 +38,9 @@ class U2MAMBA(U2NET):
         d_conv: int = 4,
         expand: int = 2,
         backend: str = "auto",
+        residual: bool = True,
+        directions: int = 1,
+        out_proj_zero: bool = False,
     ):
         if mamba_at not in ("none", "bottleneck", "encoder"):
             raise ValueError(f'mamba_at must be "none", "bottleneck" or "encoder", not {mamba_at!r}')
@@ -46,13 +51,24 @@ class U2MAMBA(U2NET):
             everywhere = mamba_at == "encoder" and not stage.endswith("d")
             return tuple(range(1, height + 1)) if everywhere else (height,)
 
-        super().__init__(in_ch, out_ch, lambda dim: MambaLayer(dim, d_state, d_conv, expand, backend=backend), levels)
+        variant = {"residual": residual, "directions": directions, "out_proj_zero": out_proj_zero}
+        make = partial(MambaLayer, d_state=d_state, d_conv=d_conv, expand=expand, backend=backend, **variant)
+        super().__init__(in_ch, out_ch, make, levels)
 
 
 class U2MAMBAP(U2MAMBA):
     """The small U²-Net with Mamba layers; as U2MAMBA."""
 
     table = RSU_TABLE_SMALL
+
+
+def variant_of(state_dict: Mapping[str, Tensor]) -> dict:
+    """The arguments of U2MAMBA that a state dict of one tells: mamba_at, residual, directions."""
+    return {
+        "mamba_at": "encoder" if "stage1.mamba1.norm.weight" in state_dict else "bottleneck",
+        "residual": not any(key.endswith(".no_residual") for key in state_dict),
+        "directions": 1 + any(".mamba_back." in key for key in state_dict),
+    }
 
 
 @dataclass
@@ -90,6 +106,6 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
         for key in matched:
             own[key].copy_(state_dict[key])
         for name, module in net.named_modules():
-            if isinstance(module, MambaLayer) and f"{name}.mamba.out_proj.weight" not in matched:
-                module.mamba.out_proj.weight.zero_()
+            if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in matched:
+                module.out_proj.weight.zero_()
     return WeightReport(matched, new, unfit)

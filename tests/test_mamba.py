@@ -170,3 +170,32 @@ def test_exports(memory_format):
     program = torch.export.export(layer, (x,))
     assert not [n for n in program.graph.nodes if "u2mamba" in str(n.target) or "autocast" in str(n.target)]
     torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_only_two_directions_look_ahead(directions, layout):
+    torch.manual_seed(0)
+    layer = MambaLayer(8, backend="torch", directions=directions)
+    x = torch.randn(2, 8, 3, 5).to(memory_format=layout)
+    other = x.clone()
+    other[:, 0, -1, -1] += 1  # one channel: all would cancel in the layer norm
+    first, second = layer(x), layer(other)
+    assert torch.equal(first[:, :, 0, 0], second[:, :, 0, 0]) == (directions == 1)
+    assert first.is_contiguous(memory_format=layout)
+    assert torch.allclose(first, layer(x.contiguous()), atol=1e-6)
+
+
+def test_two_directions_of_the_same_weights_commute_with_reversal():
+    torch.manual_seed(0)
+    layer = MambaLayer(8, backend="torch", directions=2)
+    layer.mamba_back.load_state_dict(layer.mamba.state_dict())
+    x = torch.randn(2, 8, 3, 5)
+    assert torch.allclose(layer(x.flip(2, 3)), layer(x).flip(2, 3), atol=1e-6)
+    layer(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.mamba_back.parameters())
+
+
+def test_another_number_of_directions_is_refused():
+    with pytest.raises(ValueError, match="directions must be 1 or 2, not 3"):
+        MambaLayer(8, directions=3)

@@ -203,3 +203,12 @@ def test_the_optimizer_goes_on_in_another_memory_format():
     for i in range(1, 3):
         resumed(*batch(i))
     assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
+
+
+def test_soft_iou_by_hand():
+    masks = torch.zeros(2, 1, 2, 2)
+    masks[0, 0, 0] = 1  # two of four pixels; the second image has no object
+    sure = torch.where(masks > 0, 30.0, -30.0)
+    loss = script.soft_iou_loss((sure, -sure, torch.zeros_like(masks)), masks)
+    # each image: 1 - (both + 1) / (either + 1)
+    assert torch.allclose(loss, torch.tensor([0, (4 / 5 + 4 / 5) / 2, ((1 - 2 / 4) + (1 - 1 / 3)) / 2]), atol=1e-6)

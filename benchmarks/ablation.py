@@ -1,0 +1,109 @@
+"""Which parts of the recipe help, and does Mamba: short trainings that differ in one thing, from one start.
+
+    python -m benchmarks.ablation --data_dir train_data                     every variant, U2MAMBAP
+    python -m benchmarks.ablation --only "plain U2NETP" "two directions" --epochs 20
+    python -m benchmarks.ablation --arch u2mamba --minutes 5                equal minutes instead of equal images
+
+Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, and
+measured on the held-out pairs. --minutes first times a short run of each variant, and gives it the epochs that fit.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from benchmarks.hardware import lines
+from engine.device import choose_device
+from engine.distributed import World
+from engine.run import UserError, one_line_errors
+from u2mamba_train import PRESETS, Config, run
+
+PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
+VARIANTS = {  # what differs: constants that do
+    "recipe": {},
+    "recipe, another seed": {"seed": 1},
+    "plain U²-Net": {"arch": PLAIN},
+    "Mamba in the encoder": {"mamba_at": "encoder"},
+    "no residual": {"mamba_residual": False},
+    "two directions": {"mamba_directions": 2},
+    "out_proj from zero": {"mamba_zero": True},
+    "BCE alone": {"iou_loss": 0.0},
+    "no window, rotation, colour": {"window": 0.0, "rotate": 0.0, "colour": 0.0},
+    "pasted objects": {"paste": 0.3},
+    "upside down too": {"flip_upside_down": 0.5},
+    "twice the rate": {"lr": 2e-3},
+    "half the rate": {"lr": 5e-4},
+    "all at full size": {"crop_early": 0},
+    "all at the small size": {"early": 1.0},
+    "no clipping": {"clip": 0.0},
+    "batch 16": {"batch_size_train": 16},
+}
+FIGURES = ("val_maxF", "val_MAE", "val_IoU")
+
+
+@dataclass
+class Options:
+    data_dir: str = "train_data"
+    arch: str = "u2mambap"
+    only: tuple[str, ...] = tuple(VARIANTS)
+    epochs: int = 10
+    minutes: float = 0.0  # of training a variant, instead of epochs
+    overrides: str = "{}"  # JSON of constants for all of them, such as {"crop": 192}
+    out: str = "saved_models"  # the runs' folders, and ablation.json
+
+
+def config_of(variant: str, options: Options) -> Config:
+    """The constants of a variant. Raises UserError for a name that is not in VARIANTS."""
+    if variant not in VARIANTS:
+        raise UserError(f'no variant is called "{variant}"; there are: {", ".join(VARIANTS)}')
+    changed = {k: v[options.arch] if isinstance(v, dict) else v for k, v in VARIANTS[variant].items()}
+    return replace(
+        PRESETS["fast" if options.arch == "u2mamba" else "small"],
+        **{
+            "arch": options.arch, "data_dir": options.data_dir, "saved_models": options.out, "resume": "never",
+            "epoch_num": options.epochs, "save_frq": 10**9, "val_frq": 10**9, "save_minutes": 1e6, "warmup": 100,
+            "ema_decay": 0.998,
+            "model_name": "ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
+        } | json.loads(options.overrides) | changed,
+    )  # fmt: skip
+
+
+def trained(config: Config) -> dict[str, float]:
+    """Trains silently; the held-out figures at the end, and seconds and img/s of the training itself."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(config, World())
+    with Path(config.saved_models, config.model_name, "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figures = {k: float(rows[-1][k] or "nan") for k in FIGURES} if rows[-1]["val_maxF"] else {}
+    speeds = sorted(float(r["img_s"]) for r in rows if r["img_s"])
+    return figures | {"seconds": float(rows[-1]["seconds"]), "img_s": speeds[len(speeds) // 2]}
+
+
+def main(options: Options) -> None:
+    print("\n".join(lines(choose_device()[0])))
+    print(f"{'variant':32}epochs      s   img/s    maxF     MAE     IoU", flush=True)
+    results = {}
+    for variant in options.only:
+        config, started = config_of(variant, options), time.monotonic()
+        if options.minutes:
+            speed = trained(replace(config, epoch_num=1))["img_s"]
+            config = replace(config, epoch_num=max(1, round(options.minutes * 60 * speed / 9997)))
+        got = trained(config) | {"epochs": config.epoch_num, "wall": time.monotonic() - started}
+        results[variant] = got
+        print(
+            f"{variant:32}{config.epoch_num:6}{got['seconds']:7.0f}{got['img_s']:8.0f}"
+            + "".join(f"{got.get(k, float('nan')):8.4f}" for k in FIGURES),
+            flush=True,
+        )
+        Path(options.out, "ablation.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(tyro.cli(Options, use_underscores=True))
