@@ -32,9 +32,9 @@ def run(data, tmp_path, capsys, monkeypatch):
         """at: batch of an epoch -> what happens before it; poison: what is done to each batch."""
         planned = script.batches
 
-        def watched(source, plan, *more):
+        def watched(source, plan, size, *more):
             done = (len(source) - len(plan)) // size
-            for i, batch in enumerate(planned(source, plan, *more), done + 1):
+            for i, batch in enumerate(planned(source, plan, size, *more), done + 1):
                 (at or {}).get(i, lambda: None)()
                 yield poison(source, batch) if poison else batch
 
