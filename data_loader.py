@@ -220,6 +220,9 @@ class DataSource:
             say(f"cache: {in_words(need)} moved to GPU memory")
         return self
 
+    def in_gpu_memory(self) -> bool:
+        return self.cache is not None and self.cache.images.is_cuda
+
     def _streamed(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, and
         # shared memory, of which a container has 64 MB; and they outlive a parent that is killed.
@@ -263,7 +266,7 @@ class DataSource:
 
 
 class Batch(NamedTuple):
-    """x and y as `augment` makes them, the rows of the plan (CPU) they came from, seconds spent getting them."""
+    """x and y as `augment` makes them, the rows of the plan (CPU) they came from, seconds spent getting them (0 from GPU memory)."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -288,10 +291,11 @@ def batches(
     """
     parts = [part for part in plan[start:].split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
     fetched = source._fetched(parts)
+    ready = source.in_gpu_memory()  # else launching waits for the GPU, where the loop is ahead of it by many steps
     for part in parts:
         before = time.perf_counter()
         x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, changes=changes)
-        yield Batch(x, y, part, time.perf_counter() - before)
+        yield Batch(x, y, part, 0.0 if ready else time.perf_counter() - before)
 
 
 def validation_batches(

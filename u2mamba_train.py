@@ -79,6 +79,7 @@ class Config:
     overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
     batch_size_train: int = 12  # pairs a step and GPU
+    whole_batches: bool = False  # leave out the pairs at an epoch's end that do not fill one
     batch_size_val: int = 12
     optimizer: Literal["adam", "adamw"] = "adam"
     iou_loss: float = 0.0  # weight of 1 - soft IoU of each output beside its BCE
@@ -109,7 +110,7 @@ FAST = Config(
     model_name="fast", epoch_num=100, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
     batch_size_val=32, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=500, weight_decay=0.02, clip=1.0,
     ema_decay=0.9995, iou_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3, flip_upside_down=0.0,
-    mirror=0.5, val_frq=5,
+    mirror=0.5, val_frq=5, whole_batches=True,
 )  # fmt: skip
 PRESETS = {
     "reference": Config(),
@@ -126,6 +127,7 @@ PRESETS = {
         flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip
+
 # ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
 
 
@@ -251,8 +253,10 @@ def run(cfg: Config, world: World) -> int:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
         if world.is_first:
             checkpoint.put_aside(folder)
-    total = progress.iteration + world.steps(len(source) - progress.position, cfg.batch_size_train)
-    total += (cfg.epoch_num - progress.epoch - 1) * world.steps(len(source), cfg.batch_size_train)
+    part = cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size))
+    used = len(source) - part or len(source)  # pairs an epoch
+    total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
+    total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)
     if cfg.warmup > total:
         print(f"warning: warmup = {cfg.warmup} is longer than the run of {total} iterations: lr is never reached")
     names = [pair.image.name for pair in source.pairs]
@@ -281,13 +285,13 @@ def run(cfg: Config, world: World) -> int:
     for epoch in range(progress.epoch, cfg.epoch_num):
         crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop
         chances = (cfg.flip_upside_down, cfg.mirror)
-        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))
+        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
         own = world.share(plan[progress.position :])
         for batch in batches(source, own, cfg.batch_size_train, 0, False, crop, cfg.channels_last, changes):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)
-            done = (epoch + progress.position / len(source)) / cfg.epoch_num  # not by iterations: GPUs may come and go
+            done = (epoch + progress.position / used) / cfg.epoch_num  # not by iterations: GPUs may come and go
             rate = learning_rate(cfg, progress.iteration, done)
             step.set_learning_rate(rate)
             step(batch.x, batch.y)

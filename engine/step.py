@@ -85,6 +85,8 @@ class TrainStep:
         self.ema_steps = self.eager_steps = 0
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
+        # one for all: the allocator keeps memory apart for each stream that ever ran a step
+        self.side = torch.cuda.Stream(device) if self.wants_graph else None
         if device.type == "cuda" and hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
         for group in optimizer.param_groups if self.wants_graph else ():
@@ -98,7 +100,7 @@ class TrainStep:
         """
         self.net.train()
         try:
-            if self.shape is None:
+            if self.shape is None or images.shape[2:] != self.shape[2:]:
                 self._compile_kernels(images, masks)
             if not self.wants_graph:
                 self._step(images, masks)
@@ -133,7 +135,7 @@ class TrainStep:
 
     def _on_side_stream(self, images: Tensor, masks: Tensor) -> None:
         """As PyTorch asks of what runs before a capture: gradients must not belong to the default stream."""
-        stream = torch.cuda.Stream(self.device)
+        stream = self.side
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._step(images, masks)
