@@ -253,8 +253,7 @@ def run(cfg: Config, world: World) -> int:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
         if world.is_first:
             checkpoint.put_aside(folder)
-    part = cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size))
-    used = len(source) - part or len(source)  # pairs an epoch
+    used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)
     if cfg.warmup > total:

@@ -77,9 +77,11 @@ def config_of(variant: str, options: Options) -> Config:
 def trained(config: Config) -> dict[str, float]:
     """Trains silently; the held-out figures at the end, and seconds and img/s of the training itself."""
     with contextlib.redirect_stdout(io.StringIO()):
-        run(config, World())
+        code = run(config, World())
     with Path(config.saved_models, config.model_name, "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if code or not rows:
+        raise UserError(f"{config.model_name}: was stopped before its end; the variants before it are written")
     figures = {k: float(rows[-1][k] or "nan") for k in FIGURES} if rows[-1]["val_maxF"] else {}
     speeds = sorted(float(r["img_s"]) for r in rows if r["img_s"])
     return figures | {"seconds": float(rows[-1]["seconds"]), "img_s": speeds[len(speeds) // 2]}

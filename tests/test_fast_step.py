@@ -123,3 +123,15 @@ def test_state_goes_on_from_a_graphed_run():
         for s in (step, other):
             s(*batch(30 + i))
     assert other.read().loss == pytest.approx(step.read().loss, rel=1e-3)
+
+
+def test_smaller_last_batches_take_memory_once():
+    step = make(graph=True)
+    for i in range(EAGER_STEPS + 2):
+        step(*batch(i))
+    taken = []
+    for i in range(8):
+        step(*batch(i, n=3))
+        step(*batch(i))
+        taken.append(torch.cuda.memory_reserved(DEVICE))
+    assert taken[-1] == taken[1]
