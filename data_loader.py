@@ -266,7 +266,7 @@ class DataSource:
 
 
 class Batch(NamedTuple):
-    """x and y as `augment` makes them, the rows of the plan they came from, seconds waited for them (0 from GPU memory)."""
+    """x and y as `augment` makes them, the rows of the plan they came from, seconds waited (0 from GPU memory)."""
 
     x: torch.Tensor
     y: torch.Tensor

@@ -127,7 +127,6 @@ PRESETS = {
         flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip
-
 # ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
 
 

@@ -1,10 +1,12 @@
 """engine/inference.py: the prepared network computes what the network computes."""
 
 import pytest
+import skimage.data
 import torch
 
+from data_cache import rescale_image
 from data_loader import normalise
-from engine.inference import Predictor, fold_batch_norm
+from engine.inference import Predictor, fold_batch_norm, trained_network
 from model import U2MAMBAP, U2NETP
 
 
@@ -54,3 +56,13 @@ def test_graph_and_eager_predictor_agree(images):
     other = images.flip(1)
     assert (graph(other) - eager(other)).abs().max() <= 1e-5
     assert torch.equal(first, kept)  # a later call does not write into an earlier result
+
+
+def test_the_weights_that_ship_find_the_cup_and_not_the_table():
+    """On scikit-image's photograph of a cup of coffee, which they have not seen."""
+    net, path = trained_network()
+    assert path.stat().st_size < 6e6
+    picture = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
+    d0 = Predictor(net, torch.device("cpu"))(picture[None])[0, 0]
+    assert d0[80:160, 130:190].mean() > 0.9  # the coffee
+    assert max(d0[:40, :40].max(), d0[-40:, -40:].max(), d0[-40:, :40].max()) < 0.1  # corners of the table

@@ -330,3 +330,14 @@ def test_names_that_are_not_text_are_used(data, tmp_path):
     done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
     assert done.returncode == 0, done.stderr
     assert "5 pairs" in done.stdout
+
+
+def test_whole_batches_leave_out_the_pairs_that_do_not_fill_one(data, tmp_path):
+    done = train(data, tmp_path, "--whole_batches")
+    assert done.returncode == 0, done.stderr
+    assert "batch: 20/23, ite: 5]" in done.stdout and "done: 10 iterations" in done.stdout
+
+
+def test_whole_batches_of_fewer_pairs_than_a_batch_takes_them_all(data, tmp_path):
+    done = train(data, tmp_path, "--whole_batches", "--batch_size_train", "32")
+    assert "batch: 23/23, ite: 1]" in done.stdout, done.stderr
