@@ -278,11 +278,11 @@ def batches(
     source: DataSource,
     plan: torch.Tensor,
     batch_size: int,
-    start: int = 0,
-    drop_last: bool = False,
     crop: int = 288,
     channels_last: bool = False,
     changes: Changes | None = None,
+    start: int = 0,
+    drop_last: bool = False,
 ) -> Iterator[Batch]:
     """Batches of a plan in its order, from row `start` on, the last one smaller unless drop_last.
 

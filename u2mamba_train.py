@@ -285,7 +285,7 @@ def run(cfg: Config, world: World) -> int:
         chances = (cfg.flip_upside_down, cfg.mirror)
         plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
         own = world.share(plan[progress.position :])
-        for batch in batches(source, own, cfg.batch_size_train, 0, False, crop, cfg.channels_last, changes):
+        for batch in batches(source, own, cfg.batch_size_train, crop, cfg.channels_last, changes):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)

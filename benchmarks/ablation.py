@@ -1,7 +1,7 @@
 """Which parts of the recipe help, and does Mamba: short trainings that differ in one thing, from one start.
 
     python -m benchmarks.ablation --data_dir train_data                     every variant, U2MAMBAP
-    python -m benchmarks.ablation --only "plain U2NETP" "two directions" --epochs 20
+    python -m benchmarks.ablation --only "plain U²-Net" "two directions" --epochs 20
     python -m benchmarks.ablation --arch u2mamba --minutes 5                equal minutes instead of equal images
 
 Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, and
@@ -44,6 +44,7 @@ VARIANTS = {  # what differs: constants that do
     "no clipping": {"clip": 0.0},
     "batch 16": {"batch_size_train": 16},
 }
+PAIRS = 9_997  # of DUTS-TR, for training
 FIGURES = ("val_maxF", "val_MAE", "val_IoU")
 
 
@@ -94,8 +95,9 @@ def main(options: Options) -> None:
     for variant in options.only:
         config, started = config_of(variant, options), time.monotonic()
         if options.minutes:
-            speed = trained(replace(config, epoch_num=1))["img_s"]
-            config = replace(config, epoch_num=max(1, round(options.minutes * 60 * speed / 9997)))
+            early, late = (PAIRS / trained(replace(config, epoch_num=1, early=e))["img_s"] for e in (1.0, 0.0))
+            an_epoch = config.early * early + (1 - config.early) * late  # in seconds, small and full pictures
+            config = replace(config, epoch_num=max(1, round(options.minutes * 60 / an_epoch)))
         got = trained(config) | {"epochs": config.epoch_num, "wall": time.monotonic() - started}
         results[variant] = got
         print(
