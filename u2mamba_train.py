@@ -107,7 +107,7 @@ class Config:
 
 
 FAST = Config(
-    model_name="fast", epoch_num=100, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
+    model_name="fast", epoch_num=110, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
     batch_size_val=32, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=500, weight_decay=0.02, clip=1.0,
     ema_decay=0.9995, iou_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3, flip_upside_down=0.0,
     mirror=0.5, val_frq=5, whole_batches=True,
@@ -329,7 +329,7 @@ def run(cfg: Config, world: World) -> int:
                     checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
         if not stopped:
             progress.epoch, progress.position = epoch + 1, 0
-        if stopped or last.is_due() or (epoch + 1) % cfg.val_frq == 0 or epoch + 1 == cfg.epoch_num:
+        if stopped or last.is_due() or last.is_cheap() or epoch + 1 == cfg.epoch_num:
             save_last()
         if stopped:
             report.close()

@@ -115,14 +115,18 @@ class LastFile:
 
     def __init__(self, folder: Path, minutes: float, say: Callable[[str], None], is_good: bool):
         self.path, self._minutes, self._say, self._is_good = folder / "last.pth", minutes, say, is_good
-        self._written = time.monotonic()
+        self._written, self._took = time.monotonic(), 0.0  # when it ended, how many seconds it took
         self.is_safe = True  # whether the last writing succeeded
 
     def is_due(self) -> bool:
         return time.monotonic() - self._written > 60 * self._minutes
 
+    def is_cheap(self) -> bool:
+        """Whether one more adds less than 2 % to the run, by the time that the one before took."""
+        return time.monotonic() - self._written > 50 * self._took
+
     def write(self, content: dict[str, Any]) -> None:
-        self._written = time.monotonic()
+        started = time.monotonic()
         before = self.path.with_name("last_before.pth")
         try:
             save(content, self.path, before if self._is_good else None)
@@ -132,6 +136,8 @@ class LastFile:
                 before.unlink(missing_ok=True)  # room for the new one counts more, and last.pth is whole
             self.is_safe = save_or_warn(content, self.path, self._say)
         self._is_good |= self.is_safe
+        self._written = time.monotonic()
+        self._took = self._written - started
 
     @property
     def promise(self) -> str:
