@@ -21,7 +21,7 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, which Pillow and torchvisi
 class Changes(NamedTuple):
     """How far pictures are changed at random; all 0: not at all."""
 
-    window: float = 0.0  # smallest part of the picture, as a share of its sides, that fills the training size; 0: all
+    window: float = 0.0  # smallest window that fills the training size, as a share of the picture's size; 0: all
     rotate: float = 0.0  # degrees, either way
     colour: float = 0.0  # share by which brightness, contrast and saturation rise or fall
     paste: float = 0.0  # probability that the object of another picture of the batch is put in
@@ -36,7 +36,7 @@ def change(pictures: Tensor, masks: Tensor, numbers: Tensor, flips: Tensor, size
     if by.paste:
         other = x.roll(1, 0)
         here = other[:, 3:] * (numbers[:, PASTE] < by.paste).view(-1, 1, 1, 1)
-        x = torch.lerp(x, other, here)  # what shines through a soft edge stays; the masks become their union
+        x = torch.lerp(x, other, here)  # what shines through a soft edge stays; of hard masks it is the union
     grid = F.affine_grid(_windows(numbers, flips, by), [len(x), 4, size, size], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     return torch.cat((_recolour(x[:, :3], numbers, by.colour), x[:, 3:]), 1) if by.colour else x

@@ -206,15 +206,16 @@ class DataSource:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def to(self, device: str | torch.device, leave_free: int = 0, say: Callable[[str], None] = print) -> DataSource:
-        """Make batches on `device`; the cache moves there too if `leave_free` bytes of GPU memory remain."""
+    def to(self, device: str | torch.device, say: Callable[[str], None] = print) -> DataSource:
+        """Make batches on `device`; the cache moves there too where it takes at most a quarter of the free GPU memory:
+        the training step wants the rest."""
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if self.cache is None or self.device.type != "cuda":
             return self
         need = PairCache.bytes_for(len(self), self.size)
         free = torch.cuda.mem_get_info(self.device)[0]
-        if need + leave_free > free:
-            say(f"cache: stays in memory, {in_words(free)} free on the GPU, {in_words(need + leave_free)} wanted")
+        if need > free / 4:
+            say(f"cache: stays in memory, {in_words(need)} are over a quarter of the {in_words(free)} free on the GPU")
         else:
             self.cache = PairCache(self.cache.images.to(self.device), self.cache.masks.to(self.device))
             say(f"cache: {in_words(need)} moved to GPU memory")
@@ -281,15 +282,13 @@ def batches(
     crop: int = 288,
     channels_last: bool = False,
     changes: Changes | None = None,
-    start: int = 0,
-    drop_last: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of a plan in its order, from row `start` on, the last one smaller unless drop_last.
+    """Batches of a plan in its order, the last one smaller where they do not divide.
 
-    Nothing is prepared ahead: a cached batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
+    Of a cache nothing is prepared ahead: a batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
     Raises DataError when a file that was readable at the start no longer is.
     """
-    parts = [part for part in plan[start:].split(batch_size) if len(part) >= (batch_size if drop_last else 1)]
+    parts = [part for part in plan.split(batch_size) if len(part)]
     fetched = source._fetched(parts)
     ready = source.in_gpu_memory()  # else launching waits for the GPU, where the loop is ahead of it by many steps
     for part in parts:

@@ -31,7 +31,7 @@ from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import LIMITS, MAY_CHANGE, as_plain_dict, differences, read_settings
+from engine.settings import LIMITS, MAY_CHANGE, SMALLEST, as_plain_dict, differences, read_settings
 from engine.step import TrainStep, decayed_and_not
 from engine.validate import preview, validate
 from model import ARCHS
@@ -169,9 +169,12 @@ def run(cfg: Config, world: World) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
     if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
         raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
-    if not cfg.model_name or Path(cfg.model_name).name != cfg.model_name:
+    if 0 < cfg.crop_early < SMALLEST:
+        raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
+    if cfg.mamba_zero and not cfg.mamba_residual:
+        raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
+    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
-    stop = StopSignal()
     seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)
@@ -198,7 +201,9 @@ def run(cfg: Config, world: World) -> int:
         )  # fmt: skip
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
-    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_CHANGE)
+    world.check_same(
+        constants, [pair.stem for pair in source.pairs], MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}
+    )
     first = range(min(6, len(held_out or source)))
     shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
 
@@ -220,6 +225,8 @@ def run(cfg: Config, world: World) -> int:
     bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
     loss = (lambda d, y: bce(d, y) + cfg.iou_loss * soft_iou_loss(d, y)) if cfg.iou_loss else bce
     step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world)
+
+    stop = StopSignal()  # until here a signal ends the process at once: there is nothing to save
 
     # ------- 6. training --------
 
@@ -258,7 +265,9 @@ def run(cfg: Config, world: World) -> int:
     if cfg.warmup > total:
         print(f"warning: warmup = {cfg.warmup} is longer than the run of {total} iterations: lr is never reached")
     names = [pair.image.name for pair in source.pairs]
-    report = RunReport(folder, cfg.epoch_num, names, total, progress.iteration, progress.seconds, world.is_first)
+    report = RunReport(
+        folder, cfg.epoch_num, names, total, progress.iteration, progress.seconds, world.is_first, progress.epoch
+    )  # fmt: skip
     last = checkpoint.LastFile(folder, cfg.save_minutes, report.say, found.name == "last.pth")
 
     def save_last() -> None:
@@ -310,7 +319,7 @@ def run(cfg: Config, world: World) -> int:
             if progress.iteration % cfg.save_frq == 0:
                 save_weights()
                 save_last()
-            elif stopped or last.is_due():
+            elif last.is_due():
                 save_last()
             if stopped:
                 break
@@ -323,20 +332,22 @@ def run(cfg: Config, world: World) -> int:
             stopped = world.largest(stop.exit_code)
             if figures:
                 best = math.isfinite(figures["MAE"]) and figures["maxF"] > progress.best
-                progress.best = figures["maxF"] if best else progress.best
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
-                if best and world.is_first:
-                    checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
+                if best and (
+                    not world.is_first
+                    or checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
+                ):
+                    progress.best = figures["maxF"]
         if not stopped:
             progress.epoch, progress.position = epoch + 1, 0
+            if progress.epoch == cfg.epoch_num and progress.iteration % cfg.save_frq:  # else it was just done
+                save_weights()  # before last.pth says that the run is over
         if stopped or last.is_due() or last.is_cheap() or epoch + 1 == cfg.epoch_num:
             save_last()
         if stopped:
+            report.say(f"stopped at iteration {progress.iteration}; {last.promise}")
             report.close()
-            print(f"stopped at iteration {progress.iteration}; {last.promise}")
             return stopped
-    if progress.iteration % cfg.save_frq:  # else it was just done
-        save_weights()
     report.close()
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")

@@ -12,16 +12,20 @@ import contextlib
 import csv
 import io
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import tyro
 
 from benchmarks.hardware import lines
 from engine.device import choose_device
 from engine.distributed import World
-from engine.run import UserError, one_line_errors
+from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
+from engine.settings import LIMITS, check_settings
 from u2mamba_train import PRESETS, Config, run
 
 PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
@@ -51,7 +55,7 @@ FIGURES = ("val_maxF", "val_MAE", "val_IoU")
 @dataclass
 class Options:
     data_dir: str = "train_data"
-    arch: str = "u2mambap"
+    arch: Literal["u2mambap", "u2mamba"] = "u2mambap"
     only: tuple[str, ...] = tuple(VARIANTS)
     epochs: int = 10
     minutes: float = 0.0  # of training a variant, instead of epochs
@@ -60,19 +64,22 @@ class Options:
 
 
 def config_of(variant: str, options: Options) -> Config:
-    """The constants of a variant. Raises UserError for a name that is not in VARIANTS."""
+    """The constants of a variant. Raises UserError for a name that is not in VARIANTS, and for odd --overrides."""
     if variant not in VARIANTS:
         raise UserError(f'no variant is called "{variant}"; there are: {", ".join(VARIANTS)}')
     changed = {k: v[options.arch] if isinstance(v, dict) else v for k, v in VARIANTS[variant].items()}
-    return replace(
+    base = replace(
         PRESETS["fast" if options.arch == "u2mamba" else "small"],
-        **{
-            "arch": options.arch, "data_dir": options.data_dir, "saved_models": options.out, "resume": "never",
-            "epoch_num": options.epochs, "save_frq": 10**9, "val_frq": 10**9, "save_minutes": 1e6, "warmup": 100,
-            "ema_decay": 0.998,
-            "model_name": "ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
-        } | json.loads(options.overrides) | changed,
+        arch=options.arch, data_dir=options.data_dir, saved_models=options.out, resume="never",
+        epoch_num=options.epochs, save_frq=10**9, val_frq=10**9, save_minutes=1e6, warmup=100, ema_decay=0.998,
+        model_name="ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
     )  # fmt: skip
+    try:
+        config = replace(base, **json.loads(options.overrides) | changed)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--overrides {options.overrides}: {error}") from None
+    check_settings(config, LIMITS)
+    return config
 
 
 def trained(config: Config) -> dict[str, float]:
@@ -81,11 +88,11 @@ def trained(config: Config) -> dict[str, float]:
         code = run(config, World())
     with Path(config.saved_models, config.model_name, "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if code or not rows:
+    if code not in (EXIT_DONE, EXIT_SET_ASIDE) or not rows:
         raise UserError(f"{config.model_name}: was stopped before its end; the variants before it are written")
     figures = {k: float(rows[-1][k] or "nan") for k in FIGURES} if rows[-1]["val_maxF"] else {}
-    speeds = sorted(float(r["img_s"]) for r in rows if r["img_s"])
-    return figures | {"seconds": float(rows[-1]["seconds"]), "img_s": speeds[len(speeds) // 2]}
+    speeds = [float(r["img_s"]) for r in rows if r["img_s"]] or [math.nan]  # none in a run shorter than log_frq
+    return figures | {"seconds": float(rows[-1]["seconds"]), "img_s": median(speeds)}
 
 
 def main(options: Options) -> None:

@@ -49,7 +49,7 @@ class Figures:
 
 
 def command(folder: Path, epochs: int) -> list[str]:
-    words = f"--arch u2mambap --rescale 32 --crop 32 --batch_size_train {BATCH} --log_frq 1 --save_frq {SAVE_FRQ}"
+    words = f"--arch u2mambap --rescale 40 --crop 40 --batch_size_train {BATCH} --log_frq 1 --save_frq {SAVE_FRQ}"
     words += f" --epoch_num {epochs} --device cpu --ema_decay 0.9 --model_name run"
     script = [sys.executable, "-m", "benchmarks.slow_disk", str(ROOT / "u2mamba_train.py")]
     return [*script, *words.split(), "--data_dir", str(folder.parent / "data"), "--saved_models", str(folder)]

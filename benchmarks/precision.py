@@ -33,7 +33,7 @@ def endless(source: DataSource, batch: int, channels_last: bool) -> Iterator[Bat
     """Whole batches of one epoch after the other."""
     for epoch in itertools.count():
         plan = epoch_plan(len(source), epoch, seed=0)
-        yield from batches(source, plan, batch, drop_last=True, channels_last=channels_last)
+        yield from batches(source, plan[: len(plan) // batch * batch], batch, channels_last=channels_last)
 
 
 def main(options: Options) -> None:

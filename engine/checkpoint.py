@@ -197,7 +197,9 @@ def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[
             continue
         print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
         batch, processes = constants["batch_size_train"], constants["processes"]
-        epoch, done = divmod(iteration, math.ceil(constants["pairs"] // processes / batch))
+        per_epoch = constants["pairs"] // processes / batch
+        whole = constants.get("whole_batches") and int(per_epoch)
+        epoch, done = divmod(iteration, whole or math.ceil(per_epoch))
         place = {"epoch": epoch, "position": done * batch * processes, "iteration": iteration}
         rest = {"config": constants, "step": None, "random": torch.get_rng_state()}
         return rest | {"progress": place | {"best": best_in_log(folder)}, "model": weights}, path
@@ -261,10 +263,13 @@ def load(path: Path) -> Any:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in `path`, be it a weight file or a `last.pth`. Raises CheckpointError when it holds none."""
+    """The weights in `path`, a weight file; of a `last.pth` those being trained, not their averages.
+
+    Raises CheckpointError when it holds none.
+    """
     content = load(path)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content.get("ema") or content["model"]
+        content = content["model"]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path}: holds no state dict")
     return {str(k).removeprefix("module."): v for k, v in content.items()}

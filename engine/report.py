@@ -3,6 +3,7 @@
 import csv
 import datetime
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,7 +26,8 @@ COLUMNS = (
 
 class RunReport:
     """Prints and records. names: of the training pairs, by which a bad batch is told. iteration: where the run goes on;
-    rows of later ones, left by a killed run, go. writes: False in all processes but the one whose files these are."""
+    rows of later ones, and validations after `epoch` epochs, left by a killed run, go. writes: False in all processes
+    but the one whose files these are."""
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class RunReport:
         iteration: int = 0,
         seconds: float = 0.0,
         writes: bool = True,
+        epoch: int = 0,
     ):
         self.folder, self.epochs, self.names, self.iterations = folder, epochs, names, iterations
         self._start = time.monotonic() - seconds
@@ -43,7 +46,7 @@ class RunReport:
         self._warned = False
         self.writes = writes
         if writes:
-            self._keep_rows(iteration)
+            self._keep_rows(iteration, epoch)
         self._board = _tensorboard(folder / "tensorboard", iteration, self.say) if writes else None
         self._bar = None
         self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
@@ -59,10 +62,14 @@ class RunReport:
 
     def say(self, text: str) -> None:
         """A plain line, above the progress bar where there is one."""
-        if getattr(self, "_bar", None):
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+        try:
+            if getattr(self, "_bar", None):
+                tqdm.write(text)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # the reader (tee, head) has gone: the run saves and ends, as by a signal
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
     def count(self, rows: Tensor, waited: float) -> None:
         """One iteration with `rows` of the plan, for which the loop waited `waited` seconds."""
@@ -142,8 +149,8 @@ class RunReport:
             self._warn(error)
             self._board = None
 
-    def _keep_rows(self, iteration: int) -> None:
-        """Leaves the rows up to `iteration`; starts the file when there are none."""
+    def _keep_rows(self, iteration: int, epoch: int) -> None:
+        """Leaves the rows up to `iteration`, of validations those of `epoch` epochs; starts the file where none are."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = []
@@ -155,7 +162,9 @@ class RunReport:
                     rows = [
                         r
                         for r in csv.DictReader(file)
-                        if (r.get("ite") or "x").isdigit() and int(r["ite"]) <= iteration
+                        if (r.get("ite") or "x").isdigit()
+                        and int(r["ite"]) <= iteration
+                        and not (r["val_maxF"] and int(r["epoch"]) > epoch)
                     ]
             temporary = self._csv_path.with_suffix(".tmp")
             with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -169,7 +178,7 @@ class RunReport:
             aside = self._csv_path.with_name(f"log_damaged_{iteration}.csv")
             os.replace(self._csv_path, aside)
             self.say(f"warning: {self._csv_path} is damaged ({error}); it is now {aside.name}, and a new one begins")
-            self._keep_rows(0)
+            self._keep_rows(0, 0)
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:

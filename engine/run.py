@@ -43,19 +43,21 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.exit_code = 0
+        self.exit_code = self._interrupts = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
-        if self.exit_code and number == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.exit_code = EXIT_INTERRUPT if number == signal.SIGINT else EXIT_TERMINATED
+        self.exit_code = self.exit_code or (EXIT_INTERRUPT if number == signal.SIGINT else EXIT_TERMINATED)
         # os.write: print is not safe inside a signal handler
         # to sys.stderr's file: of many processes only the first one's is the terminal
-        os.write(
-            sys.stderr.fileno(), b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n"
-        )
+        with contextlib.suppress(OSError):  # where Ctrl-C has ended the reader of the pipe too
+            os.write(
+                sys.stderr.fileno(), b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n"
+            )
 
     def __bool__(self) -> bool:
         return self.exit_code != 0

@@ -15,8 +15,10 @@ from engine.run import UserError
 
 C = TypeVar("C")
 
+SMALLEST = 33  # pixels: the deepest maps of 32 are one pixel, which batch norm cannot normalise in a batch of one
 LIMITS = {  # a training constant: (least, most)
-    "rescale": (32, 4096), "crop": (32, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1), "num_workers": (1, 256),
+    "rescale": (SMALLEST, 4096), "crop": (SMALLEST, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1),
+    "num_workers": (1, 256),
     "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
     "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),

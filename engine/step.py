@@ -1,7 +1,7 @@
 """One training step: forward, loss, backward, clipping, optimizer, averaged weights, without a synchronisation.
 
 A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the
-batch norm statistics; it is counted, and `TrainStep.read` tells.
+batch norm statistics; it is counted, and `TrainStep.read` tells. (The averages move towards the weights as they are.)
 
 On a CUDA GPU the whole step is captured in a graph and replayed: U²-Net launches some 5,000 kernels a step, and the CPU
 cannot launch them as fast as the GPU runs them. The same code runs eagerly everywhere else.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import MEAN, STD, Batch
+from engine.device import out_of_memory
 from engine.distributed import World
 from engine.metrics import ValidationMetrics
-from engine.run import StopSignal
+from engine.run import StopSignal, UserError
 
 
 @torch.no_grad()
@@ -19,13 +20,21 @@ def validate(
     world: World = World(),  # noqa: B008 - immutable
 ) -> dict[str, float] | None:
     """{"IoU", "MAE", "maxF"} of d0 over the `batches` of all processes; None where there are none, or when `stop`
-    became true in between."""
+    became true in between. Raises UserError naming a batch size to try when the memory does not suffice."""
     net.eval()
     metrics = ValidationMetrics(next(net.parameters()).device)
     for batch in batches:
         if stop:
             break
-        metrics.update(net(batch.x)[0], batch.y)
+        try:
+            metrics.update(net(batch.x)[0], batch.y)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            size, less = len(batch.x), max(len(batch.x) // 2, 1)
+            raise UserError(
+                f"validation: a batch of {size} does not fit into memory: try batch_size_val = {less}"
+            ) from None
     if world.largest(stop.exit_code):
         return None
     metrics.gather(world)

@@ -89,7 +89,8 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
 
     net: U2NET, U2NETP, U2MAMBA or U2MAMBAP. state_dict: that of u2net.pth or u2netp.pth, or of this project's networks.
     out_proj of every Mamba layer that the file does not hold is set to zero, which makes h + mamba(h) = h.
-    Raises ValueError when nothing matches or the plain U²-Net part is not complete; then `net` is left as it was.
+    Raises ValueError when the plain U²-Net part is not complete, or when new Mamba layers have no residual; then `net`
+    is left as it was.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved through DataParallel
     own = net.state_dict()
@@ -102,6 +103,8 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
             f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
             f"another shape, first {missing[0]}; u2net.pth fits U2NET and U2MAMBA, u2netp.pth U2NETP and U2MAMBAP"
         )
+    if any(".mamba" in k for k in new) and any(k.endswith(".no_residual") for k in own):
+        raise ValueError("Mamba layers without a residual (mamba_residual = False) cannot begin as a plain U²-Net")
     with torch.no_grad():
         for key in matched:
             own[key].copy_(state_dict[key])

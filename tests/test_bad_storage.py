@@ -40,7 +40,7 @@ def run(data, tmp_path, capsys, monkeypatch):
 
         monkeypatch.setattr(script, "batches", watched)
         cfg = script.Config(
-            model_name="tiny", saved_models=str(tmp_path), arch="u2netp", rescale=32, crop=32, batch_size_train=4,
+            model_name="tiny", saved_models=str(tmp_path), arch="u2netp", rescale=40, crop=40, batch_size_train=4,
             epoch_num=1, log_frq=1, save_frq=2, device="cpu", data_dir=str(data), tra_image_dir="images",
             tra_label_dir="masks",
         )  # fmt: skip

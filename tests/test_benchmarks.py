@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.run import UserError
 from engine.settings import LIMITS, check_settings, differences
 
 NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / "benchmarks").glob("*.py") if p.stem != "__init__")
@@ -30,3 +31,10 @@ def test_every_variant_of_the_ablation_is_a_run_of_its_own(arch):
         kept = set(differences(asdict(made["recipe"]), asdict(config), {"model_name"}))
         assert bool(kept) == (name != "recipe"), name
     assert len({config.model_name for config in made.values()}) == len(made)
+
+
+def test_the_ablation_names_odd_overrides():
+    ablation = importlib.import_module("benchmarks.ablation")
+    for odd, said in {'{"lrr": 1}': "lrr", '{"lr": "a"}': "lr = 'a'", "{": "--overrides"}.items():
+        with pytest.raises(UserError, match=said):
+            ablation.config_of("recipe", ablation.Options(overrides=odd))

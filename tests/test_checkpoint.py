@@ -150,3 +150,13 @@ def test_a_weight_file_called_last_is_not_a_run(tmp_path):
 
 def test_the_published_name():
     assert checkpoint.weight_file("u2net", 2000, 1.25, 0.1) == "u2net_bce_itr_2000_train_1.250000_tar_0.100000.pth"
+
+
+def test_the_place_of_a_weight_file_counts_whole_batches(tmp_path):
+    (tmp_path / "last.pth").write_bytes(bytes(100))
+    net = U2NETP()
+    checkpoint.save(checkpoint.plain_state(net), tmp_path / checkpoint.weight_file("x", 6, 1.0, 0.5))
+    constants = {"pairs": 13, "processes": 1, "batch_size_train": 4}
+    for whole, place in ((True, (2, 0)), (False, (1, 8))):  # 3 steps an epoch, or 4
+        found, _ = checkpoint.find_last(tmp_path, "auto", constants | {"whole_batches": whole})
+        assert (found["progress"]["epoch"], found["progress"]["position"]) == place

@@ -592,9 +592,8 @@ def test_batches_follow_the_plan(tmp_path):
     x, y = augment(data.train.cache.images, data.train.cache.masks, plan, crop=24)
     assert torch.equal(torch.cat([b.x for b in whole]), x)
     assert torch.equal(torch.cat([b.y for b in whole]), y)
-    late = list(batches(data.train, plan, 6, start=12, crop=24))  # what is left after a stop
+    late = list(batches(data.train, plan[12:], 6, crop=24))  # what is left after a stop
     assert torch.equal(torch.cat([b.x for b in late]), x[12:])
-    assert {len(b.x) for b in batches(data.train, plan, 6, drop_last=True, crop=24)} == {6}
     assert all(b.wait >= 0 for b in whole)
 
 
@@ -621,8 +620,8 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
         abandoned = batches(streamed.train, plan, 2, crop=24)
         next(abandoned)  # stopped in the middle of an epoch
         for one, other in zip(
-            batches(cached.train, plan, 3, start=1, crop=24),
-            batches(streamed.train, plan, 3, start=1, crop=24),
+            batches(cached.train, plan, 3, crop=24),
+            batches(streamed.train, plan, 3, crop=24),
             strict=True,
         ):
             assert torch.equal(one.x, other.x)

@@ -240,3 +240,12 @@ def test_public_weights_silence_both_directions():
     load_u2net_weights(net, plain.state_dict())
     x = torch.rand(1, 3, 64, 64)
     assert torch.equal(net(x)[0], plain(x)[0])
+
+
+def test_public_weights_and_mamba_without_a_residual_do_not_go_together():
+    net = U2MAMBAP(residual=False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match="mamba_residual"):
+        load_u2net_weights(net, U2NETP().state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    load_u2net_weights(net, U2MAMBAP(residual=False).state_dict())

@@ -341,3 +341,71 @@ def test_whole_batches_leave_out_the_pairs_that_do_not_fill_one(data, tmp_path):
 def test_whole_batches_of_fewer_pairs_than_a_batch_takes_them_all(data, tmp_path):
     done = train(data, tmp_path, "--whole_batches", "--batch_size_train", "32")
     assert "batch: 23/23, ite: 1]" in done.stdout, done.stderr
+
+
+def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
+    """As `python u2mamba_train.py 2>&1 | tee log` and Ctrl-C, which ends tee as well."""
+    run = subprocess.Popen(
+        words(data, tmp_path, "--epoch_num", "500", "--save_frq", "100000", "--val_frq", "1000"),
+        cwd=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert any("ite: 2]" in line for line in run.stdout)
+    run.stdout.close()
+    time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) in (130, 143)  # by what came first
+    assert torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["progress"]["iteration"] >= 2
+
+
+def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, tmp_path, monkeypatch, capsys):
+    import u2mamba_train
+    from engine import checkpoint
+    from engine.distributed import World
+
+    def killed(last, content):
+        if content["progress"]["epoch"] == 2:
+            assert [ite for ite, _ in checkpoint.weight_files(tmp_path / "tiny")][-1] == content["progress"][
+                "iteration"
+            ]
+            raise MemoryError("killed here")
+
+    monkeypatch.setattr(checkpoint.LastFile, "write", killed)
+    cfg = u2mamba_train.Config(
+        model_name="tiny", saved_models=str(tmp_path), data_dir=str(data), tra_image_dir="images", device="cpu",
+        tra_label_dir="masks", arch="u2mambap", rescale=48, crop=40, batch_size_train=4, epoch_num=2, save_frq=1000,
+    )  # fmt: skip
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(MemoryError, match="killed here"):
+            u2mamba_train.run(cfg, World())
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--model_name", ".."], "model_name = '..'"),
+        (["--crop_early", "16"], "crop_early = 16"),
+        (["--crop", "32"], "crop = 32"),
+        (["--mamba_zero", "--no-mamba_residual"], "mamba_zero"),
+    ],
+)
+def test_constants_that_would_fail_later_are_refused(data, tmp_path, more, said):
+    done = train(data, tmp_path, *more)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rows_of_an_epoch_that_is_done_again_go(tmp_path):
+    from engine.report import RunReport
+
+    figures = {"IoU": 0.5, "MAE": 0.1, "maxF": 0.6}
+    report = RunReport(tmp_path, 3, ["a"], 30)
+    report.validation_line(1, 10, figures, True, 0.1)
+    report.validation_line(2, 20, figures, True, 0.1)
+    report.close()
+    RunReport(tmp_path, 3, ["a"], 30, iteration=20, epoch=1).close()
+    with (tmp_path / "log.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
