@@ -13,10 +13,9 @@ import torch
 
 from data_cache import rescale_image
 from data_check import BadFile, Pair, read_image, read_pair
-from engine.checkpoint import build_network, load_weights
 from engine.device import choose_device, choose_precision, choose_scan, peak_memory
 from engine.evaluation import Item
-from engine.inference import Predictor
+from engine.inference import Predictor, trained_network
 from engine.run import UserError
 from engine.workers import in_order
 
@@ -30,7 +29,7 @@ def open_network(path: Path, device: str = "auto", gpu: int = 0, precision: str 
     """
     chosen, device_line = choose_device(device, gpu)
     precision, precision_line = choose_precision(precision, chosen)
-    net = build_network(load_weights(path), path, choose_scan(chosen, "auto")[0])
+    net, _ = trained_network(str(path), choose_scan(chosen, "auto")[0])
     parameters = sum(p.numel() for p in net.parameters())
     line = f"{path}: {type(net).__name__}, {parameters:,} parameters; {device_line}; {precision_line}"
     return Predictor(net, chosen, precision), line

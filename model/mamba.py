@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.layers import conv_silu, layer_norm, project
 from model.selective_scan import selective_scan
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of Δ at the start (arXiv 2312.00752, section 3.6)
+DT_MIN, DT_MAX = 1e-3, 1e-1  # range of Δ at the start (arXiv 2312.00752, section 3.6)
 
 
 class Mamba(nn.Module):
@@ -38,11 +38,10 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt = torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
+        dt = torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
-        self.dt_proj.bias._no_reinit = True
 
     def forward(self, x: Tensor, channels_first: bool = False) -> Tensor:
         """(B, L, d_model) -> the same. With `channels_first` the result lies in memory as (B, d_model, L), which spares

@@ -153,9 +153,11 @@ def test_the_published_name():
 
 
 def test_the_place_of_a_weight_file_counts_whole_batches(tmp_path):
+    tmp_path = tmp_path / "run"  # the files' names begin with the folder's
+    tmp_path.mkdir()
     (tmp_path / "last.pth").write_bytes(bytes(100))
     net = U2NETP()
-    checkpoint.save(checkpoint.plain_state(net), tmp_path / checkpoint.weight_file("x", 6, 1.0, 0.5))
+    checkpoint.save(checkpoint.plain_state(net), tmp_path / checkpoint.weight_file(tmp_path.name, 6, 1.0, 0.5))
     constants = {"pairs": 13, "processes": 1, "batch_size_train": 4}
     for whole, place in ((True, (2, 0)), (False, (1, 8))):  # 3 steps an epoch, or 4
         found, _ = checkpoint.find_last(tmp_path, "auto", constants | {"whole_batches": whole})

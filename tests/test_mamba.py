@@ -56,7 +56,6 @@ def test_initialisation():
     assert torch.equal(block.D, torch.ones(1024))
     assert block.A_log._no_weight_decay
     assert block.D._no_weight_decay
-    assert block.dt_proj.bias._no_reinit
 
 
 def test_forward_is_the_definition():

@@ -4,7 +4,7 @@ from model.kernels.batch_norm_pool import batch_norm_relu_pool
 from model.kernels.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from model.kernels.convolution import convolution, join, projection
 from model.kernels.launch import compile_only
-from model.kernels.losses import multi_bce, multi_bce_with_logits
+from model.kernels.losses import multi_bce
 from model.kernels.tokens import conv_silu, layer_norm
 from model.kernels.upsample import max_pool2x2_skip, upsample_cat, upsample_to
 
@@ -19,7 +19,6 @@ __all__ = [
     "layer_norm",
     "max_pool2x2_skip",
     "multi_bce",
-    "multi_bce_with_logits",
     "projection",
     "upsample_cat",
     "upsample_to",

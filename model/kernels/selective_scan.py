@@ -49,8 +49,8 @@ TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kerne
 )
 
 
-def tiles_for(d: int, n: int, L: int) -> Tiles:
-    """The sizes used for (b, d, L) inputs and n states."""
+def tiles_for(L: int) -> Tiles:
+    """The sizes used for a length of L."""
     return next(tiles for longest, tiles in TABLE if longest >= L)
 
 
@@ -118,7 +118,7 @@ def _join(ends: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
 
 
 def _chunks(u: Tensor, A: Tensor, tiles: Tiles | None = None) -> tuple[Tiles, int]:
-    tiles = tiles or tiles_for(*A.shape, u.shape[2])
+    tiles = tiles or tiles_for(u.shape[2])
     return tiles, -(-u.shape[2] // (tiles.scan[0] * tiles.scan[1]))
 
 
