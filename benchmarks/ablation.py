@@ -22,6 +22,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.hardware import lines
+from benchmarks.trials import TRIALS
 from engine.device import choose_device
 from engine.distributed import World
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
@@ -29,7 +30,7 @@ from engine.settings import LIMITS, check_settings
 from u2mamba_train import PRESETS, Config, run
 
 PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
-VARIANTS = {  # what differs: constants that do
+VARIANTS = {  # what differs: constants that do; a trial differs by what benchmarks/trials.py puts in
     "recipe": {},
     "recipe, another seed": {"seed": 1},
     "plain U²-Net": {"arch": PLAIN},
@@ -39,14 +40,22 @@ VARIANTS = {  # what differs: constants that do
     "out_proj from zero": {"mamba_zero": True},
     "BCE alone": {"iou_loss": 0.0},
     "no window, rotation, colour": {"window": 0.0, "rotate": 0.0, "colour": 0.0},
+    "no mirroring": {"mirror": 0.0},
+    "smaller windows": {"window": 0.4},
     "pasted objects": {"paste": 0.3},
     "upside down too": {"flip_upside_down": 0.5},
     "twice the rate": {"lr": 2e-3},
     "half the rate": {"lr": 5e-4},
     "all at full size": {"crop_early": 0},
     "all at the small size": {"early": 1.0},
+    "no warm-up": {"warmup": 0},
+    "constant rate": {"lr_schedule": "constant"},
     "no clipping": {"clip": 0.0},
+    "no averaging": {"ema_decay": 0.0},
+    "no weight decay": {"weight_decay": 0.0},
+    "more weight decay": {"weight_decay": 0.1},
     "batch 16": {"batch_size_train": 16},
+    **{name: {} for name in TRIALS},
 }
 PAIRS = 9_997  # of DUTS-TR, for training
 FIGURES = ("val_maxF", "val_MAE", "val_IoU")
@@ -105,7 +114,9 @@ def main(options: Options) -> None:
             early, late = (PAIRS / trained(replace(config, epoch_num=1, early=e))["img_s"] for e in (1.0, 0.0))
             an_epoch = config.early * early + (1 - config.early) * late  # in seconds, small and full pictures
             config = replace(config, epoch_num=max(1, round(options.minutes * 60 / an_epoch)))
-        got = trained(config) | {"epochs": config.epoch_num, "wall": time.monotonic() - started}
+        with TRIALS.get(variant, contextlib.nullcontext)():
+            got = trained(config)
+        got |= {"epochs": config.epoch_num, "wall": time.monotonic() - started}
         results[variant] = got
         print(
             f"{variant:32}{config.epoch_num:6}{got['seconds']:7.0f}{got['img_s']:8.0f}"
