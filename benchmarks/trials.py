@@ -44,8 +44,9 @@ def kl_term(logits: Outputs, masks: Tensor) -> Tensor:
 
     A reading of the "cross-level consistency" of arXiv 2606.20282, whose code is not public.
     """
-    p = torch.sigmoid(logits[0].detach().float())
-    own = F.binary_cross_entropy(p, p)  # the entropy of d0
+    d0 = logits[0].detach().float()
+    p = torch.sigmoid(d0)
+    own = F.binary_cross_entropy_with_logits(d0, p)  # the entropy of d0
     return torch.stack([F.binary_cross_entropy_with_logits(d.float(), p) - own for d in logits])
 
 

@@ -1,8 +1,10 @@
 """What the run computes on: device, precision, threads, random numbers. Decided once, before the loop."""
 
+import contextlib
 import os
 import platform
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -131,6 +133,17 @@ def peak_memory(device: torch.device) -> float:
         return 0.0
     unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Within it cuDNN takes its first choice of a convolution: finding the fastest takes seconds, which some passes
+    of a size of their own do not bring back."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import MEAN, STD, Batch
-from engine.device import out_of_memory
+from engine.device import out_of_memory, without_search
 from engine.distributed import World
 from engine.metrics import ValidationMetrics
 from engine.run import StopSignal, UserError
 
 
+@without_search()
 @torch.no_grad()
 def validate(
     net: nn.Module,
@@ -41,6 +42,7 @@ def validate(
     return metrics.result() if metrics.images else None
 
 
+@without_search()
 @torch.no_grad()
 def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: as the loop gives them."""

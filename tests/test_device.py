@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from data_loader import Batch
 from engine import device as choices
 from engine.run import UserError
+from engine.validate import preview, validate
 from model import kernels
 
 CPU = torch.device("cpu")
@@ -54,3 +56,26 @@ def test_scan_backends_that_cannot_run_name_the_constant():
     with pytest.raises(UserError, match="scan_backend"):
         choices.choose_scan(CPU, "mamba_ssm")
     assert choices.choose_scan(CPU, "auto")[0] == "torch"
+
+
+def test_validation_leaves_the_search_of_convolutions_as_it_was(monkeypatch):
+    seen = []
+
+    def net(x):
+        seen.append(torch.backends.cudnn.benchmark)
+        return [x[:, :1].sigmoid()]
+
+    class Quiet:  # no signal came
+        exit_code = 0
+
+        def __bool__(self):
+            return False
+
+    class Net(torch.nn.Conv2d):
+        forward = staticmethod(net)
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), None, 0.0)
+    assert validate(Net(1, 1, 1), [batch], Quiet())["IoU"] >= 0
+    preview(Net(1, 1, 1), batch.x, batch.y)
+    assert seen == [False, False] and torch.backends.cudnn.benchmark
