@@ -2,9 +2,9 @@
 
 Two ways to the same pictures: the classes that users of U-2-Net know (`SalObjDataset`, `RescaleT`, `RandomCrop`,
 `ToTensorLab`, ... in data_reference.py), which define them, and the quick way that the training run takes:
-pairs at 320x320 as bytes in memory (data_cache.py), and crop, flips and normalisation of a whole batch at once, on any
-device. What happens to each picture of an epoch stands in a plan, a tensor made from (seed, epoch), so that a run can
-go on in the middle of an epoch and streaming from disk gives what the cache gives.
+pairs at 320x320 as bytes in memory (data_cache.py), and crop, flips and normalisation of a whole batch at once
+(data_augment.py), on any device. What happens to each picture of an epoch stands in a plan, so that a run can go on in
+the middle of an epoch and streaming from disk gives what the cache gives.
 
     data = open_data("train_data/DUTS-TR/DUTS-TR/im_aug", "train_data/DUTS-TR/DUTS-TR/gt_aug")
     for x, y, rows, wait in batches(data.train, epoch_plan(len(data.train), epoch=0, seed=0), batch_size=12): ...
@@ -12,7 +12,6 @@ go on in the middle of an epoch and streaming from disk gives what the cache giv
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import time
@@ -21,12 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
-import numpy as np
 import torch
 
-from data_augment import NUMBERS, SCALE, Changes, change
+from data_augment import INDEX, Changes, augment, epoch_plan, normalise
 from data_cache import MEMORY_SHARE, PairCache, available_memory, cached_pairs, in_words, rescale_image, rescale_mask
 from data_check import (
     BadFile,
@@ -58,8 +55,6 @@ __all__ = [
 
 STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
 STREAM_AHEAD = 64  # pictures that they read ahead, 0.4 MB each
-INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
-UPSIDE_DOWN, MIRROR = 1, 2  # bits of the column FLIP
 
 HOW_TO_GET_DATA = """\
   DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
@@ -68,130 +63,6 @@ HOW_TO_GET_DATA = """\
     python u2mamba_train.py --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
   without any data, a small set is made and trained on in minutes by
     python u2mamba_train.py demo"""
-
-
-# ----------------------------------------------------------------------------------------- plan and augmentation
-
-
-def epoch_plan(
-    n: int,
-    epoch: int,
-    seed: int,
-    rescale: int = 320,
-    crop: int = 288,
-    p_flip: float = 0.5,
-    p_mirror: float = 0.0,
-    numbers: bool = False,
-) -> torch.Tensor:
-    """What happens to each of `n` pictures in an epoch: (n, 4) int64, columns INDEX, TOP, LEFT, FLIP.
-
-    The order is shuffled; the window's offset goes from 0 to rescale - crop, both included; FLIP holds the bits
-    UPSIDE_DOWN (p = 0.5 as published) and MIRROR. With `numbers` as many more columns as `data_augment.change` draws
-    from. A function of its arguments alone. Raises ValueError.
-    """
-    if not 0 < crop <= rescale:
-        raise ValueError(f"crop = {crop} must be from 1 to rescale = {rescale}")
-    # PyTorch's CPU generator looks at 32 bits of its seed only
-    generator = torch.Generator().manual_seed(crc32(f"{seed} {epoch}".encode()))
-    order = torch.randperm(n, generator=generator)
-    offsets = torch.randint(rescale - crop + 1, (n, 2), generator=generator)
-    chance = torch.rand((n, 2), generator=generator)
-    flip = (chance[:, 0] < p_flip) * UPSIDE_DOWN + (chance[:, 1] < p_mirror) * MIRROR
-    more = torch.randint(SCALE, (n, NUMBERS), generator=generator) if numbers else order.new_empty((n, 0))
-    return torch.cat([order[:, None], offsets, flip[:, None], more], dim=1)
-
-
-@functools.lru_cache(maxsize=16)
-def _offsets(device: torch.device, crop: int) -> torch.Tensor:
-    """0..crop-1 on a device; made once, outside any graph."""
-    return torch.arange(crop, device=device)
-
-
-@functools.lru_cache(maxsize=16)
-def _scale_and_bias(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """1/STD and -MEAN/STD on a device; made once, outside any graph."""
-    inverse, bias = [1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
-    return torch.tensor(inverse, device=device), torch.tensor(bias, device=device)
-
-
-def _cut_by_index(
-    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The windows (B, crop, crop, 3) and (B, crop, crop) of a plan's rows, without looking at the rows' values."""
-    index, top, left, flip = rows[:, :4, None].unbind(1)  # (B, 1) each
-    y, x = top + offsets, left + offsets  # (B, crop)
-    y = torch.where((flip & UPSIDE_DOWN) > 0, images.shape[1] - 1 - y, y)[:, :, None]
-    x = torch.where((flip & MIRROR) > 0, images.shape[2] - 1 - x, x)[:, None, :]
-    return images[index[:, :, None], y, x], masks[index[:, :, None], y, x]
-
-
-def _cut_by_slice(
-    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same on the CPU: 0.3 ms for 12 windows, where `_cut_by_index` takes 12.8 (2 cores)."""
-    crop, wholes = len(offsets), (images.numpy(), masks.numpy())
-    cuts = np.empty((len(rows), crop, crop, 3), np.uint8), np.empty((len(rows), crop, crop), np.uint8)
-    for place, (index, top, left, flip) in enumerate(rows[:, :4].tolist()):
-        step_y, step_x = -1 if flip & UPSIDE_DOWN else 1, -1 if flip & MIRROR else 1
-        for whole, cut in zip(wholes, cuts, strict=True):
-            cut[place] = whole[index, ::step_y, ::step_x][top : top + crop, left : left + crop]
-    return torch.from_numpy(cuts[0]), torch.from_numpy(cuts[1])
-
-
-def normalise(pixels: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32: over the maximum of each picture, then ImageNet mean and deviation.
-
-    What ToTensorLab(0) does. On a GPU without synchronisation, and fit for a CUDA graph after one call to warm up.
-    """
-    count, height, width, _ = pixels.shape
-    inverse, bias = _scale_and_bias(pixels.device)
-    largest = pixels.reshape(count, -1).amax(1).clamp_min(1)  # a black image stays black
-    scale = inverse / largest[:, None].float()  # (B, 3)
-    # in place: on the CPU a second tensor of floats costs more than the arithmetic (12 pictures: 14 ms, in place 0.8)
-    if channels_last:
-        x = pixels.reshape(count, height, width * 3).float()  # long rows: broadcasting over 3 is slow on the CPU
-        torch.addcmul(bias.repeat(width), x, scale.repeat(1, width)[:, None], out=x)
-        return x.view(count, height, width, 3).permute(0, 3, 1, 2)
-    x = pixels.permute(0, 3, 1, 2).contiguous().float()
-    return torch.addcmul(bias[:, None, None], x, scale[:, :, None, None], out=x)
-
-
-def augment(
-    images: torch.Tensor,
-    masks: torch.Tensor,
-    rows: torch.Tensor,
-    crop: int = 288,
-    channels_last: bool = False,
-    changes: Changes | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a plan -> (x (B, 3, crop, crop) float32 as ToTensorLab(0) makes it, y (B, 1, crop, crop) float32 in 0-1).
-
-    images (N, S, S, 3) and masks (N, S, S) uint8, rows (B, 4) int64, all on one device. On a GPU: no synchronisation,
-    and after one call to warm up it can be captured in a CUDA graph, with `rows` as the tensor to fill. The cache is
-    channels_last by nature, so channels_last=True saves a pass. With `changes` the rows must hold the numbers for them,
-    and a window of any size is brought to crop x crop pixels.
-    """
-    if changes and any(changes):
-        return _changed(images, masks, rows, crop, channels_last, changes)
-    cut = _cut_by_slice if images.device.type == "cpu" else _cut_by_index
-    pixels, mask = cut(images, masks, rows, _offsets(images.device, crop))
-    return normalise(pixels, channels_last), mask[:, None].float().div_(255)
-
-
-def _changed(
-    images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor, crop: int, channels_last: bool, changes: Changes
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pictures, flip = images[rows[:, INDEX]].permute(0, 3, 1, 2).float(), rows[:, FLIP]
-    pictures = pictures / pictures.amax((1, 2, 3), keepdim=True).clamp_min(1)
-    flips = 1 - 2 * torch.stack(((flip & MIRROR) > 0, (flip & UPSIDE_DOWN) > 0), 1).float()
-    numbers = rows[:, FLIP + 1 :].float() / SCALE
-    both = change(pictures, masks[rows[:, INDEX]][:, None].float() / 255, numbers, flips, crop, changes)
-    inverse, bias = _scale_and_bias(images.device)
-    x = torch.addcmul(bias[:, None, None], both[:, :3], inverse[:, None, None])
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x, both[:, 3:].contiguous()
-
-
-# --------------------------------------------------------------------------------------------- sources and batches
 
 
 class DataSource:

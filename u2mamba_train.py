@@ -31,7 +31,7 @@ from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import LIMITS, MAY_CHANGE, SMALLEST, as_plain_dict, differences, read_settings
+from engine.settings import LIMITS, MAY_CHANGE, MAY_DIFFER, as_plain_dict, check_together, differences, read_settings
 from engine.step import TrainStep, decayed_and_not
 from engine.validate import preview, validate
 from model import ARCHS
@@ -167,14 +167,7 @@ class Progress:
 
 def run(cfg: Config, world: World) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
-    if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
-        raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
-    if 0 < cfg.crop_early < SMALLEST:
-        raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
-    if cfg.mamba_zero and not cfg.mamba_residual:
-        raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
-    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
-        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    check_together(cfg)
     seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)
@@ -201,9 +194,7 @@ def run(cfg: Config, world: World) -> int:
         )  # fmt: skip
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
-    world.check_same(
-        constants, [pair.stem for pair in source.pairs], MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}
-    )
+    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_DIFFER)
     first = range(min(6, len(held_out or source)))
     shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
 
@@ -225,7 +216,6 @@ def run(cfg: Config, world: World) -> int:
     bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
     loss = (lambda d, y: bce(d, y) + cfg.iou_loss * soft_iou_loss(d, y)) if cfg.iou_loss else bce
     step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world)
-
     stop = StopSignal()  # until here a signal ends the process at once: there is nothing to save
 
     # ------- 6. training --------

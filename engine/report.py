@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_loader import INDEX
+from data_augment import INDEX
 from engine.step import RECENT, Means
 
 COLUMNS = (

@@ -31,6 +31,7 @@ MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not c
     "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
     "keep_checkpoints", "deterministic", "device", "gpu", "processes", "val_frq",
 }  # fmt: skip
+MAY_DIFFER = MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}  # between the processes of a run
 
 
 def read_settings(
@@ -68,6 +69,18 @@ def check_settings(config: Any, limits: Mapping[str, tuple[float, float]]) -> No
         least, most = limits.get(field, (None, None))
         if least is not None and not least <= value <= most:  # "not <=" so that nan is refused too
             raise UserError(f"{field} = {value!r}: must be from {least:g} to {most:g}")
+
+
+def check_together(cfg: Any) -> None:
+    """Raises UserError for training constants that are in their ranges, but do not go together."""
+    if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
+        raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
+    if 0 < cfg.crop_early < SMALLEST:
+        raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
+    if cfg.mamba_zero and not cfg.mamba_residual:
+        raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
+    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
+        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -5,8 +5,21 @@ import math
 import pytest
 import torch
 
-from data_augment import ANGLE, BRIGHTNESS, CONTRAST, GREY, NUMBERS, PASTE, SATURATION, SIDE, Changes, change
-from data_loader import MEAN, MIRROR, STD, UPSIDE_DOWN, augment, epoch_plan
+from data_augment import (
+    ANGLE,
+    BRIGHTNESS,
+    CONTRAST,
+    GREY,
+    MIRROR,
+    NUMBERS,
+    PASTE,
+    SATURATION,
+    SIDE,
+    UPSIDE_DOWN,
+    Changes,
+    change,
+)
+from data_loader import MEAN, STD, augment, epoch_plan
 
 
 def numbers(count=1, **values):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.run import UserError
 from engine.settings import LIMITS, check_settings, differences
@@ -38,3 +39,29 @@ def test_the_ablation_names_odd_overrides():
     for odd, said in {'{"lrr": 1}': "lrr", '{"lr": "a"}': "lr = 'a'", "{": "--overrides"}.items():
         with pytest.raises(UserError, match=said):
             ablation.config_of("recipe", ablation.Options(overrides=odd))
+
+
+def test_what_the_terms_on_trial_measure():
+    trials = importlib.import_module("benchmarks.trials")
+    mask = torch.zeros(2, 1, 40, 40)
+    mask[..., 10:30, 10:30] = 1
+    right, wrong = (20 * (2 * mask - 1),) * 7, (20 * (1 - 2 * mask),) * 7
+    for term in (trials.ssim_term, trials.edge_term):
+        good, bad = term(right, mask), term(wrong, mask)
+        assert good.shape == (7,) and good.abs().max() < 1e-3 and bad.min() > 0.5, term
+    assert trials.edge_term(wrong, torch.ones_like(mask)).max() == 0  # no edge, no weight
+    one_off = (*right[:6], wrong[0])
+    kl = trials.kl_term(one_off, mask)
+    assert kl[:6].abs().max() < 1e-5 and kl[6] > 10
+
+
+def test_dropout_on_trial_drops_in_training_only():
+    trials = importlib.import_module("benchmarks.trials")
+    with trials.TRIALS["dropout of channels"]():
+        net = importlib.import_module("u2mamba_train").ARCHS["u2netp"]()
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(net.eval()(x)[0], net(x)[0])
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in net.train().modules():
+        m.training = m not in norms  # so that only the dropout differs
+    assert not torch.equal(net(x)[0], net(x)[0])

@@ -18,10 +18,12 @@ from PIL import Image, ImageOps
 from skimage import color
 from skimage import transform as sk
 
+import data_augment
 import data_cache
 import data_check
 import data_loader
 import data_read
+from data_augment import FLIP, INDEX, LEFT, MIRROR, TOP, UPSIDE_DOWN
 from data_cache import PairCache, axis_operator, rescale_image, rescale_mask
 from data_check import (
     BadFile,
@@ -37,14 +39,8 @@ from data_check import (
     scale_mask,
 )
 from data_loader import (
-    FLIP,
-    INDEX,
-    LEFT,
     MEAN,
-    MIRROR,
     STD,
-    TOP,
-    UPSIDE_DOWN,
     RandomCrop,
     Rescale,
     RescaleT,
@@ -497,8 +493,8 @@ def test_augment_of_black_and_both_ways_to_cut():
     rows = torch.tensor(list(itertools.product(range(5), (0, 3, 8), (0, 8), range(4))))
     offsets = torch.arange(32)
     for one, other in zip(
-        data_loader._cut_by_slice(images, masks, rows, offsets),
-        data_loader._cut_by_index(images, masks, rows, offsets),
+        data_augment._cut_by_slice(images, masks, rows, offsets),
+        data_augment._cut_by_index(images, masks, rows, offsets),
         strict=True,
     ):
         assert torch.equal(one, other)

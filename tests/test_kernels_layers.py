@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 # by import_module, because the package's attribute `batch_norm_relu` is the function
-bn, bn_pool, convolution, losses, tokens, upsample = (
+bn, bn_pool, convolution, losses, max_pool, tokens, upsample = (
     import_module(f"model.kernels.{name}")
-    for name in ("batch_norm_relu", "batch_norm_pool", "convolution", "losses", "tokens", "upsample")
+    for name in ("batch_norm_relu", "batch_norm_pool", "convolution", "losses", "max_pool", "tokens", "upsample")
 )
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -114,7 +114,7 @@ def test_batch_norm_relu(shape, dtype, launches, monkeypatch):
 
 def pool_norm_reference(*args):
     y = bn.batch_norm_relu_reference(*args)
-    return upsample.max_pool2x2_reference(y), y
+    return max_pool.max_pool2x2_reference(y), y
 
 
 @kernels
@@ -261,13 +261,12 @@ def test_upsample_cat_of_other_ratios_is_the_slow_definition():
 def test_max_pool(shape, dtype):
     """Whole numbers, so that windows have ties: value and gradient are exact."""
     x = torch.randint(-2, 3, shape, device=DEVICE).to(dtype).to(memory_format=LAST).requires_grad_()
-    want = upsample.max_pool2x2_reference(x)
+    want = max_pool.max_pool2x2_reference(x)
     dy, dskip = torch.randn_like(want), images(shape[0], 2 * shape[1], *shape[2:], dtype=dtype)[:, shape[1] :]
     (want_dx,) = torch.autograd.grad(want, x, dy)
-    got = upsample.max_pool2x2(x)
-    assert torch.equal(got, want) and torch.equal(torch.autograd.grad(got, x, dy)[0], want_dx)
-    got, skip = upsample.max_pool2x2_skip(x)
+    got, skip = max_pool.max_pool2x2_skip(x)
     assert torch.equal(got, want) and skip.data_ptr() == x.data_ptr()
+    assert torch.equal(torch.autograd.grad(got, x, dy, retain_graph=True)[0], want_dx)
     near(torch.autograd.grad((got, skip), x, (dy, dskip), retain_graph=True)[0], want_dx.double() + dskip)
     assert torch.equal(torch.autograd.grad(skip, x, dskip)[0], dskip)
 
@@ -277,7 +276,7 @@ def test_max_pool_passes_nan_on():
     x = images(1, 16, 4, 4)
     x[0, 2, 0, 1] = float("nan")
     torch.testing.assert_close(
-        upsample.max_pool2x2(x), upsample.max_pool2x2_reference(x), equal_nan=True, rtol=0, atol=0
+        max_pool.max_pool2x2_skip(x)[0], max_pool.max_pool2x2_reference(x), equal_nan=True, rtol=0, atol=0
     )
 
 
@@ -392,8 +391,8 @@ def test_operators_are_registered_right(monkeypatch):
     check(bn._forward, (x, w, b, mean, var, bias, res, 0.1, 1e-5), test_utils=("test_schema", "test_faketensor"))
     check(bn._backward, (x, x, w, b, mean, var + 1))
     check(upsample._cat, (x.requires_grad_(), images(2, 8, 9, 12).requires_grad_()))
-    check(upsample._pool, (x,))
-    check(upsample._pool_backward, (x.detach(), images(2, 16, 3, 3), x.detach()))
+    check(max_pool._pool, (x.detach(),))
+    check(max_pool._pool_backward, (x.detach(), images(2, 16, 3, 3), x.detach()))
     check(losses._forward, loss_inputs(size=(4, 9)))
 
 
@@ -406,7 +405,7 @@ def test_captured_in_a_cuda_graph():
 
     def step():
         h = bn.batch_norm_relu(x, w, b, mean, var, 0.1, 1e-5, bias, res)
-        pooled, h = upsample.max_pool2x2_skip(h)
+        pooled, h = max_pool.max_pool2x2_skip(h)
         h = upsample.upsample_cat(pooled, h)
         total = losses.multi_bce([h[:, k : k + 1] for k in range(7)], target).sum()
         return total, *torch.autograd.grad(total, x)

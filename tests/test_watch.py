@@ -12,7 +12,8 @@ from PIL import Image
 
 import data_cache
 from benchmarks import long_run, plot_run
-from data_loader import INDEX, epoch_plan, open_data
+from data_augment import INDEX
+from data_loader import epoch_plan, open_data
 from engine import overfit as module
 from engine.device import seed_everything
 from engine.overfit import overfit

@@ -5,8 +5,9 @@ from model.kernels.batch_norm_relu import batch_norm_relu, batch_norm_relu_refer
 from model.kernels.convolution import convolution, join, projection
 from model.kernels.launch import compile_only
 from model.kernels.losses import multi_bce
+from model.kernels.max_pool import max_pool2x2_skip
 from model.kernels.tokens import conv_silu, layer_norm
-from model.kernels.upsample import max_pool2x2_skip, upsample_cat, upsample_to
+from model.kernels.upsample import upsample_cat, upsample_to
 
 __all__ = [
     "batch_norm_relu",

@@ -5,7 +5,7 @@ concatenation to the decoder. `batch_norm_relu_pool` writes both in one pass, y 
 tensor of twice the channels; `upsample_cat` fills the first half later, so that the concatenation copies nothing.
 Backward finds each window's maximum again from the input of the batch norm: the gradient of y is never written.
 
-Statistics are those of batch_norm_relu.py, windows those of upsample.py.
+Statistics are those of batch_norm_relu.py, windows those of max_pool.py.
 
 Memory traffic in tensors of y's size, with the concatenation's second half: forward 2 reads + 1.25 writes instead of
 4 + 2.25, backward 4.5 reads + 1 write instead of 6.25 + 2.
@@ -22,16 +22,15 @@ from model.kernels.batch_norm_relu import (
     statistics,
 )
 from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton_runs
-from model.kernels.upsample import (
-    _channels_last,
+from model.kernels.max_pool import (
     _largest,
-    _launch,
     _load_windows,
     _pool_backward,
     _store_windows,
     _windows,
     max_pool2x2_skip,
 )
+from model.kernels.upsample import _channels_last, _launch
 
 APPLY, GRAD_STATS, GRAD_APPLY = (8, 16), (4, 8), (4, 8)  # warps, bytes of one load of a thread
 PROGRAMS = 4  # of `_grad_stats_pool`, per multiprocessor
