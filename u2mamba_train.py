@@ -25,14 +25,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data, validation_batches
-from engine import checkpoint
+from engine import checkpoint, resume
 from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
 from engine.distributed import World, joined
 from engine.overfit import overfit
+from engine.parameters import decayed_and_not
 from engine.report import RunReport
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import LIMITS, MAY_CHANGE, MAY_DIFFER, as_plain_dict, check_together, differences, read_settings
-from engine.step import TrainStep, decayed_and_not
+from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings
+from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
 from model.kernels import multi_bce
@@ -79,6 +80,7 @@ class Config:
     overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
     batch_size_train: int = 12  # pairs a step and GPU
+    accumulate: int = 1  # parts that a batch goes through the network in, one by one, where memory is short
     whole_batches: bool = False  # leave out the pairs at an epoch's end that do not fill one
     batch_size_val: int = 12
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -215,7 +217,9 @@ def run(cfg: Config, world: World) -> int:
     )
     bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
     loss = (lambda d, y: bce(d, y) + cfg.iou_loss * soft_iou_loss(d, y)) if cfg.iou_loss else bce
-    step = TrainStep(net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world)
+    step = TrainStep(
+        net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world, cfg.accumulate
+    )  # fmt: skip
     stop = StopSignal()  # until here a signal ends the process at once: there is nothing to save
 
     # ------- 6. training --------
@@ -223,16 +227,11 @@ def run(cfg: Config, world: World) -> int:
     if cfg.overfit:
         return overfit(step, source, cfg.overfit, cfg.batch_size_train, cfg.channels_last, folder, stop)
     progress = Progress()
-    saved, found = world.from_first(lambda: checkpoint.find_last(folder, cfg.resume, constants))
+    saved, found = world.from_first(lambda: resume.find_last(folder, cfg.resume, constants))
     if saved:
-        with checkpoint.contents_of(found):
-            may_change = MAY_CHANGE | ({"epoch_num"} if cfg.lr_schedule == "constant" else set())
-            other = differences(saved["config"], constants, may_change)
-            if other and cfg.resume == "auto":
-                raise UserError(
-                    f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another "
-                    "model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
-                )
+        with resume.contents_of(found):
+            if cfg.resume == "auto":
+                resume.check_constants(found, saved["config"], constants)
             checkpoint.fill(net, saved["model"], found, cfg.arch)
             if saved["step"] is not None:  # else it is a weight file
                 step.load_state_dict(saved["step"])
@@ -248,7 +247,7 @@ def run(cfg: Config, world: World) -> int:
         if cfg.pretrained:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
         if world.is_first:
-            checkpoint.put_aside(folder)
+            resume.put_aside(folder)
     used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)

@@ -16,7 +16,8 @@ import tyro
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from engine.device import choose_device, choose_kernels, choose_precision
 from engine.distributed import World
-from engine.step import TrainStep, decayed_and_not
+from engine.parameters import decayed_and_not
+from engine.step import TrainStep
 from model import ARCHS
 from model.kernels import multi_bce
 from model.selective_scan import choose_backend

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 import os
 import pickle
 import re
@@ -10,7 +9,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from engine.report import best_in_log
 from engine.run import UserError
 from model import ARCHS, load_u2net_weights
 from model.u2mamba import variant_of
@@ -165,71 +163,6 @@ def open_folder(folder: Path) -> FileLock:
         mend = "set saved_models to a folder that can"
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): {mend}") from None
     return lock
-
-
-def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[dict[str, Any] | None, Path]:
-    """What the run in `folder` goes on from, and the file that holds it: the first that is whole of last.pth,
-    last_before.pth and the weight files from the newest on; each that is not is named. None where there is no run, or
-    resume is "never". From a weight file "step" is None, and the place in the run follows from the `constants`.
-
-    Raises CheckpointError when there is a run but no such file, or one that is whole holds something else.
-    """
-    last, mend = folder / "last.pth", "move it away, or give --resume never"
-    files = [path for path in (last, folder / "last_before.pth") if path.exists()]
-    if resume == "never" or not files:
-        return None, last
-    for path in files:
-        try:
-            content = load(path)
-        except Damaged as error:
-            print(f"warning: {error}")
-            continue
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; {mend}") from None
-        if not isinstance(content, dict) or not {"config", "progress", "step", "model", "random"} <= content.keys():
-            raise CheckpointError(f"{path}: does not hold a run to go on from; {mend}")
-        return content, path
-    for iteration, path in reversed(weight_files(folder)):
-        try:
-            weights = load_weights(path)
-        except CheckpointError as error:
-            print(f"warning: {error}")
-            continue
-        print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
-        batch, processes = constants["batch_size_train"], constants["processes"]
-        per_epoch = constants["pairs"] // processes / batch
-        whole = constants.get("whole_batches") and int(per_epoch)
-        epoch, done = divmod(iteration, whole or math.ceil(per_epoch))
-        place = {"epoch": epoch, "position": done * batch * processes, "iteration": iteration}
-        rest = {"config": constants, "step": None, "random": torch.get_rng_state()}
-        return rest | {"progress": place | {"best": best_in_log(folder)}, "model": weights}, path
-    raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {mend}")
-
-
-def put_aside(folder: Path) -> None:
-    """Renames what an earlier run left in `folder`, under a number."""
-    files = [folder / name for name in ("last.pth", "last_before.pth", "best.pth", "log.csv", "tensorboard")]
-    files = [f for f in (*files, *(path for _, path in weight_files(folder))) if f.exists()]
-    number = 1
-    while any(f.with_stem(f"{f.stem}_{number}").exists() for f in files):
-        number += 1
-    for f in files:
-        f.rename(f.with_stem(f"{f.stem}_{number}"))
-    if files:
-        print(f"starting anew: the {len(files)} files of the earlier run ({files[0].name}, ...) now end in _{number}")
-
-
-@contextlib.contextmanager
-def contents_of(path: Path) -> Iterator[None]:
-    """Turns what odd contents of a checkpoint raise into a CheckpointError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        mend = "move it away, or give --resume never"
-        raise CheckpointError(f"{path}: does not hold a run to go on from ({reason}); {mend}") from None
 
 
 def load(path: Path) -> Any:

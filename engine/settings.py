@@ -24,7 +24,7 @@ LIMITS = {  # a training constant: (least, most)
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
     "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "rotate": (0, 180), "colour": (0, 1), "paste": (0, 1),
     "iou_loss": (0, 1000), "val_frq": (1, 10**9), "mamba_directions": (1, 2), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
-    "overfit": (0, 10**9), "keep_checkpoints": (0, 10**9),
+    "overfit": (0, 10**9), "accumulate": (1, 65536), "keep_checkpoints": (0, 10**9),
 }  # fmt: skip
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
@@ -77,6 +77,8 @@ def check_together(cfg: Any) -> None:
         raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
     if 0 < cfg.crop_early < SMALLEST:
         raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
+    if cfg.accumulate > cfg.batch_size_train:
+        raise UserError(f"accumulate = {cfg.accumulate}: more parts than the batch of {cfg.batch_size_train} has pairs")
     if cfg.mamba_zero and not cfg.mamba_residual:
         raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:

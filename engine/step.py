@@ -9,7 +9,7 @@ cannot launch them as fast as the GPU runs them. The same code runs eagerly ever
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engine.device import out_of_memory
 from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
+from engine.parameters import flatten_statistics
 from engine.run import UserError
 from model.kernels import compile_only, join
 from model.layers import fused
@@ -47,6 +48,8 @@ class TrainStep:
     precision: "fp32"; or "bf16", activations and convolutions in bf16; in fp32 the weights, and of Mamba everything,
     with the fused kernels its state and sums.
     clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
+    accumulate: parts of a batch that go through the network one after the other, their gradients added up: the memory
+    of one part, and the step of the whole batch, but for batch norm, which normalises each part by itself.
     graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
     world: the processes that train together, each with its own batch of the same size; weights, averages and means
     stay the same in all, batch norm statistics are the mean of theirs.
@@ -64,15 +67,16 @@ class TrainStep:
         graph: bool = False,
         kernels: bool = False,
         world: World = World(),  # noqa: B008 - immutable
+        accumulate: int = 1,
     ):
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
-        self.clip, self.kernels = clip, kernels
+        self.clip, self.kernels, self.accumulate = clip, kernels, accumulate
         self.autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not graph
         )
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.copied = [m for m in net.modules() if kernels and _runs_in_bf16(m)]
-        self.statistics = _flatten_statistics(net)
+        self.statistics = flatten_statistics(net)
         self.ema_decay, self.ema = ema_decay, None
         if ema_decay:
             self.ema = [torch.zeros_like(t) for t in (*self.parameters, self.statistics)]
@@ -115,9 +119,11 @@ class TrainStep:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            less = max(len(images) // 2, 1)
+            less, parts = max(len(images) // 2, 1), 2 * self.accumulate
+            advice = f"accumulate = {parts}, which takes it in {parts} parts, or " if parts <= len(images) else ""
             raise UserError(
-                f"a batch of {len(images)} does not fit into the memory of {self.device}: try batch_size_train = {less}"
+                f"a batch of {len(images)} does not fit into the memory of {self.device}: try {advice}"
+                f"batch_size_train = {less}"
             ) from None
         self.shape = images.shape
         self.ema_steps += bool(self.ema)
@@ -127,7 +133,7 @@ class TrainStep:
         if self.device.type != "cuda":
             return
         self._copy_weights()
-        net = copy.deepcopy(self.net)
+        net, images, masks = copy.deepcopy(self.net), *next(self._parts(images, masks))
         with compile_only(), self.autocast, fused(self.kernels):
             self._backward(self.loss(net(images, logits=True), masks))
         if self.kernels:
@@ -154,19 +160,14 @@ class TrainStep:
         self.graph = graph
         self.graph.replay()  # the capture itself computed nothing
 
+    def _parts(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(images.chunk(self.accumulate), masks.chunk(self.accumulate), strict=True)
+
     def _step(self, images: Tensor, masks: Tensor) -> None:
         statistics = self.statistics.clone()
         self._copy_weights()
-        with self.autocast, fused(self.kernels):
-            logits = self.net(images, logits=True)
-        losses = self.loss(logits, masks)
         self.optimizer.zero_grad(set_to_none=True)
-        self._backward(losses)
-        if self.kernels:
-            join(self.device)
-        self._fetch_gradients()
-        iou = iou_per_image(torch.sigmoid(logits[0].detach().float()), masks).sum()
-        figures = torch.cat((iou[None], losses.detach().float()))
+        figures = sum(self._gradients(x, y, len(y) / len(masks)) for x, y in self._parts(images, masks))
         self.mean_of_all(self.statistics, figures)  # from here on every process computes the same
         if self.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -181,6 +182,19 @@ class TrainStep:
         self._count(ok, figures, len(masks))
         if self.ema:
             torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
+
+    def _gradients(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
+        """Adds the gradients of a part of the batch to those of the parts before; returns the sum of its images' IoU
+        and its share of the mean losses: (1 + OUTPUTS,)."""
+        with self.autocast, fused(self.kernels):
+            logits = self.net(images, logits=True)
+        losses = self.loss(logits, masks) * share
+        self._backward(losses)
+        if self.kernels:
+            join(self.device)
+        self._fetch_gradients()
+        iou = iou_per_image(torch.sigmoid(logits[0].detach().float()), masks).sum()
+        return torch.cat((iou[None], losses.detach().float()))
 
     @staticmethod
     def _backward(losses: Tensor) -> None:
@@ -202,10 +216,14 @@ class TrainStep:
     @torch.no_grad()
     def _fetch_gradients(self) -> None:
         used = [m for m in self.copied if m.copy.grad is not None]
-        for m in used:
+        first = [m for m in used if m.weight.grad is None]  # all of them, but where parts of the batch came before
+        for m in first:
             m.weight.grad = self.mean_of_all.empty_gradient(m.weight)
         if used:
-            torch._foreach_copy_([m.weight.grad for m in used], [m.copy.grad for m in used])
+            put = torch._foreach_copy_ if first else torch._foreach_add_
+            put([m.weight.grad for m in used], [m.copy.grad for m in used])
+        for m in used:
+            m.copy.grad = None
 
     @torch.no_grad()
     def _count(self, ok: Tensor, figures: Tensor, images: int) -> None:
@@ -242,7 +260,7 @@ class TrainStep:
         with torch.no_grad():
             for p, average in zip(net.parameters(), self.ema[:-1], strict=True):
                 p.copy_(average / correction)
-            _flatten_statistics(net).copy_(self.ema[-1] / correction)
+            flatten_statistics(net).copy_(self.ema[-1] / correction)
         return net
 
     def state_dict(self) -> dict:
@@ -269,13 +287,6 @@ class TrainStep:
                 mine.copy_(theirs)
 
 
-def decayed_and_not(net: nn.Module) -> list[dict]:
-    """Parameter groups: weight decay for matrices and convolutions, none for norms, biases and the scan's A and D."""
-    plain = [p for p in net.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
-    kept = {id(p) for p in plain}
-    return [{"params": [p for p in net.parameters() if id(p) not in kept]}, {"params": plain, "weight_decay": 0.0}]
-
-
 def _runs_in_bf16(layer: nn.Module) -> bool:
     """Whether the fused kernels take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
@@ -284,17 +295,3 @@ def _runs_in_bf16(layer: nn.Module) -> bool:
 def _outputs(bits: int) -> str:
     names = [f"d{i}" for i in range(OUTPUTS) if bits >> i & 1]
     return ", ".join(names) or "the gradient"
-
-
-def _flatten_statistics(net: nn.Module) -> Tensor:
-    """All running means and variances of `net` as one tensor of which the buffers become views, to be kept or put back
-    in one operation."""
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    flat = torch.cat([b.detach() for m in norms for b in (m.running_mean, m.running_var)])
-    start = 0
-    for m in norms:
-        for name in ("running_mean", "running_var"):
-            size = getattr(m, name).numel()
-            setattr(m, name, flat[start : start + size])
-            start += size
-    return flat

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, resume
 from engine.checkpoint import CheckpointError
 from model import U2MAMBAP, U2NETP
 
@@ -135,16 +135,16 @@ def test_a_file_without_weights(tmp_path, content):
 def test_starting_anew_keeps_the_old_run(tmp_path):
     for content in (1, 2):
         torch.save(content, tmp_path / "last.pth")
-        assert checkpoint.find_last(tmp_path, "never", {})[0] is None
-        checkpoint.put_aside(tmp_path)
+        assert resume.find_last(tmp_path, "never", {})[0] is None
+        resume.put_aside(tmp_path)
     assert torch.load(tmp_path / "last_1.pth") == 1 and torch.load(tmp_path / "last_2.pth") == 2
-    assert checkpoint.find_last(tmp_path, "auto", {})[0] is None
+    assert resume.find_last(tmp_path, "auto", {})[0] is None
 
 
 def test_a_weight_file_called_last_is_not_a_run(tmp_path):
     torch.save(U2NETP().state_dict(), tmp_path / "last.pth")
     with pytest.raises(CheckpointError) as error:
-        checkpoint.find_last(tmp_path, "auto", {})
+        resume.find_last(tmp_path, "auto", {})
     one_line(error, tmp_path / "last.pth")
 
 
@@ -160,5 +160,5 @@ def test_the_place_of_a_weight_file_counts_whole_batches(tmp_path):
     checkpoint.save(checkpoint.plain_state(net), tmp_path / checkpoint.weight_file(tmp_path.name, 6, 1.0, 0.5))
     constants = {"pairs": 13, "processes": 1, "batch_size_train": 4}
     for whole, place in ((True, (2, 0)), (False, (1, 8))):  # 3 steps an epoch, or 4
-        found, _ = checkpoint.find_last(tmp_path, "auto", constants | {"whole_batches": whole})
+        found, _ = resume.find_last(tmp_path, "auto", constants | {"whole_batches": whole})
         assert (found["progress"]["epoch"], found["progress"]["position"]) == place

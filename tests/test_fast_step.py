@@ -112,6 +112,31 @@ def test_a_smaller_last_batch_and_then_the_graph_again():
     assert means.steps == EAGER_STEPS + 4 and math.isfinite(means.loss)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_batch_in_parts_through_the_graph(kernels):
+    options = {"precision": "bf16" if kernels else "fp32", "kernels": kernels}
+    eager, graphed = make(**options, accumulate=2), make(**options, graph=True, accumulate=2)
+    for i in range(EAGER_STEPS + 4):
+        for step in (eager, graphed):
+            step(*batch(i))
+    assert graphed.graph is not None
+    a, b = eager.read(), graphed.read()
+    assert b.loss == pytest.approx(a.loss, rel=5e-3) and a.steps == b.steps  # as of whole batches, above
+    half = make(**options)  # the same two halves by hand: a step that does not move, each with its own gradients
+    half.net.load_state_dict(graphed.net.state_dict())
+    for step in (half, graphed):
+        step.set_learning_rate(0.0)
+    images, masks = batch(9)
+    mean = [torch.zeros_like(p) for p in half.net.parameters()]
+    for x, y in zip(images.chunk(2), masks.chunk(2), strict=True):
+        half(x, y)
+        mean = [m + p.grad / 2 for m, p in zip(mean, half.net.parameters(), strict=True)]
+    graphed(images, masks)
+    for m, (name, p) in zip(mean, graphed.net.named_parameters(), strict=True):
+        if not name.endswith("conv_s1.bias") and m.norm() > 1e-4:  # batch norm cancels those
+            assert torch.nn.functional.cosine_similarity(m.flatten(), p.grad.flatten(), 0) > 0.99, name
+
+
 def test_state_goes_on_from_a_graphed_run():
     step = make(graph=True)
     for i in range(EAGER_STEPS + 3):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.run import UserError
 from engine.step import TrainStep
 
 spec = importlib.util.spec_from_file_location("u2mamba_train", Path(__file__).parents[1] / "u2mamba_train.py")
@@ -212,3 +213,44 @@ def test_soft_iou_by_hand():
     loss = script.soft_iou_loss((sure, -sure, torch.zeros_like(masks)), masks)
     # each image: 1 - (both + 1) / (either + 1)
     assert torch.allclose(loss, torch.tensor([0, (4 / 5 + 4 / 5) / 2, ((1 - 2 / 4) + (1 - 1 / 3)) / 2]), atol=1e-6)
+
+
+class PlainNet(nn.Module):
+    """Seven outputs, nothing that looks at the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 7, 3, padding=1)
+        self.bn = nn.BatchNorm2d(7)  # looks at nothing: the step keeps statistics, of which there must be some
+
+    def forward(self, x, logits=False):
+        return self.conv(x).split(1, 1)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])  # 5 images: parts of 3 and 2, of 2, 2 and 1, and of one each
+def test_a_batch_in_parts_is_the_same_step(parts):
+    whole, split = PlainNet(), PlainNet()
+    steps = make(whole), make(split, accumulate=parts)
+    for i in range(3):
+        for step in steps:
+            step(*batch(i, n=5))
+    for a, b in zip(whole.conv.parameters(), split.conv.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.equal(whole.conv.weight, PlainNet().conv.weight)
+    one, other = (step.read() for step in steps)
+    assert other.losses == pytest.approx(one.losses, rel=1e-5)
+    assert (other.iou, other.steps) == (pytest.approx(one.iou), one.steps)
+
+
+@pytest.mark.parametrize("parts, says", [(1, "try accumulate = 2, which takes it in 2 parts, or batch_size_train = 2"),
+                                         (4, "of cpu: try batch_size_train = 2")])  # fmt: skip
+def test_memory_that_does_not_suffice_names_what_to_try(parts, says):
+    def no_memory(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    step = make(Net(), accumulate=parts)
+    step.loss = no_memory
+    with pytest.raises(UserError) as error:
+        step(*batch(n=4))
+    assert "a batch of 4 does not fit into the memory of cpu" in str(error.value) and says in str(error.value)
