@@ -10,6 +10,7 @@ pictures read from disk by threads. All are warmed up (workers started, one epoc
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -25,8 +26,9 @@ from torch.utils.data import DataLoader
 import data_loader
 from benchmarks.hardware import lines
 from data_check import DataError
-from data_loader import RandomCrop, RescaleT, SalObjDataset, ToTensorLab, batches, epoch_plan, open_data
+from data_loader import Changes, RandomCrop, RescaleT, SalObjDataset, ToTensorLab, batches, epoch_plan, open_data
 from data_reference import Sample
+from u2mamba_train import FAST
 
 BATCH = 12
 PUBLISHED_BATCHES = 10  # at 20 images/s a run over all pairs would take most of the time
@@ -100,20 +102,22 @@ def main() -> int:
         first = first or middle
         print(f"{name:<24} {middle:>9.1f} {min(found):>7.1f}-{max(found):<7.1f} {middle / first:>6.1f}x", flush=True)
     if torch.cuda.is_available():
-        on_gpu(source.to("cuda"), plan)
+        on_gpu(source.to("cuda"))
     return 0
 
 
-def on_gpu(source: data_loader.DataSource, plan: torch.Tensor) -> None:
+def on_gpu(source: data_loader.DataSource) -> None:
     """Time of one augmented batch made from a cache in GPU memory, launched one by one and replayed from a graph."""
     if not source.cache.images.is_cuda:
         return
     images, masks = source.cache.images, source.cache.masks
-    for size in (12, 32, 64):
+    plan = epoch_plan(len(source), epoch=0, seed=0, numbers=True)
+    recipe = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste)
+    for size, changes in itertools.product((12, 32), (None, recipe)):
         rows = plan.repeat(-(-size // len(plan)), 1)[:size].cuda()
 
-        def make(rows: torch.Tensor = rows) -> None:
-            data_loader.augment(images, masks, rows, channels_last=True)
+        def make(rows: torch.Tensor = rows, changes: Changes | None = changes) -> None:
+            data_loader.augment(images, masks, rows, channels_last=True, changes=changes)
 
         make()
         torch.cuda.synchronize()
@@ -131,7 +135,9 @@ def on_gpu(source: data_loader.DataSource, plan: torch.Tensor) -> None:
                 torch.cuda.synchronize()
                 times.append(start.elapsed_time(end))
             line.append(f"{statistics.median(times):.3f} ms ({min(times):.3f}-{max(times):.3f})")
-        print(f"GPU, batch {size}: augment {line[0]}, in a CUDA graph {line[1]}; {torch.cuda.get_device_name()}")
+        print(
+            f"GPU, batch {size}, {'recipe of fast' if changes else 'as published'}: augment {line[0]}, in a CUDA graph {line[1]}; {torch.cuda.get_device_name()}"
+        )
 
 
 if __name__ == "__main__":

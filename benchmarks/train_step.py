@@ -21,7 +21,7 @@ from engine.step import TrainStep
 from model import ARCHS
 from model.kernels import multi_bce
 from model.selective_scan import choose_backend
-from u2mamba_train import multi_bce_loss_fusion
+from u2mamba_train import FAST, multi_bce_loss_fusion, soft_iou_loss
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts
     "Mamba's norm and convolution": ("_layer_norm", "_conv_silu"),
@@ -47,6 +47,8 @@ class Options:
     device: str = "auto"
     published: bool = True  # measure the published way too
     profile: bool = False
+    search: int = 10  # algorithms that cuDNN's search tries for each convolution (PyTorch's default); 0: all
+    recipe: bool = False  # ours with what the preset fast adds: AdamW, soft IoU loss, clipping, averaged weights
 
 
 def make_step(
@@ -69,12 +71,17 @@ def make_step(
     memory_format = torch.contiguous_format if published else torch.channels_last
     net = ARCHS[options.arch](**mamba).to(device, memory_format=memory_format)
     world.prepare(net, synchronise_batch_norm=False)
-    optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
+    recipe = options.recipe and not published
+    algorithm, decay = (torch.optim.AdamW, FAST.weight_decay) if recipe else (torch.optim.Adam, 0.0)
+    optimizer = algorithm(decayed_and_not(net), lr=1e-4, weight_decay=decay, fused=True)
     graph = (reference_graph or not published) and device.type == "cuda"
-    loss = multi_bce if kernels else multi_bce_loss_fusion
-    step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world)
+    bce = multi_bce if kernels else multi_bce_loss_fusion
+    loss = (lambda d, y: bce(d, y) + soft_iou_loss(d, y)) if recipe else bce
+    more = {"clip": FAST.clip, "ema_decay": FAST.ema_decay} if recipe else {}
+    step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world, **more)
     words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
-    return step, ", ".join([*words, *(["fused kernels"] if kernels else []), f"scan {backend}"]), memory_format
+    words += ["fused kernels"] * kernels + [f"scan {backend}"] + ["recipe of fast"] * recipe
+    return step, ", ".join(words), memory_format
 
 
 def measure(options: Options, device: torch.device, batch: int, published: bool) -> tuple[str, float, float, float]:
@@ -117,7 +124,7 @@ def profile(call) -> None:
 
 def main(options: Options) -> None:
     device, _ = choose_device(options.device)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, options.search
     print("\n".join(lines(device)))
     size = f"{options.size}x{options.size}"
     print(f"{options.arch}, Mamba at {options.mamba_at}, {size}, {options.runs} runs of {options.steps} steps")
