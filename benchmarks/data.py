@@ -135,9 +135,8 @@ def on_gpu(source: data_loader.DataSource) -> None:
                 torch.cuda.synchronize()
                 times.append(start.elapsed_time(end))
             line.append(f"{statistics.median(times):.3f} ms ({min(times):.3f}-{max(times):.3f})")
-        print(
-            f"GPU, batch {size}, {'recipe of fast' if changes else 'as published'}: augment {line[0]}, in a CUDA graph {line[1]}; {torch.cuda.get_device_name()}"
-        )
+        words = f"GPU, batch {size}, {'changed as in fast' if changes else 'as published'}"
+        print(f"{words}: augment {line[0]}, in a CUDA graph {line[1]}; {torch.cuda.get_device_name()}")
 
 
 if __name__ == "__main__":
