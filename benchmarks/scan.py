@@ -196,10 +196,10 @@ def main(options: Options) -> None:
     """Print hardware and versions, then measure."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    on_gpu = options.gpu and torch.cuda.is_available()
-    print("\n".join(lines(torch.device("cuda" if on_gpu else "cpu"))))
+    gpu = options.gpu and torch.cuda.is_available()
+    print("\n".join(lines(torch.device("cuda" if gpu else "cpu"))))
     torch.manual_seed(0)
-    if on_gpu:
+    if gpu:
         print(f"auto: {': '.join(choose_backend('cuda'))}")
         on_gpu(options.runs)
     else:

@@ -55,6 +55,13 @@ def _kernel_arguments(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> tuple:
     return y, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.momentum, bn.eps, conv.bias
 
 
+def side_output(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) to one channel, 3x3: (B, C, H, W) -> (B, 1, H, W)."""
+    if _fused and conv.out_channels == 1 and conv.bias is not None:
+        return kernels.side_output(x, weight_of(conv), conv.bias)
+    return conv(x)
+
+
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """2x2 maximum, stride 2, odd sizes rounded up: (B, C, H, W) -> (B, C, H/2, W/2), and x for the skip connection."""
     if _fused:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.layers import batch_norm_relu, batch_norm_relu_pool, max_pool, upsample_cat, upsample_to
+from model.layers import batch_norm_relu, batch_norm_relu_pool, max_pool, side_output, upsample_cat, upsample_to
 
 # name: (height L, dilated, in, mid, out); RSU-4F, the dilated one, keeps its size and needs no pooling
 RSU_TABLE = {
@@ -133,10 +133,10 @@ class U2NET(nn.Module):
             h, skip = getattr(self, f"stage{i}")(h, pool=True)
             skips.append(skip)
         h = self.stage6(h)
-        sides = [self.side6(h)]
+        sides = [side_output(self.side6, h)]
         for i in range(5, 0, -1):
             h = getattr(self, f"stage{i}d")(upsample_cat(h, skips.pop()))
-            sides.insert(0, getattr(self, f"side{i}")(h))
+            sides.insert(0, side_output(getattr(self, f"side{i}"), h))
         size = sides[0].shape[2:]
         sides = [sides[0], *(upsample_to(s, size) for s in sides[1:])]
         outputs = (self.outconv(torch.cat(sides, 1)), *sides)

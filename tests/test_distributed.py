@@ -36,7 +36,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's pro
 
 
 def loss(logits, masks):
-    return torch.stack([F.binary_cross_entropy_with_logits(d, masks) for d in logits])
+    return torch.stack([F.binary_cross_entropy_with_logits(d.to(masks.dtype), masks) for d in logits])
 
 
 def batch(seed, n=4, size=64):  # at 32 the deepest maps are one pixel: batch norm of four values
@@ -285,12 +285,14 @@ def gpu_steps(rank, folder):
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=2)
     world, device, got = World(rank, 2, rank, 2), torch.device("cuda", rank), []
-    for graph in (False, True):
+    for graph, fast in ((False, False), (True, False), (True, True)):  # fast: fused kernels, each GPU loads its own
         torch.manual_seed(rank)
-        net = U2NETP().to(device)
-        world.prepare(net, synchronise_batch_norm=True)
+        net = U2NETP().to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
+        world.prepare(net, synchronise_batch_norm=not fast)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
-        step = TrainStep(net, optimizer, loss, device, graph=graph, world=world)
+        step = TrainStep(
+            net, optimizer, loss, device, "bf16" if fast else "fp32", graph=graph, kernels=fast, world=world
+        )
         for i in range(EAGER_STEPS + 4):
             step(*(world.share(t).float().to(device) for t in batch(i)))
         got.append({"graph": step.graph is not None, "loss": step.read().loss, "net": {**step.net.state_dict()}})
@@ -302,7 +304,8 @@ def gpu_steps(rank, folder):
 def test_on_two_gpus_the_captured_step_computes_what_the_eager_one_does(tmp_path):
     torch.multiprocessing.spawn(gpu_steps, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(2))
-    assert [g["graph"] for g in first] == [False, True]
-    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-3)
+    assert [g["graph"] for g in first] == [False, True, True]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=5e-3)  # cuDNN adds in no fixed order: 1.4e-3 seen
+    assert first[2]["loss"] == pytest.approx(first[0]["loss"], rel=0.1)  # bf16, each batch norm by its own pictures
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(v, b["net"][k]) for k, v in a["net"].items())

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 # by import_module, because the package's attribute `batch_norm_relu` is the function
-bn, bn_pool, convolution, losses, max_pool, tokens, upsample = (
+bn, bn_pool, convolution, losses, max_pool, side, tokens, upsample = (
     import_module(f"model.kernels.{name}")
-    for name in ("batch_norm_relu", "batch_norm_pool", "convolution", "losses", "max_pool", "tokens", "upsample")
+    for name in "batch_norm_relu batch_norm_pool convolution losses max_pool side_output tokens upsample".split()
 )
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -305,6 +305,31 @@ def grads_near(got, leaves, want, wide, dy):
 def leaves(*values):
     values = [v.requires_grad_() for v in values]
     return values, [v.detach().double().requires_grad_() for v in values]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_format", [LAST, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 9, 7), (1, 64, 3, 33), (3, 5, 1, 4)] + [(12, 64, 288, 288), (5, 128, 71, 73)] * GPU, ids=str
+)
+def test_side_output(shape, weight_format, dtype, monkeypatch):
+    """Three programs share out up to 100 pixels each way: borders of images and of tiles inside a tile."""
+    if not GPU:
+        monkeypatch.setattr(side, "PIXELS", 16)
+    x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=LAST)
+    weight = (torch.randn(1, shape[1], 3, 3, device=DEVICE) / 9).to(dtype).contiguous(memory_format=weight_format)
+    mine, wide = leaves(x, weight, torch.randn(1, device=DEVICE))
+    got = side.side_output(*mine)
+    assert got.dtype == dtype and got.shape == (shape[0], 1, *shape[2:])
+    grads_near(got, mine, F.conv2d(*wide, padding=1), wide, torch.randn_like(got))
+
+
+@kernels
+def test_side_output_of_many_channels_is_the_library_s():
+    x = torch.randn(1, 2 * side.MAX_C, 4, 4, device=DEVICE).contiguous(memory_format=LAST)
+    weight, bias = torch.randn(1, 2 * side.MAX_C, 3, 3, device=DEVICE), torch.randn(1, device=DEVICE)
+    assert torch.equal(side.side_output(x, weight, bias), F.conv2d(x, weight, bias, padding=1))
 
 
 @kernels

@@ -6,6 +6,7 @@ from model.kernels.convolution import convolution, join, projection
 from model.kernels.launch import compile_only
 from model.kernels.losses import multi_bce
 from model.kernels.max_pool import max_pool2x2_skip
+from model.kernels.side_output import side_output
 from model.kernels.tokens import conv_silu, layer_norm
 from model.kernels.upsample import upsample_cat, upsample_to
 
@@ -21,6 +22,7 @@ __all__ = [
     "max_pool2x2_skip",
     "multi_bce",
     "projection",
+    "side_output",
     "upsample_cat",
     "upsample_to",
 ]

@@ -57,8 +57,20 @@ def compile_only() -> Iterator[None]:
                 yield
         finally:
             _compiling = None
-        # asking for what launches a kernel builds that too: older versions of Triton run a C compiler for it
-        list(pool.map(lambda kernel: (kernel.result() if hasattr(kernel, "result") else kernel).run, set(compiled)))
+        kernels = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in set(compiled)]
+        list(pool.map(_build_launcher, kernels))
+    for kernel in kernels:  # loading, in this thread: each has a current GPU of its own, and a new one's is the first
+        _ = kernel.run
+
+
+def _build_launcher(kernel) -> None:
+    """Older versions of Triton run a C compiler for what launches a kernel: it finds the result of this on the disk.
+
+    The object made here is thrown away, because threads that load extension modules of one name, as the launchers
+    are, get each other's functions: Python copies those of a module loaded before into the one loaded last
+    (`_imp.create_dynamic`, single-phase initialisation).
+    """
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 @functools.cache
