@@ -15,7 +15,7 @@ from torch import Tensor
 from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs
 
 MAX_C = 128  # channels: beyond, maps are small and cuDNN does well
-PIXELS, WARPS = 64, 4  # of a program's tile
+PIXELS, PIXELS_BACK, WARPS = 32, 64, 4  # of a program's tile, forward and backward; more spill registers
 PROGRAMS = 8  # of backward, per multiprocessor: each leaves one (16, C) share of the weight's gradient
 
 
@@ -92,7 +92,7 @@ class _SideOutput(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         b, c, h, w = x.shape
-        m, tiles = b * h * w, triton.cdiv(b * h * w, PIXELS)
+        m, tiles = b * h * w, triton.cdiv(b * h * w, PIXELS_BACK)
         dy = dy.to(x.dtype).contiguous()
         programs = min(tiles, PROGRAMS * sm_count(x.device))
         dx = torch.empty_like(x)
@@ -101,7 +101,7 @@ class _SideOutput(torch.autograd.Function):
         with on_device(x):
             _side_output_grad[(programs,)](
                 x, weight, dy, dx, part, part_bias, h, w, m, c, *weight.stride()[1:], tiles, programs,
-                WIDE=not x.is_cuda, **ctx.sizes,
+                WIDE=not x.is_cuda, **ctx.sizes | {"PIXELS": PIXELS_BACK},
             )  # fmt: skip
         dw = part.sum(0)[:9, :c].t().reshape(1, c, 3, 3)
         return dx, dw.to(weight.dtype), part_bias.sum(0, keepdim=True)
