@@ -31,6 +31,7 @@ from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.parameters import decayed_and_not
 from engine.report import RunReport
+from engine.resume import Progress
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
 from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings
 from engine.step import TrainStep
@@ -85,6 +86,7 @@ class Config:
     batch_size_val: int = 12
     optimizer: Literal["adam", "adamw"] = "adam"
     iou_loss: float = 0.0  # weight of 1 - soft IoU of each output beside its BCE
+    edge_loss: float = 0.0  # weight of each output's BCE once more, there by how near the mask's edge is
     lr: float = 1e-4
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
     warmup: int = 0  # iterations of rising learning rate
@@ -148,23 +150,23 @@ def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     return 1 - ((both + 1) / (p.sum((2, 3, 4)) + masks.sum((1, 2, 3)) - both + 1)).mean(1)
 
 
+def edge_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
+    """BCE of d0, ..., d6 again, each pixel by 5 |mean of the mask in the 31x31 around it - mask| -> (7,).
+
+    The pixel weights of F3Net's loss (AAAI 2020, arXiv 1911.11445): edges and thin parts count more.
+    """
+    around = F.avg_pool2d(masks, (31, 1), stride=1, padding=(15, 0), count_include_pad=False)
+    around = F.avg_pool2d(around, (1, 31), stride=1, padding=(0, 15), count_include_pad=False)
+    near = 5 * (around - masks).abs()
+    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, near) for d in logits])
+
+
 def learning_rate(cfg: Config, iteration: int, done: float) -> float:
     """The rate of iteration 1, 2, ..., after which the share `done` of the run is over."""
     rate = cfg.lr * min(1.0, iteration / max(cfg.warmup, 1))
     if cfg.lr_schedule == "cosine":
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
     return rate
-
-
-@dataclass
-class Progress:
-    """Where the run stands; with the constants it says which pairs the next step takes."""
-
-    epoch: int = 0  # epochs finished, validation included
-    position: int = 0  # pairs of the current epoch that were trained on
-    iteration: int = 0  # steps done
-    best: float = -1.0  # largest held-out max F-measure
-    seconds: float = 0.0  # spent, over all starts
 
 
 def run(cfg: Config, world: World) -> int:
@@ -216,9 +218,10 @@ def run(cfg: Config, world: World) -> int:
         decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
     )
     bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
-    loss = (lambda d, y: bce(d, y) + cfg.iou_loss * soft_iou_loss(d, y)) if cfg.iou_loss else bce
+    terms = [(w, term) for w, term in ((1, bce), (cfg.iou_loss, soft_iou_loss), (cfg.edge_loss, edge_loss)) if w]
     step = TrainStep(
-        net, optimizer, loss, device, precision, cfg.clip, cfg.ema_decay, cfg.cuda_graph, fused, world, cfg.accumulate
+        net, optimizer, lambda d, y: sum(w * term(d, y) for w, term in terms), device, precision, cfg.clip,
+        cfg.ema_decay, cfg.cuda_graph, fused, world, cfg.accumulate,
     )  # fmt: skip
     stop = StopSignal()  # until here a signal ends the process at once: there is nothing to save
 
@@ -229,20 +232,11 @@ def run(cfg: Config, world: World) -> int:
     progress = Progress()
     saved, found = world.from_first(lambda: resume.find_last(folder, cfg.resume, constants))
     if saved:
-        with resume.contents_of(found):
-            if cfg.resume == "auto":
-                resume.check_constants(found, saved["config"], constants)
-            checkpoint.fill(net, saved["model"], found, cfg.arch)
-            if saved["step"] is not None:  # else it is a weight file
-                step.load_state_dict(saved["step"])
-            torch.set_rng_state(saved["random"])
-            progress = Progress(**saved["progress"])
-            if progress.epoch >= cfg.epoch_num:
-                print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it")
-                return EXIT_DONE
+        progress = resume.go_on(saved, found, net, step, constants)
+        if progress.epoch >= cfg.epoch_num:
+            print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it")
+            return EXIT_DONE
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
-        if (before := saved["config"].get("processes", 1)) != world.size:
-            print(f"processes: {before} before, now {world.size}: other batches, at the same learning rate")
     else:
         if cfg.pretrained:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
@@ -340,8 +334,9 @@ def run(cfg: Config, world: World) -> int:
     report.close()
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
-    took = timedelta(seconds=round(report.seconds))
-    print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}")
+    print(
+        f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"
+    )
     return EXIT_SET_ASIDE if data.report.set_aside else EXIT_DONE
 
 

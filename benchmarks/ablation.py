@@ -39,6 +39,7 @@ VARIANTS = {  # what differs: constants that do; a trial differs by what benchma
     "two directions": {"mamba_directions": 2},
     "out_proj from zero": {"mamba_zero": True},
     "BCE alone": {"iou_loss": 0.0},
+    "edges weigh more": {"edge_loss": 1.0},
     "no window, rotation, colour": {"window": 0.0, "rotate": 0.0, "colour": 0.0},
     "no mirroring": {"mirror": 0.0},
     "smaller windows": {"window": 0.4},

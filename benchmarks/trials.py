@@ -32,13 +32,6 @@ def ssim_term(logits: Outputs, masks: Tensor) -> Tensor:
     return 1 - ssim.view(len(logits), -1).mean(1)
 
 
-def edge_term(logits: Outputs, masks: Tensor) -> Tensor:
-    """BCE of d0, ..., d6 again, by 5 |mean of the mask in 31x31 - mask| -> (7,): the weights of F3Net (AAAI 2020)."""
-    near = 5 * (F.avg_pool2d(masks, 31, stride=1, padding=15, count_include_pad=False) - masks).abs()
-    bce = [F.binary_cross_entropy_with_logits(d.float(), masks, reduction="none") for d in logits]
-    return torch.stack([(near * b).mean() for b in bce])
-
-
 def kl_term(logits: Outputs, masks: Tensor) -> Tensor:
     """KL divergence from d0, held fixed, to each of d0, ..., d6, mean over the pixels -> (7,).
 
@@ -87,7 +80,6 @@ def _dropout(share: float):
 
 TRIALS = {  # variant: makes the context in which it is trained
     "SSIM as well": partial(_with, ssim_term),
-    "edges weigh more": partial(_with, edge_term),
     "KL from d0 to all": partial(_with, kl_term),
     "side outputs weigh half": _half_sides,
     "dropout of channels": partial(_dropout, 0.1),  # of what the decoder's blocks and stage 6 give

@@ -1,20 +1,34 @@
-"""Where a run goes on: the newest checkpoint that is whole and was made with the same constants."""
+"""Where a run stands and goes on: from the newest checkpoint that is whole and was made with the same constants."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Damaged
 from engine.report import best_in_log
 from engine.run import UserError
 from engine.settings import MAY_CHANGE, differences
+from engine.step import TrainStep
 
 MEND = "move it away, or give --resume never"
+
+
+@dataclass
+class Progress:
+    """Where the run stands; with the constants it says which pairs the next step takes."""
+
+    epoch: int = 0  # epochs finished, validation included
+    position: int = 0  # pairs of the current epoch that were trained on
+    iteration: int = 0  # steps done
+    best: float = -1.0  # largest held-out max F-measure
+    seconds: float = 0.0  # spent, over all starts
 
 
 def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[dict[str, Any] | None, Path]:
@@ -56,17 +70,33 @@ def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[
     raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {MEND}")
 
 
-def check_constants(found: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError where the run in `found` was made with constants that would now compute something else.
+def go_on(
+    saved: Mapping[str, Any], found: Path, net: nn.Module, step: TrainStep, constants: Mapping[str, Any]
+) -> Progress:
+    """Puts the run that `find_last` found into `net`, `step` and the random state -> where it stands.
 
-    A constant learning rate does not know how long the run will be, so that one may become longer.
+    Raises UserError where it was made with constants that would now compute something else (unless resume is
+    "anyway"), and for contents that are not those of a run.
     """
-    may_change = MAY_CHANGE | ({"epoch_num"} if now["lr_schedule"] == "constant" else set())
-    if other := differences(before, now, may_change):
-        raise UserError(
-            f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another model_name, or "
-            "give --resume anyway (go on with the new ones) or --resume never (start anew)"
-        )
+    with contents_of(found):
+        # a constant learning rate does not know how long the run will be, so that one may become longer
+        may_change = MAY_CHANGE | ({"epoch_num"} if constants["lr_schedule"] == "constant" else set())
+        other = differences(saved["config"], constants, may_change)
+        if other and constants["resume"] == "auto":
+            raise UserError(
+                f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another "
+                "model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
+            )
+        checkpoint.fill(net, saved["model"], found, constants["arch"])
+        if saved["step"] is not None:  # else it is a weight file
+            step.load_state_dict(saved["step"])
+        torch.set_rng_state(saved["random"])
+        if (before := saved["config"].get("processes", 1)) != constants["processes"]:
+            print(f"processes: {before} before, now {constants['processes']}: other batches, at the same learning rate")
+        progress = Progress(**saved["progress"])
+        if not all(isinstance(value, (int, float)) for value in asdict(progress).values()):
+            raise TypeError(f"progress is {progress}")
+        return progress
 
 
 def put_aside(folder: Path) -> None:

@@ -206,6 +206,20 @@ def test_the_optimizer_goes_on_in_another_memory_format():
     assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
 
 
+def test_edge_loss_by_hand():
+    g = torch.Generator().manual_seed(0)
+    masks, logits = (torch.rand(2, 1, 40, 37, generator=g) > 0.5).float(), torch.randn(7, 2, 1, 40, 37, generator=g)
+    weights = torch.empty_like(masks)
+    for y in range(40):
+        for x in range(37):
+            around = masks[..., max(y - 15, 0) : y + 16, max(x - 15, 0) : x + 16]
+            weights[..., y, x] = 5 * (around.mean((2, 3)) - masks[..., y, x]).abs()
+    bce = nn.functional.binary_cross_entropy_with_logits(logits, masks.expand(7, -1, -1, -1, -1), reduction="none")
+    got = script.edge_loss(tuple(logits), masks)
+    assert torch.allclose(got, (weights * bce).mean((1, 2, 3, 4)), rtol=1e-5)
+    assert script.edge_loss(tuple(logits), torch.ones_like(masks)).max() == 0  # no edge, no weight
+
+
 def test_soft_iou_by_hand():
     masks = torch.zeros(2, 1, 2, 2)
     masks[0, 0, 0] = 1  # two of four pixels; the second image has no object
