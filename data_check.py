@@ -222,6 +222,7 @@ class Report:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
     resized: list[str] = field(default_factory=list)  # masks of another size than their image
     noise: list[str] = field(default_factory=list)  # masks taken for empty
+    grey: int = 0  # masks of which a fifth or more is neither object nor ground
     mask_low: int = 255
     mask_high: int = 0
     empty: int = 0  # masks without an object, noise included
@@ -248,6 +249,8 @@ class Report:
                 out.append(f"data: {len(names):,} {what}: {some_of(names)}")
         if self.pairs and self.empty == self.pairs:
             out.append("data: warning: no mask holds an object, so there is nothing to learn")
+        if 2 * self.grey > self.pairs:
+            out.append(f"data: warning: {self.grey:,} masks are grey pictures: have the two folders changed places?")
         if self.black:
             out.append(f"data: {self.black:,} images all black, used")
         return out
@@ -269,12 +272,13 @@ def check_pairs(
     report = Report(0, *map(list, unpaired or ()))
     good: list[int] = []
 
-    def visit(index: int) -> tuple[int, int, bool, bool, bool, bool] | BadFile:
+    def visit(index: int) -> tuple[int, int, bool, bool, bool, bool, bool] | BadFile:
         try:
             with reading(pairs[index]) as got:
                 if keep:
                     keep(index, got.image, got.mask)
-                return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any()
+                grey = ((got.mask > 63) & (got.mask < 192)).mean() > 0.2
+                return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any(), bool(grey)
         except BadFile as error:
             return error
         except MemoryError:
@@ -287,10 +291,11 @@ def check_pairs(
             if isinstance(result, BadFile):
                 report.bad.append((result.path.name, result.reason))
                 continue
-            low, high, noise, resized, empty, black = result
+            low, high, noise, resized, empty, black, grey = result
             good.append(index)
             report.mask_low, report.mask_high = min(report.mask_low, low), max(report.mask_high, high)
             report.empty, report.black = report.empty + empty, report.black + black
+            report.grey += grey
             if noise:
                 report.noise.append(pairs[index].mask.name)
             if resized:

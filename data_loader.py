@@ -222,6 +222,8 @@ def open_data(
         say(line)
     count = sum(not is_held_out(pair.stem) for pair in pairs)
     say(f"data: {count:,} pairs for training, {len(pairs) - count:,} held out for validation")
+    if count == len(pairs):
+        say("warning: the names of these pairs hold none out (one of twenty is): no validation, and no best.pth")
     if count < need:
         raise DataError(f"{count} usable training pairs in {image_dir}, at least {need} are needed")
     return Data(

@@ -12,6 +12,7 @@ by Ctrl-C and SIGTERM; what is written is whole then too, and the same command g
 import errno
 import glob
 import io
+import json
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 from data_check import IMAGE_TYPES, BadFile, read_image
 from engine.device import choose_device, choose_precision, choose_scan
-from engine.inference import Predictor, trained_network
+from engine.inference import Predictor, trained_network, weights_path
 from engine.output import check_folder, write_whole
 from engine.predict import THREADS, Map, Source, at_size, budget, compute_maps
 from engine.run import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
@@ -42,6 +44,7 @@ from engine.workers import in_order
 # and dark; sheet: image, map and cut-out side by side, small
 MODES = {"soft": ".png", "binary": ".png", "rgba": ".png", "overlay": ".jpg", "sheet": ".jpg"}
 WITH_IMAGE = {"rgba", "overlay", "sheet"}
+MADE_BY = ".made_by.json"  # in OUT: by which weights and how
 SHEET_TILE = 512  # pixels: longest side
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file too
 
@@ -173,6 +176,33 @@ def write(found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshol
     return None
 
 
+def _how(options: Options) -> dict:
+    """What makes the maps what they are, as it is kept beside them."""
+    weights = weights_path(options.checkpoint)
+    if not weights.is_file():
+        raise UserError(f"{weights}: there is no such checkpoint")
+    checksum = crc32(weights.read_bytes())
+    how = {"weights": weights.name, "crc32": checksum, "size": options.size, "tta": options.tta}
+    return how | {"threshold": options.threshold}
+
+
+def _made_by(out: Path) -> dict:
+    """mode -> how its maps in `out` were made; without those of which nothing is known."""
+    try:
+        known = json.loads((out / MADE_BY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _refuse_others(out: Path, modes: Iterable[str], how: dict) -> None:
+    """Raises UserError where `out` holds maps of those modes that were made otherwise, which would pass for done."""
+    for mode, before in _made_by(out).items():
+        if mode in modes and before != how:
+            was = ", ".join(f"{key} {value}" for key, value in dict(before).items() if value != how.get(key))
+            raise UserError(f"{out / mode} holds maps made otherwise ({was}): give another --out, or --overwrite")
+
+
 def run(options: Options) -> int:
     """The whole of it; returns the exit code."""
     check_settings(options, LIMITS)
@@ -181,9 +211,10 @@ def run(options: Options) -> int:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
     if not options.inputs:
         raise UserError("no input: name images, folders or patterns (--help shows examples)")
-    sources = find_images(options.inputs, out)
+    sources, how = find_images(options.inputs, out), _how(options)
     targets = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in options.mode} for s in sources}
     if not options.overwrite:
+        _refuse_others(out, options.mode, how)
         targets = {s: {m: path for m, path in t.items() if not path.exists()} for s, t in targets.items()}
     targets = {s: t for s, t in targets.items() if t}
     print(f"images: {len(sources):,}, of which {len(sources) - len(targets):,} are done and skipped (--overwrite)")
@@ -195,6 +226,7 @@ def run(options: Options) -> int:
     precision, precision_line = choose_precision("bf16" if options.precision == "auto" else options.precision, device)
     net, weights = trained_network(options.checkpoint, choose_scan(device, "auto")[0])
     print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}", flush=True)
+    write_whole(out / MADE_BY, json.dumps(_made_by(out) | dict.fromkeys(options.mode, how), indent=1).encode())
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision)
     batch = min(options.batch or (4 if device.type == "cpu" else 32), len(targets))

@@ -3,7 +3,7 @@
     python u2mamba_train.py            the reference run: the constants below
     python u2mamba_train.py fast       the same network and loss, engineered for speed and quality
     python u2mamba_train.py demo       a small made data set and the small network: minutes on a laptop's CPU
-    python u2mamba_train.py finetune --pretrained u2net.pth   goes on from weights, on pairs of your own
+    python u2mamba_train.py finetune --data_dir my_pairs      goes on from weights, on pairs of your own
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
     torchrun --nproc_per_node=4 u2mamba_train.py   the same on four GPUs
@@ -48,49 +48,49 @@ class Config:
     # the run
     model_name: str = "u2net"  # folder of the checkpoints under saved_models/
     saved_models: str = "saved_models"  # where the runs' folders are
-    seed: int = 0  # of the weights, the order and the crops
+    seed: int = 0  # of the weights at the start, the order of the pairs and the crops
     deterministic: bool = False  # the same seed, the same bits on a GPU too, at some speed; on a CPU it is so anyway
     # auto: goes on from last.pth when the constants agree; anyway: also when they do not; never: starts anew
     resume: Literal["auto", "anyway", "never"] = "auto"
 
     # the network
-    arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # p: the small one
-    mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in the RSUs
+    arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # without or with Mamba; p: the small one
+    mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in each block
     mamba_residual: bool = True  # h + mamba(h), or mamba(h) alone
     mamba_directions: int = 1  # 2: a second Mamba reads the tokens from the end
-    mamba_zero: bool = False  # out_proj starts at zero, and so the network as plain U²-Net
-    scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"
+    mamba_zero: bool = False  # Mamba layers start by adding nothing, and so the network as plain U²-Net
+    scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"  # of Mamba; auto: the fastest
     pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
     # the data
-    data_dir: str = "train_data"
-    tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir
-    tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"  # under data_dir
+    data_dir: str = "train_data"  # folder in which the next two are
+    tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir: the images
+    tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"  # under data_dir: their masks, of the same names
     rescale: int = 320  # pixels: every pair is squashed to this square
     crop: int = 288  # pixels: then cut to this square at random
-    flip_upside_down: float = 0.5  # probability
+    flip_upside_down: float = 0.5  # probability that a pair is turned upside down
     crop_early: int = 0  # pixels in the first part of the run, where small pictures teach as much in less time; 0: crop
-    early: float = 0.6  # that part, as a share of the epochs
+    early: float = 0.6  # share of the epochs that crop_early is for
     window: float = 0.0  # smallest share of a picture's sides that is cut out and brought to crop; 0: crop as it is
-    rotate: float = 0.0  # degrees either way; with this or the next two and no window, of whole pictures
+    rotate: float = 0.0  # degrees either way; with this or colour or paste, and no window, whole pictures are taken
     colour: float = 0.0  # share by which brightness, contrast and saturation change
     paste: float = 0.0  # probability that another picture's object is put in
-    mirror: float = 0.0  # probability; 0 because im_aug may already hold mirrored copies
+    mirror: float = 0.0  # probability that a pair is mirrored; 0 because im_aug may already hold mirrored copies
     cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
-    num_workers: int = 4  # threads that read and decode where they do not
+    num_workers: int = 4  # threads that read and decode pairs where the cache does not fit
     # the training
     overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
     batch_size_train: int = 12  # pairs a step and GPU
     accumulate: int = 1  # parts that a batch goes through the network in, one by one, where memory is short
     whole_batches: bool = False  # leave out the pairs at an epoch's end that do not fill one
-    batch_size_val: int = 12
-    optimizer: Literal["adam", "adamw"] = "adam"
+    batch_size_val: int = 12  # held-out pairs at a time
+    optimizer: Literal["adam", "adamw"] = "adam"  # adamw: weight decay apart from the gradient
     iou_loss: float = 0.0  # weight of 1 - soft IoU of each output beside its BCE
-    edge_loss: float = 0.0  # weight of each output's BCE once more, there by how near the mask's edge is
-    lr: float = 1e-4
+    edge_loss: float = 0.0  # weight of each output's BCE once more, counted near the mask's edges only
+    lr: float = 1e-4  # learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
     warmup: int = 0  # iterations of rising learning rate
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of convolutions and matrices
     sync_batch_norm: bool = False  # several GPUs: normalise by the batches of all instead of each by its own
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
     ema_decay: float = 0.0  # of the averaged weights, per iteration; 0: no average
@@ -106,8 +106,8 @@ class Config:
     keep_checkpoints: int = 0  # weight files that stay, the newest; 0: all
     save_minutes: float = 5.0  # most minutes between two writings of last.pth
     # the machine
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    gpu: int = 0  # which one, where there are several; of several processes, the first one's
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best there is
+    gpu: int = 0  # number of the GPU, where there are several; of several processes, the first one's
 
 
 FAST = Config(
@@ -123,7 +123,7 @@ PRESETS = {
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,
-        flip_upside_down=0.0, mirror=0.5,
+        flip_upside_down=0.0, mirror=0.5, arch="u2mambap", pretrained="saved_models/u2mambap.pth",
     ),
     "demo": Config(
         model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",
@@ -190,7 +190,7 @@ def run(cfg: Config, world: World) -> int:
             make_demo(cfg.data_dir)
         image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
         if not image_dir.is_dir() and not mask_dir.is_dir():
-            raise UserError(f"there is no {image_dir}\n{HOW_TO_GET_DATA}")
+            raise UserError(f"data_dir and tra_image_dir: there is no folder {image_dir}\n{HOW_TO_GET_DATA}")
         lock = checkpoint.open_folder(folder) if world.is_first else None  # noqa: F841 - held until the process ends
         data = open_data(
             image_dir, mask_dir, cfg.cache, size=cfg.rescale, need=world.size, workers=cfg.num_workers,
@@ -234,7 +234,8 @@ def run(cfg: Config, world: World) -> int:
     if saved:
         progress = resume.go_on(saved, found, net, step, constants)
         if progress.epoch >= cfg.epoch_num:
-            print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num goes on from it")
+            more = "" if cfg.lr_schedule == "constant" else ", with --resume anyway,"
+            print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num{more} goes on from it")
             return EXIT_DONE
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
     else:
@@ -288,7 +289,7 @@ def run(cfg: Config, world: World) -> int:
             stopped = world.largest(stop.exit_code)  # a signal to one process ends all at the same iteration
             report.count(rows, batch.wait)
 
-            if progress.iteration % cfg.log_frq == 0:
+            if progress.iteration % cfg.log_frq == 0 or progress.iteration == total:
                 means = step.read()
                 report.training_line(
                     epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)

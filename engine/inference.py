@@ -22,18 +22,23 @@ SHIPPED = Path(__file__).parents[1] / "saved_models"  # small weights come with 
 GRAPHS = 4  # batch shapes kept as CUDA graphs; more of them run eagerly
 
 
-def trained_network(checkpoint: str = "", backend: str = "auto") -> tuple[nn.Module, Path]:
-    """The network of a checkpoint, in eval mode, and the file that it came from; "" is the newest that ships.
-
-    Raises UserError where there is none, CheckpointError for one that is not of this project's networks.
-    """
+def weights_path(checkpoint: str = "") -> Path:
+    """The file that `checkpoint` names; "" is the newest that ships. Raises UserError where none does."""
     shipped = sorted(SHIPPED.glob("u2mambap*.pth"))
     if not checkpoint and not shipped:
         raise UserError(
             "no weights: give --checkpoint PATH, of your own run, of `python u2mamba_train.py demo` "
             "(saved_models/demo/best.pth, minutes), or U-2-Net's public u2netp.pth (github.com/xuebinqin/U-2-Net)"
         )
-    path = Path(checkpoint) if checkpoint else shipped[-1]
+    return Path(checkpoint) if checkpoint else shipped[-1]
+
+
+def trained_network(checkpoint: str = "", backend: str = "auto") -> tuple[nn.Module, Path]:
+    """The network of a checkpoint (`weights_path`), in eval mode, and the file that it came from.
+
+    Raises UserError where there is none, CheckpointError for one that is not of this project's networks.
+    """
+    path = weights_path(checkpoint)
     return build_network(load_weights(path), path, backend), path
 
 

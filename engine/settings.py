@@ -30,7 +30,7 @@ LIMITS = {  # a training constant: (least, most)
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
     "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "keep_checkpoints", "deterministic", "device", "gpu", "processes", "val_frq",
+    "keep_checkpoints", "accumulate", "deterministic", "device", "gpu", "processes", "val_frq",
 }  # fmt: skip
 MAY_DIFFER = MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}  # between the processes of a run
 

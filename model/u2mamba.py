@@ -99,9 +99,13 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
     unfit = [k for k in state_dict if k not in own or own[k].shape != state_dict[k].shape]
     missing = [k for k in own if k not in set(matched) and ".mamba" not in k]
     if missing:
+        first = state_dict.get("stage1.rebnconv1.conv_s1.weight")
+        fits = "u2net.pth fits U2NET and U2MAMBA, u2netp.pth U2NETP and U2MAMBAP"
+        if first is not None and first.shape != own["stage1.rebnconv1.conv_s1.weight"].shape:
+            fits = "they fit arch = " + ("u2netp and u2mambap" if first.shape[0] == 16 else "u2net and u2mamba")
         raise ValueError(
             f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
-            f"another shape, first {missing[0]}; u2net.pth fits U2NET and U2MAMBA, u2netp.pth U2NETP and U2MAMBAP"
+            f"another shape, first {missing[0]}; {fits}"
         )
     if any(".mamba" in k for k in new) and any(k.endswith(".no_residual") for k in own):
         raise ValueError("Mamba layers without a residual (mamba_residual = False) cannot begin as a plain U²-Net")

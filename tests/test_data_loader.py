@@ -554,6 +554,22 @@ def test_cache_is_filled_stored_read_and_made_again(tmp_path):
     assert len(list(tmp_path.glob(".cache_32_*"))) == 1
 
 
+def test_folders_that_changed_places_and_pairs_of_which_none_is_held_out(tmp_path):
+    images, masks = make_folders(tmp_path)
+    rng = np.random.default_rng(0)
+    for path in images.iterdir():  # as photographs are: mostly neither black nor white
+        Image.fromarray(rng.normal(120, 40, (60, 80, 3)).clip(0, 255).astype(np.uint8)).save(path)
+    assert "changed places" not in quiet_open(images, masks)[1]
+    data, said = quiet_open(masks, images)
+    assert "data: warning: 6 masks are grey pictures: have the two folders changed places?" in said
+    assert ("warning: the names of these pairs hold none out" in said) == (len(data.val) == 0)
+    held_out = next(f"x{i}" for i in range(1000) if is_held_out(f"x{i}"))
+    for path in (*images.iterdir(), *masks.iterdir()):
+        path.rename(path.with_stem(path.stem if path.stem != "p000" else held_out))
+    data, said = quiet_open(images, masks)
+    assert len(data.val) == 1 and "hold none out" not in said
+
+
 def test_cache_that_cannot_be_stored_or_does_not_fit(tmp_path, monkeypatch):
     images, masks = make_folders(tmp_path, 3)
     (tmp_path / "file").write_text("")

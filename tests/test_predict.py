@@ -23,7 +23,7 @@ from engine.predict import PixelBudget, at_size
 from engine.run import UserError
 from engine.workers import in_order
 from model import U2NETP
-from u2mamba_test import MODES, Options, run
+from u2mamba_test import MADE_BY, MODES, Options, run
 from u2mamba_train import ARCHS
 
 SIZE = 48
@@ -73,7 +73,8 @@ def predict(checkpoint, tmp_path):
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != MADE_BY)
+    return sorted(p.relative_to(folder).as_posix() for p in found)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -184,6 +185,24 @@ def test_folders_are_kept_and_what_is_done_is_skipped(photos, predict, tmp_path,
     assert [p.stat().st_mtime_ns for p in sorted((out / "soft").rglob("*.png"))] == times
     assert predict(photos, out=str(out), overwrite=True) == 0
     assert all(p.stat().st_mtime_ns not in times for p in (out / "soft").rglob("*.png"))
+
+
+def test_maps_of_other_weights_do_not_pass_for_done(photos, predict, checkpoint, tmp_path):
+    assert predict(photos) == 0
+    before = {name: pixels(tmp_path / "out" / name) for name in files(tmp_path / "out")}
+    state = torch.load(checkpoint, weights_only=True)
+    state["outconv.weight"] *= -1  # the opposite of each map
+    other = str(tmp_path / "other.pth")
+    torch.save(state, other)
+    for more, was in (({"checkpoint": other}, "weights"), ({"size": 96}, "size"), ({"tta": True}, "tta False")):
+        with pytest.raises(UserError, match=rf"soft holds maps made otherwise \({was}.*--overwrite"):
+            predict(photos, **more)
+    with pytest.raises(UserError, match=r"nope\.pth: there is no such checkpoint"):  # though there is nothing to do
+        predict(photos, checkpoint=str(tmp_path / "nope.pth"))
+    assert predict(photos, checkpoint=other, mode=("binary",)) == 0  # each mode by itself
+    assert predict(photos, checkpoint=other, overwrite=True) == 0
+    assert all(not np.array_equal(pixels(tmp_path / "out" / name), kept) for name, kept in before.items())
+    assert predict(photos, checkpoint=other) == 0
 
 
 def test_patterns_and_the_same_file_twice(photos, predict, tmp_path, capsys):
@@ -308,7 +327,7 @@ def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
-    written = [p for p in out.rglob("*") if p.is_file()]
+    written = [out / name for name in files(out)]
     assert 0 < len(written) < 60
     assert all(pixels(p).shape[:2] == (400, 600) for p in written)  # whole; none has a temporary name
 

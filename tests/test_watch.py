@@ -109,7 +109,9 @@ def test_a_run_starts_anew_from_its_own_best_weights(run, tmp_path):
     assert storage.same(torch.load(tmp_path / "tiny" / "best_1.pth", weights_only=True), kept)
 
 
-@pytest.mark.parametrize(("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "u2netp.pth U2NETP")])
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "they fit arch = u2net and u2mamba")]
+)
 def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
     weights, kept = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth"
     kept.parent.mkdir()
