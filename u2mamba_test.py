@@ -176,30 +176,29 @@ def write(found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshol
     return None
 
 
-def _how(options: Options) -> dict:
-    """What makes the maps what they are, as it is kept beside them."""
+def _how(options: Options) -> dict[str, dict]:
+    """mode -> what makes its maps what they are, as it is kept beside them."""
     weights = weights_path(options.checkpoint)
     if not weights.is_file():
         raise UserError(f"{weights}: there is no such checkpoint")
-    checksum = crc32(weights.read_bytes())
-    how = {"weights": weights.name, "crc32": checksum, "size": options.size, "tta": options.tta}
-    return how | {"threshold": options.threshold}
+    how = {"weights": weights.name, "crc32": crc32(weights.read_bytes()), "size": options.size, "tta": options.tta}
+    return {m: how | ({"threshold": options.threshold} if m == "binary" else {}) for m in options.mode}
 
 
-def _made_by(out: Path) -> dict:
-    """mode -> how its maps in `out` were made; without those of which nothing is known."""
+def _made_by(out: Path) -> dict[str, dict]:
+    """What `_how` said of the maps that are in `out` already; nothing where that is not known."""
     try:
         known = json.loads((out / MADE_BY).read_text())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return {m: how for m, how in known.items() if isinstance(how, dict)} if isinstance(known, dict) else {}
 
 
-def _refuse_others(out: Path, modes: Iterable[str], how: dict) -> None:
+def _refuse_others(out: Path, how: dict[str, dict]) -> None:
     """Raises UserError where `out` holds maps of those modes that were made otherwise, which would pass for done."""
     for mode, before in _made_by(out).items():
-        if mode in modes and before != how:
-            was = ", ".join(f"{key} {value}" for key, value in dict(before).items() if value != how.get(key))
+        if before != how.get(mode, before):
+            was = ", ".join(f"{key} {value}" for key, value in before.items() if value != how[mode].get(key))
             raise UserError(f"{out / mode} holds maps made otherwise ({was}): give another --out, or --overwrite")
 
 
@@ -214,7 +213,7 @@ def run(options: Options) -> int:
     sources, how = find_images(options.inputs, out), _how(options)
     targets = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in options.mode} for s in sources}
     if not options.overwrite:
-        _refuse_others(out, options.mode, how)
+        _refuse_others(out, how)
         targets = {s: {m: path for m, path in t.items() if not path.exists()} for s, t in targets.items()}
     targets = {s: t for s, t in targets.items() if t}
     print(f"images: {len(sources):,}, of which {len(sources) - len(targets):,} are done and skipped (--overwrite)")
@@ -226,7 +225,7 @@ def run(options: Options) -> int:
     precision, precision_line = choose_precision("bf16" if options.precision == "auto" else options.precision, device)
     net, weights = trained_network(options.checkpoint, choose_scan(device, "auto")[0])
     print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}", flush=True)
-    write_whole(out / MADE_BY, json.dumps(_made_by(out) | dict.fromkeys(options.mode, how), indent=1).encode())
+    write_whole(out / MADE_BY, json.dumps(_made_by(out) | how, indent=1).encode())
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision)
     batch = min(options.batch or (4 if device.type == "cpu" else 32), len(targets))

@@ -314,9 +314,10 @@ def leaves(*values):
     "shape", [(2, 16, 9, 7), (1, 64, 3, 33), (3, 5, 1, 4)] + [(12, 64, 288, 288), (5, 128, 71, 73)] * GPU, ids=str
 )
 def test_side_output(shape, weight_format, dtype, monkeypatch):
-    """Three programs share out up to 100 pixels each way: borders of images and of tiles inside a tile."""
+    """Borders of images inside a tile, and backward several tiles a program."""
     if not GPU:
-        monkeypatch.setattr(side, "PIXELS", 16)
+        for name, value in (("PIXELS", 16), ("PIXELS_BACK", 16), ("PROGRAMS", 1)):
+            monkeypatch.setattr(side, name, value)
     x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=LAST)
     weight = (torch.randn(1, shape[1], 3, 3, device=DEVICE) / 9).to(dtype).contiguous(memory_format=weight_format)
     mine, wide = leaves(x, weight, torch.randn(1, device=DEVICE))

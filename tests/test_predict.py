@@ -200,6 +200,9 @@ def test_maps_of_other_weights_do_not_pass_for_done(photos, predict, checkpoint,
     with pytest.raises(UserError, match=r"nope\.pth: there is no such checkpoint"):  # though there is nothing to do
         predict(photos, checkpoint=str(tmp_path / "nope.pth"))
     assert predict(photos, checkpoint=other, mode=("binary",)) == 0  # each mode by itself
+    with pytest.raises(UserError, match=r"binary holds maps made otherwise \(threshold 0.5\)"):
+        predict(photos, checkpoint=other, mode=("binary",), threshold=0.4)
+    assert predict(photos, threshold=0.4) == 0  # of which a soft map knows nothing
     assert predict(photos, checkpoint=other, overwrite=True) == 0
     assert all(not np.array_equal(pixels(tmp_path / "out" / name), kept) for name, kept in before.items())
     assert predict(photos, checkpoint=other) == 0
