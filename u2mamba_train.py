@@ -289,7 +289,7 @@ def run(cfg: Config, world: World) -> int:
             stopped = world.largest(stop.exit_code)  # a signal to one process ends all at the same iteration
             report.count(rows, batch.wait)
 
-            if progress.iteration % cfg.log_frq == 0 or progress.iteration == total:
+            if progress.iteration % cfg.log_frq == 0 or progress.iteration in (1, total):
                 means = step.read()
                 report.training_line(
                     epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)

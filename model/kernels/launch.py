@@ -70,7 +70,8 @@ def _build_launcher(kernel) -> None:
     are, get each other's functions: Python copies those of a module loaded before into the one loaded last
     (`_imp.create_dynamic`, single-phase initialisation).
     """
-    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+    with contextlib.suppress(Exception):  # it only saves time: what is wrong with a kernel, loading it will say
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 @functools.cache
