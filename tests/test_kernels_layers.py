@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 
@@ -465,6 +466,24 @@ def run(code_or_args, **environment):
         timeout=300,
         check=False,
     )
+
+
+@pytest.mark.skipif(INTERPRET, reason="once is enough")
+def test_kernels_are_loaded_by_the_thread_that_launches_them(monkeypatch):
+    """Another thread's current GPU is number 0, and threads that load launchers side by side mix them up."""
+    launch = import_module("model.kernels.launch")
+    if launch.triton is None:
+        pytest.skip("without Triton nothing is compiled")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded_by = []
+
+    class Kernel:
+        src = metadata = None
+        run = property(lambda self: loaded_by.append(threading.get_ident()))
+
+    with launch.compile_only():
+        launch._compiling.extend((Kernel(), Kernel()))
+    assert loaded_by == [threading.get_ident()] * 2
 
 
 @pytest.mark.skipif(INTERPRET or GPU, reason="is what runs this, or the GPU runs the same tests")
