@@ -34,7 +34,7 @@ from data_check import BadFile, Unpaired, read_image, read_map, read_mask, some_
 from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at
 from engine.output import check_folder, write_whole
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
-from engine.settings import check_settings
+from engine.settings import check_input_size, check_settings, input_size
 from engine.workers import worker_pool
 
 WORST = 20  # images on the sheet
@@ -71,7 +71,7 @@ class Config:
     stretch: bool = False  # stretch each map to its own minimum and maximum first
     workers: int = 0  # processes for the metrics; 0: one for each core
     # with --checkpoint
-    size: int = 320  # pixels: images are squashed to this square, as in training
+    size: int = 0  # pixels: images are squashed to this square; 0: as the weights were trained, 320 if unknown
     batch: int = 8  # images at a time through the network
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -79,7 +79,7 @@ class Config:
     speed: bool = False  # measure the network's images a second and peak memory
 
 
-LIMITS = {"size": (32, 4096), "batch": (1, 4096), "workers": (0, 1024), "gpu": (0, 1024)}
+LIMITS = {"size": (0, 4096), "batch": (1, 4096), "workers": (0, 1024), "gpu": (0, 1024)}
 
 
 def names_of(cfg: Config) -> list[str]:
@@ -97,6 +97,7 @@ def names_of(cfg: Config) -> list[str]:
 def check(cfg: Config) -> None:
     """Raises UserError for what does not go together."""
     check_settings(cfg, LIMITS)
+    check_input_size(cfg.size)
     if bool(cfg.checkpoint) == bool(cfg.pred):
         raise UserError("give either --checkpoint with --image (maps are made), or --pred (maps are read)")
     if not cfg.gt or (cfg.checkpoint and not cfg.image):
@@ -120,10 +121,11 @@ def score_sets(cfg: Config) -> list[tuple[SetScores, Unpaired, list[Item], dict[
         from engine import maps  # here, for worker processes import what stands at the top, and torch takes seconds
 
         predict, line = maps.open_network(Path(cfg.checkpoint), cfg.device, cfg.gpu, cfg.precision)
-        print(line, flush=True)
+        size = input_size(cfg.size, Path(cfg.checkpoint))
+        print(f"{line}; {size}x{size}", flush=True)
         if cfg.speed:
             speed = dict(
-                zip(("img_s", "memory_GiB"), maps.measure_speed(predict, sets[0][1], cfg.size, cfg.batch), strict=True)
+                zip(("img_s", "memory_GiB"), maps.measure_speed(predict, sets[0][1], size, cfg.batch), strict=True)
             )
     results = []
     images = sum(len(items) for _, items, _ in sets)
@@ -131,7 +133,7 @@ def score_sets(cfg: Config) -> list[tuple[SetScores, Unpaired, list[Item], dict[
         for scores, items, unpaired in sets:
             source: Iterable[Item] = items
             if predict:
-                source = maps.maps_of(items, predict, cfg.size, cfg.batch, scores.bad)
+                source = maps.maps_of(items, predict, size, cfg.batch, scores.bad)
             worst = []
             for item, result in tqdm(
                 evaluate(source, pool, cfg.stretch), scores.name, len(items), unit="img", disable=None, leave=False

@@ -37,7 +37,7 @@ from engine.inference import Predictor, trained_network, weights_path
 from engine.output import check_folder, write_whole
 from engine.predict import THREADS, Map, Source, at_size, budget, compute_maps
 from engine.run import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from engine.settings import check_settings
+from engine.settings import check_input_size, check_settings, input_size
 from engine.workers import in_order
 
 # soft: 8-bit grey; binary: 0 and 255; rgba: the image with the map as alpha; overlay: what is not the object goes grey
@@ -55,7 +55,7 @@ class Options:
     checkpoint: str = ""  # weights; default: the small network's that ship in saved_models/
     out: str = "maps"  # folder
     mode: tuple[Literal["soft", "binary", "rgba", "overlay", "sheet"], ...] = ("soft",)  # one or several
-    size: int = 320  # pixels: what the network sees is the image squashed to this square
+    size: int = 0  # pixels: the image is squashed to this square; 0: as the weights were trained, 320 if unknown
     batch: int = 0  # images through the network at a time; 0: 4 on a CPU, 32 on a GPU
     threshold: float = 0.5  # of "binary"
     tta: bool = False  # the mean with the mirrored image's map: twice the time
@@ -64,7 +64,7 @@ class Options:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the machine is made for it
 
 
-LIMITS = {"size": (32, 4096), "batch": (0, 4096), "threshold": (0, 1)}
+LIMITS = {"size": (0, 4096), "batch": (0, 4096), "threshold": (0, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------- finding
@@ -181,7 +181,8 @@ def _how(options: Options) -> dict[str, dict]:
     weights = weights_path(options.checkpoint)
     if not weights.is_file():
         raise UserError(f"{weights}: there is no such checkpoint")
-    how = {"weights": weights.name, "crc32": crc32(weights.read_bytes()), "size": options.size, "tta": options.tta}
+    size, checksum = input_size(options.size, weights), crc32(weights.read_bytes())
+    how = {"weights": weights.name, "crc32": checksum, "size": size, "tta": options.tta}
     return {m: how | ({"threshold": options.threshold} if m == "binary" else {}) for m in options.mode}
 
 
@@ -205,6 +206,7 @@ def _refuse_others(out: Path, how: dict[str, dict]) -> None:
 def run(options: Options) -> int:
     """The whole of it; returns the exit code."""
     check_settings(options, LIMITS)
+    check_input_size(options.size)
     begun, out = time.monotonic(), Path(options.out)
     if not options.mode:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
@@ -224,7 +226,8 @@ def run(options: Options) -> int:
     device, device_line = choose_device(options.device)
     precision, precision_line = choose_precision("bf16" if options.precision == "auto" else options.precision, device)
     net, weights = trained_network(options.checkpoint, choose_scan(device, "auto")[0])
-    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}", flush=True)
+    size = input_size(options.size, weights)
+    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
     write_whole(out / MADE_BY, json.dumps(_made_by(out) | how, indent=1).encode())
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision)
@@ -232,7 +235,7 @@ def run(options: Options) -> int:
 
     aside, pool = 0, ThreadPoolExecutor(THREADS)
     try:
-        maps = compute_maps(predict, targets, pool, options.size, batch, options.tta)
+        maps = compute_maps(predict, targets, pool, size, batch, options.tta)
         written = in_order(pool, lambda found: write(found, targets, options.threshold), maps, 2 * batch + THREADS)
         for _, failure in tqdm(written, total=len(targets), unit="img", disable=None):
             if failure:

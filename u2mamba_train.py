@@ -243,6 +243,8 @@ def run(cfg: Config, world: World) -> int:
             print(checkpoint.start_from(net, Path(cfg.pretrained)))
         if world.is_first:
             resume.put_aside(folder)
+    if world.is_first:
+        resume.keep_constants(folder, constants)
     used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)

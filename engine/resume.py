@@ -1,6 +1,7 @@
 """Where a run stands and goes on: from the newest checkpoint that is whole and was made with the same constants."""
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,9 +13,10 @@ from torch import nn
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Damaged
+from engine.output import write_whole
 from engine.report import best_in_log
 from engine.run import UserError
-from engine.settings import MAY_CHANGE, differences
+from engine.settings import CONSTANTS, MAY_CHANGE, differences
 from engine.step import TrainStep
 
 MEND = "move it away, or give --resume never"
@@ -99,9 +101,18 @@ def go_on(
         return progress
 
 
+def keep_constants(folder: Path, constants: Mapping[str, Any]) -> None:
+    """Leaves the run's constants where a reader, and whoever opens its weights, finds them."""
+    try:
+        write_whole(folder / CONSTANTS, json.dumps(constants, indent=1).encode())
+    except UserError as error:
+        print(f"warning: {error}; training goes on")
+
+
 def put_aside(folder: Path) -> None:
     """Renames what an earlier run left in `folder`, under a number."""
-    files = [folder / name for name in ("last.pth", "last_before.pth", "best.pth", "log.csv", "tensorboard")]
+    names = ("last.pth", "last_before.pth", "best.pth", "log.csv", CONSTANTS, "tensorboard")
+    files = [folder / name for name in names]
     files = [f for f in (*files, *(path for _, path in checkpoint.weight_files(folder))) if f.exists()]
     number = 1
     while any(f.with_stem(f"{f.stem}_{number}").exists() for f in files):

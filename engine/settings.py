@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from engine.run import UserError
 
 C = TypeVar("C")
 
+CONSTANTS = "constants.json"  # in a run's folder
 SMALLEST = 33  # pixels: the deepest maps of 32 are one pixel, which batch norm cannot normalise in a batch of one
 LIMITS = {  # a training constant: (least, most)
     "rescale": (SMALLEST, 4096), "crop": (SMALLEST, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1),
@@ -100,6 +102,25 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def input_size(wanted: int, weights: Path) -> int:
+    """Pixels of the square that a network sees: `wanted`, or for 0 what the weights were trained at, by the constants
+    that their run has left beside them, else 320."""
+    if wanted:
+        return wanted
+    try:
+        trained = json.loads((weights.parent / CONSTANTS).read_text())["rescale"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 320
+    least, most = LIMITS["rescale"]
+    return trained if isinstance(trained, int) and least <= trained <= most else 320
+
+
+def check_input_size(size: int) -> None:
+    """Raises UserError for one that `input_size` takes and no network does."""
+    if 0 < size < 32:
+        raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the size of the training")
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from engine.run import UserError
-from engine.settings import check_settings, differences, read_settings
+from engine.settings import CONSTANTS, check_settings, differences, input_size, read_settings
 
 
 @dataclass
@@ -81,3 +81,21 @@ def test_unusable_words_end_with_code_2(argv, capsys):
 def test_differences_name_both_values_and_skip_what_may_change():
     a, b = {"lr": 1, "gpu": 0, "sizes": [1, 2]}, {"lr": 2, "gpu": 1, "sizes": (1, 2), "new": 3}
     assert differences(a, b, {"gpu"}) == ["lr: 1 -> 2", "new: None -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "size"),
+    [
+        ('{"rescale": 96}', 96),
+        (None, 320),
+        ("{", 320),
+        ('{"rescale": "96"}', 320),
+        ('{"rescale": 7}', 320),
+        ("[]", 320),
+    ],
+)
+def test_size_of_the_training_is_found_beside_the_weights(kept, size, tmp_path):
+    if kept:
+        (tmp_path / CONSTANTS).write_text(kept)
+    assert input_size(0, tmp_path / "best.pth") == size
+    assert input_size(224, tmp_path / "best.pth") == 224

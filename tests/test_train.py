@@ -1,6 +1,7 @@
 """The real script, tiny, as a process: its lines, its files, stopping and going on, and what a user can do wrong."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.settings import CONSTANTS, input_size
 from model import U2NETP
 
 SCRIPT = Path(__file__).parents[1] / "u2mamba_train.py"
@@ -140,6 +142,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_not(finished, data, tm
     assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
     a, b = weights(tmp_path / "tiny"), weights(tmp_path / "other")
     assert not torch.equal(a["side1.weight"], b["side1.weight"])
+
+
+def test_the_constants_are_kept_beside_the_weights(finished, data):
+    assert input_size(0, finished[0] / "best.pth") == 48
+    kept = json.loads((finished[0] / CONSTANTS).read_text())
+    assert (kept["arch"], kept["lr"], kept["data_dir"]) == ("u2mambap", 1e-4, str(data))
 
 
 def test_a_finished_run_says_so_and_changes_nothing(finished, data):
