@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 import data_loader
 from benchmarks.hardware import lines
+from benchmarks.scan import gpu_ms, replay
 from data_check import DataError
 from data_loader import Changes, RandomCrop, RescaleT, SalObjDataset, ToTensorLab, batches, epoch_plan, open_data
 from data_reference import Sample
@@ -110,33 +111,20 @@ def on_gpu(source: data_loader.DataSource) -> None:
     """Time of one augmented batch made from a cache in GPU memory, launched one by one and replayed from a graph."""
     if not source.cache.images.is_cuda:
         return
-    images, masks = source.cache.images, source.cache.masks
-    plan = epoch_plan(len(source), epoch=0, seed=0, numbers=True)
-    recipe = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste)
-    for size, changes in itertools.product((12, 32), (None, recipe)):
-        rows = plan.repeat(-(-size // len(plan)), 1)[:size].cuda()
+    for size, changed in itertools.product((12, 32), (False, True)):
+        make = augmenting(source.cache.images, source.cache.masks, size, changed)
+        words = f"GPU, batch {size}, {'changed as in fast' if changed else 'as published'}"
+        times = [f"{gpu_ms(way, RUNS):.3f} ms" for way in (make, replay(make))]
+        print(f"{words}: augment {times[0]}, in a CUDA graph {times[1]}; {torch.cuda.get_device_name()}")
 
-        def make(rows: torch.Tensor = rows, changes: Changes | None = changes) -> None:
-            data_loader.augment(images, masks, rows, channels_last=True, changes=changes)
 
-        make()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            make()
-        line = []
-        for way in (make, graph.replay):
-            times = []
-            for _ in range(50):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                way()
-                end.record()
-                torch.cuda.synchronize()
-                times.append(start.elapsed_time(end))
-            line.append(f"{statistics.median(times):.3f} ms ({min(times):.3f}-{max(times):.3f})")
-        words = f"GPU, batch {size}, {'changed as in fast' if changes else 'as published'}"
-        print(f"{words}: augment {line[0]}, in a CUDA graph {line[1]}; {torch.cuda.get_device_name()}")
+def augmenting(images: torch.Tensor, masks: torch.Tensor, size: int, changed: bool) -> Callable[[], object]:
+    """What makes a batch of `size` pictures from a cache (PairCache's tensors), as published or as `fast` does."""
+    count, side = images.shape[:2]
+    plan = epoch_plan(count, epoch=0, seed=0, rescale=side, crop=FAST.crop, numbers=True)
+    rows = plan.repeat(-(-size // count), 1)[:size].to(images.device)
+    changes = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste) if changed else None
+    return lambda: data_loader.augment(images, masks, rows, FAST.crop, channels_last=True, changes=changes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every figure of speed by one command: the training step, the data's share of it, the scan, one image, the start.
+"""The figures of speed by one command: the training step, the data's share of it, the scan, one image, the start.
 
     python -m benchmarks.speed --repeat 2                  the table, twice
     python -m benchmarks.speed --data_dir train_data       the start with DUTS-TR instead of the demo's pairs
@@ -22,9 +22,8 @@ from statistics import median
 import torch
 import tyro
 
-from benchmarks import inference, scan, train_step
+from benchmarks import data, inference, scan, train_step
 from benchmarks.hardware import lines
-from data_augment import Changes, augment, epoch_plan
 from engine.device import choose_device
 from model.selective_scan import choose_backend
 from train_data.make_demo import make_demo
@@ -66,8 +65,8 @@ def step_rows(options: Options, device: torch.device) -> Iterator[str]:
         yield f"step, {place}, batch {batch}: published way {found[0]}; ours {found[1]}, scan {scan_word}"
         yield f"    {base / seconds:.1f} times the published way"
         if device.type == "cuda" and place == "bottleneck":
-            data = augment_ms(batch, device)
-            yield f"    augmenting its pictures as fast does: {data:.3f} ms, {data / 10 / seconds:.1f} % of the step"
+            ms = augment_ms(batch, device)
+            yield f"    augmenting its pictures as fast does: {ms:.3f} ms, {ms / 10 / seconds:.1f} % of the step"
 
 
 def augment_ms(batch: int, device: torch.device) -> float:
@@ -75,9 +74,7 @@ def augment_ms(batch: int, device: torch.device) -> float:
     shape = (PICTURES, FAST.rescale, FAST.rescale)
     images = torch.randint(256, (*shape, 3), dtype=torch.uint8, device=device)
     masks = torch.randint(2, shape, dtype=torch.uint8, device=device) * 255
-    plan = epoch_plan(PICTURES, 0, 0, FAST.rescale, FAST.crop, 0.0, FAST.mirror, numbers=True)[:batch].to(device)
-    changes = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste)
-    return scan.gpu_ms(scan.replay(lambda: augment(images, masks, plan, FAST.crop, True, changes)), runs=5)
+    return scan.gpu_ms(scan.replay(data.augmenting(images, masks, batch, changed=True)), runs=5)
 
 
 def scan_rows(options: Options) -> Iterator[str]:

@@ -562,7 +562,7 @@ def test_folders_that_changed_places_and_pairs_of_which_none_is_held_out(tmp_pat
     assert "changed places" not in quiet_open(images, masks)[1]
     data, said = quiet_open(masks, images)
     assert "data: warning: 6 masks are grey pictures: have the two folders changed places?" in said
-    assert ("warning: the names of these pairs hold none out" in said) == (len(data.val) == 0)
+    assert "warning: the names of these pairs hold none out" in said and len(data.val) == 0  # p000 to p005
     held_out = next(f"x{i}" for i in range(1000) if is_held_out(f"x{i}"))
     for path in (*images.iterdir(), *masks.iterdir()):
         path.rename(path.with_stem(path.stem if path.stem != "p000" else held_out))

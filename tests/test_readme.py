@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.settings import LIMITS, check_settings, check_together, read_settings
+from engine.settings import LIMITS, check_together, read_settings
 from u2mamba_train import PRESETS, Config
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,4 @@ def test_the_trainer_takes_its_commands():
     given = {words for words in commands if words.startswith((" --", *(f" {preset}" for preset in PRESETS)))}
     assert len(given) >= 10, given
     for words in given:
-        cfg = read_settings(Config(), PRESETS, LIMITS, words.split())
-        check_settings(cfg, LIMITS)
-        check_together(cfg)
+        check_together(read_settings(Config(), PRESETS, LIMITS, words.split()))
