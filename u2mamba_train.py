@@ -37,7 +37,7 @@ from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, r
 from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
-from model.kernels import multi_bce
+from model.kernels import multi_loss
 from train_data.make_demo import make_demo
 
 # ------- 1. constants --------
@@ -134,13 +134,13 @@ PRESETS = {
 # ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
 
 
-def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
+def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean BCE of d0, ..., d6, each (B, 1, H, W) before the sigmoid, against masks in [0, 1] -> (7,).
 
     Their sum is U²-Net's loss (arXiv 2005.09007, equation 1, all weights 1). From logits and in fp32, because
-    sigmoid + BCELoss loses log(1 - p) under mixed precision.
+    sigmoid + BCELoss loses log(1 - p) under mixed precision. weights: of the pixels, as masks.
     """
-    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks) for d in logits])
+    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, weights) for d in logits])
 
 
 def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
@@ -150,15 +150,19 @@ def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     return 1 - ((both + 1) / (p.sum((2, 3, 4)) + masks.sum((1, 2, 3)) - both + 1)).mean(1)
 
 
-def edge_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
-    """BCE of d0, ..., d6 again, each pixel by 5 |mean of the mask in the 31x31 around it - mask| -> (7,).
-
-    The pixel weights of F3Net's loss (AAAI 2020, arXiv 1911.11445): edges and thin parts count more.
-    """
+def edge_weights(masks: Tensor) -> Tensor:
+    """5 |mean of the mask in 31x31 pixels around - the mask|: edges and thin parts (F3Net's, arXiv 1911.11445)."""
     around = F.avg_pool2d(masks, (31, 1), stride=1, padding=(15, 0), count_include_pad=False)
     around = F.avg_pool2d(around, (1, 31), stride=1, padding=(0, 15), count_include_pad=False)
-    near = 5 * (around - masks).abs()
-    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, near) for d in logits])
+    return 5 * (around - masks).abs()
+
+
+def total_loss(logits: tuple[Tensor, ...], masks: Tensor, iou: float, edge: float, fused: bool) -> Tensor:
+    """Of each output -> (7,), by the constants iou_loss and edge_loss. fused: the same in one kernel."""
+    weights = 1 + edge * edge_weights(masks) if edge else None
+    if fused:
+        return multi_loss(logits, masks, weights, iou)
+    return multi_bce_loss_fusion(logits, masks, weights) + (iou * soft_iou_loss(logits, masks) if iou else 0)
 
 
 def learning_rate(cfg: Config, iteration: int, done: float) -> float:
@@ -217,10 +221,8 @@ def run(cfg: Config, world: World) -> int:
     optimizer = algorithm(
         decayed_and_not(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
     )
-    bce = multi_bce if fused else multi_bce_loss_fusion  # the same in one kernel
-    terms = [(w, term) for w, term in ((1, bce), (cfg.iou_loss, soft_iou_loss), (cfg.edge_loss, edge_loss)) if w]
     step = TrainStep(
-        net, optimizer, lambda d, y: sum(w * term(d, y) for w, term in terms), device, precision, cfg.clip,
+        net, optimizer, lambda d, y: total_loss(d, y, cfg.iou_loss, cfg.edge_loss, fused), device, precision, cfg.clip,
         cfg.ema_decay, cfg.cuda_graph, fused, world, cfg.accumulate,
     )  # fmt: skip
     stop = StopSignal()  # until here a signal ends the process at once: there is nothing to save

@@ -8,6 +8,7 @@ the sizes are small and the comparison is fp32 NCHW eager against what `choose_p
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,8 @@ from engine.distributed import World
 from engine.parameters import decayed_and_not
 from engine.step import TrainStep
 from model import ARCHS
-from model.kernels import multi_bce
 from model.selective_scan import choose_backend
-from u2mamba_train import FAST, multi_bce_loss_fusion, soft_iou_loss
+from u2mamba_train import FAST, total_loss
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts
     "Mamba's norm and convolution": ("_layer_norm", "_conv_silu"),
@@ -75,9 +75,9 @@ def make_step(
     algorithm, decay = (torch.optim.AdamW, FAST.weight_decay) if recipe else (torch.optim.Adam, 0.0)
     optimizer = algorithm(decayed_and_not(net), lr=1e-4, weight_decay=decay, fused=True)
     graph = (reference_graph or not published) and device.type == "cuda"
-    bce = multi_bce if kernels else multi_bce_loss_fusion
-    loss = (lambda d, y: bce(d, y) + soft_iou_loss(d, y)) if recipe else bce
+    iou, edge = (FAST.iou_loss, FAST.edge_loss) if recipe else (0.0, 0.0)
     more = {"clip": FAST.clip, "ema_decay": FAST.ema_decay} if recipe else {}
+    loss = functools.partial(total_loss, iou=iou, edge=edge, fused=kernels)
     step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world, **more)
     words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
     words += ["fused kernels"] * kernels + [f"scan {backend}"] + ["recipe of fast"] * recipe

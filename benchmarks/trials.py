@@ -1,11 +1,9 @@
 """Loss terms and layers that `benchmarks.ablation` tries; what helps moves into the trainer, the rest stays here.
 
 A trial takes the place of one of the trainer's functions for the length of a run. The terms are added, with weight 1,
-to the soft IoU loss of each output d0, ..., d6.
+to the loss of each output d0, ..., d6.
 """
 
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
@@ -15,8 +13,7 @@ from torch.nn import functional as F
 
 import u2mamba_train
 from model import ARCHS
-from model.kernels import multi_bce
-from u2mamba_train import multi_bce_loss_fusion, soft_iou_loss
+from u2mamba_train import total_loss
 
 Outputs = tuple[Tensor, ...]
 
@@ -44,22 +41,15 @@ def kl_term(logits: Outputs, masks: Tensor) -> Tensor:
 
 
 def _with(term):
-    return patch.object(u2mamba_train, "soft_iou_loss", lambda d, y: soft_iou_loss(d, y) + term(d, y))
+    return patch.object(u2mamba_train, "total_loss", lambda d, y, *weights: total_loss(d, y, *weights) + term(d, y))
 
 
-def _sides_half(loss):
-    def weighted(logits: Outputs, masks: Tensor) -> Tensor:
-        each = loss(logits, masks)
+def _half_sides():
+    def weighted(logits: Outputs, masks: Tensor, *weights) -> Tensor:
+        each = total_loss(logits, masks, *weights)
         return torch.cat((each[:1], each[1:] * 0.5))
 
-    return weighted
-
-
-@contextlib.contextmanager
-def _half_sides() -> Iterator[None]:
-    losses = {"multi_bce": multi_bce, "multi_bce_loss_fusion": multi_bce_loss_fusion, "soft_iou_loss": soft_iou_loss}
-    with patch.multiple(u2mamba_train, **{name: _sides_half(loss) for name, loss in losses.items()}):
-        yield
+    return patch.object(u2mamba_train, "total_loss", weighted)
 
 
 def _dropping(share: float, layer, _, out: Tensor) -> Tensor:

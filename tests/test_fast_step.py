@@ -7,7 +7,7 @@ import torch
 
 from engine.step import EAGER_STEPS, TrainStep
 from model import U2MAMBAP
-from model.kernels import multi_bce
+from model.kernels import multi_loss
 from tests.test_step import script
 
 CUDA = torch.cuda.is_available()
@@ -20,7 +20,7 @@ def make(precision="fp32", kernels=False, graph=False, **options):
     net = U2MAMBAP()
     net.to(DEVICE, memory_format=torch.channels_last if kernels else torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
-    loss = multi_bce if kernels else script.multi_bce_loss_fusion
+    loss = multi_loss if kernels else script.multi_bce_loss_fusion
     return TrainStep(net, optimizer, loss, DEVICE, precision, kernels=kernels, graph=graph, **options)
 
 

@@ -369,24 +369,32 @@ def test_projection(tokens_first):
     grads_near(joined, mine, wide[0] @ wide[1], wide, torch.randn_like(joined))
 
 
-def loss_inputs(dtype=torch.float32, size=(50, 51), hard=False):
-    z = torch.randn(7, 3, 1, *size, device=DEVICE) * 5
+def loss_inputs(dtype=torch.float32, size=(50, 51), hard=False, n=3):
+    z = torch.randn(7, n, 1, *size, device=DEVICE) * 5
     z[0, 0, 0, 0, :8] = torch.tensor([0.0, 80, -80, 20, -20, 1e-9, 8, 16], device=DEVICE)
-    target = torch.rand(3, 1, *size, device=DEVICE)
+    target = torch.rand(n, 1, *size, device=DEVICE)
     target[1] = 0.0
     return z.to(dtype).requires_grad_(), target > 0.5 if hard else target
 
 
 @kernels
 @pytest.mark.parametrize(
-    ("dtype", "size", "hard"),
-    [(torch.float32, (50, 51), False), (torch.bfloat16, (16, 40), True)] + [(torch.bfloat16, (288, 288), False)] * GPU,
+    ("dtype", "size", "hard", "weighted", "iou"),
+    [
+        (torch.float32, (50, 51), False, False, 0.0),
+        (torch.float32, (50, 51), False, True, 0.7),
+        (torch.bfloat16, (16, 40), True, False, 1.0),
+        (torch.bfloat16, (16, 40), True, True, 0.0),
+    ]
+    + [(torch.bfloat16, (288, 288), False, True, 1.0)] * GPU,
 )
-def test_losses(dtype, size, hard):
-    z, target = loss_inputs(dtype, size, hard)
-    got = losses.multi_bce(list(z), target)
+@pytest.mark.parametrize("n", [3, 18])  # images: within one block of the last launch's, and more
+def test_losses(dtype, size, hard, weighted, iou, n):
+    z, target = loss_inputs(dtype, size, hard, n)
+    weights = torch.rand(n, 1, *size, device=DEVICE) * 3 if weighted else None
+    got = losses.multi_loss(list(z), target, weights, iou)
     wide = z.detach().double().requires_grad_()
-    want = losses.multi_bce_reference(wide, target)
+    want = losses.multi_loss_reference(wide, target, weights, iou)
     near(got, want, 1e-6)
     weights = torch.randn(7, device=DEVICE)
     for w in (torch.ones_like(weights), weights):
@@ -399,13 +407,13 @@ def test_losses(dtype, size, hard):
 def test_loss_of_certain_pixels_keeps_its_digits(logit):
     """log(1 + exp(-12)) = 6.1e-6 to six digits, where 1 + exp(-12) in fp32 has lost all but two."""
     z = torch.full((1, 1, 1, 4, 4), logit, device=DEVICE)
-    got = losses.multi_bce(z, (z[0] > 0).float()).double()
+    got = losses.multi_loss(z, (z[0] > 0).float()).double()
     torch.testing.assert_close(got, F.softplus(-z.abs()).double().mean()[None], rtol=1e-5, atol=0)
 
 
 def test_loss_names_shapes_that_differ():
     with pytest.raises(ValueError, match=r"\(2, 1, 4, 4\).*\(2, 1, 4, 5\)"):
-        losses.multi_bce(torch.zeros(7, 2, 1, 4, 4), torch.zeros(2, 1, 4, 5))
+        losses.multi_loss(torch.zeros(7, 2, 1, 4, 4), torch.zeros(2, 1, 4, 5))
 
 
 @kernels
@@ -420,7 +428,8 @@ def test_operators_are_registered_right(monkeypatch):
     check(upsample._cat, (x.requires_grad_(), images(2, 8, 9, 12).requires_grad_()))
     check(max_pool._pool, (x.detach(),))
     check(max_pool._pool_backward, (x.detach(), images(2, 16, 3, 3), x.detach()))
-    check(losses._forward, loss_inputs(size=(4, 9)))
+    check(losses._forward, (*loss_inputs(size=(4, 9)), torch.rand(3, 1, 4, 9, device=DEVICE), 0.5))
+    check(losses._forward, (*loss_inputs(size=(4, 9)), None, 0.0))
 
 
 @gpu_only
@@ -434,7 +443,7 @@ def test_captured_in_a_cuda_graph():
         h = bn.batch_norm_relu(x, w, b, mean, var, 0.1, 1e-5, bias, res)
         pooled, h = max_pool.max_pool2x2_skip(h)
         h = upsample.upsample_cat(pooled, h)
-        total = losses.multi_bce([h[:, k : k + 1] for k in range(7)], target).sum()
+        total = losses.multi_loss([h[:, k : k + 1] for k in range(7)], target).sum()
         return total, *torch.autograd.grad(total, x)
 
     side = torch.cuda.Stream()
@@ -508,7 +517,7 @@ assert triton is None
 x, c = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last), torch.ones(4)
 pooled, x = kernels.max_pool2x2_skip(kernels.batch_norm_relu(x, c, c * 0, c * 0, c))
 y = kernels.upsample_cat(pooled, x)
-print(tuple(y.shape), kernels.multi_bce([x[:, :1]] * 7, y[:, :1].clamp(0, 1)).shape[0])
+print(tuple(y.shape), kernels.multi_loss([x[:, :1]] * 7, y[:, :1].clamp(0, 1)).shape[0])
 """
     done = run(["-c", code])
     assert done.stdout.strip() == "(2, 8, 5, 5) 7", done.stderr[-2000:]

@@ -206,7 +206,7 @@ def test_the_optimizer_goes_on_in_another_memory_format():
     assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
 
 
-def test_edge_loss_by_hand():
+def test_edge_weights_by_hand():
     g = torch.Generator().manual_seed(0)
     masks, logits = (torch.rand(2, 1, 40, 37, generator=g) > 0.5).float(), torch.randn(7, 2, 1, 40, 37, generator=g)
     weights = torch.empty_like(masks)
@@ -215,9 +215,19 @@ def test_edge_loss_by_hand():
             around = masks[..., max(y - 15, 0) : y + 16, max(x - 15, 0) : x + 16]
             weights[..., y, x] = 5 * (around.mean((2, 3)) - masks[..., y, x]).abs()
     bce = nn.functional.binary_cross_entropy_with_logits(logits, masks.expand(7, -1, -1, -1, -1), reduction="none")
-    got = script.edge_loss(tuple(logits), masks)
-    assert torch.allclose(got, (weights * bce).mean((1, 2, 3, 4)), rtol=1e-5)
-    assert script.edge_loss(tuple(logits), torch.ones_like(masks)).max() == 0  # no edge, no weight
+    got = script.total_loss(tuple(logits), masks, 0.0, 2.0, False)
+    assert torch.allclose(got, ((1 + 2 * weights) * bce).mean((1, 2, 3, 4)), rtol=1e-5)
+    assert script.edge_weights(torch.ones_like(masks)).max() == 0  # no edge, no weight
+
+
+@pytest.mark.parametrize(("iou", "edge"), [(0.0, 0.0), (0.5, 0.0), (0.0, 2.0), (0.5, 2.0)])
+def test_total_loss_is_the_same_by_plain_functions_and_by_the_kernels_definition(iou, edge):
+    g = torch.Generator().manual_seed(0)
+    masks, logits = torch.rand(2, 1, 40, 37, generator=g), tuple(torch.randn(7, 2, 1, 40, 37, generator=g))
+    parts = script.multi_bce_loss_fusion(logits, masks) + iou * script.soft_iou_loss(logits, masks)
+    plain = script.total_loss(logits, masks, iou, edge, False)
+    assert torch.allclose(plain, script.total_loss(logits, masks, iou, edge, True), rtol=1e-5)
+    assert torch.allclose(plain, parts) == (not edge)
 
 
 def test_soft_iou_by_hand():

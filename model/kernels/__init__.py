@@ -4,7 +4,7 @@ from model.kernels.batch_norm_pool import batch_norm_relu_pool
 from model.kernels.batch_norm_relu import batch_norm_relu, batch_norm_relu_reference
 from model.kernels.convolution import convolution, join, projection
 from model.kernels.launch import compile_only
-from model.kernels.losses import multi_bce
+from model.kernels.losses import multi_loss
 from model.kernels.max_pool import max_pool2x2_skip
 from model.kernels.side_output import side_output
 from model.kernels.tokens import conv_silu, layer_norm
@@ -20,7 +20,7 @@ __all__ = [
     "join",
     "layer_norm",
     "max_pool2x2_skip",
-    "multi_bce",
+    "multi_loss",
     "projection",
     "side_output",
     "upsample_cat",

@@ -79,7 +79,12 @@ class _Projection(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
         weight, v = ctx.saved_tensors
-        dw = _beside(lambda: torch.cat([torch.bmm(g, v.transpose(1, 2)).sum(0) for g in grads]), v, *grads)
+
+        def weight_gradient() -> Tensor:
+            each = [torch.bmm(g, v.transpose(1, 2)).sum(0) for g in grads]
+            return torch.cat(each) if len(each) > 1 else each[0]
+
+        dw = _beside(weight_gradient, v, *grads)
         dv = None
         for w, g in zip(weight.chunk(len(grads)), grads, strict=True):
             many = w.t().expand(v.shape[0], -1, -1)
