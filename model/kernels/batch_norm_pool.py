@@ -21,7 +21,7 @@ from model.kernels.batch_norm_relu import (
     join_sums,
     statistics,
 )
-from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton_runs
 from model.kernels.max_pool import (
     _largest,
     _load_windows,
@@ -62,7 +62,6 @@ def _apply_pool(
     TH: constexpr, TW: constexpr, BLOCK_C: constexpr, RES: constexpr,
 ):  # fmt: skip
     """y = relu(batch norm of x) + res, its pixels S apart, and the maximum of each window of it."""
-    wait_inputs()
     before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _windows(
         tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
     )
@@ -126,7 +125,6 @@ def _grad_stats_pool(
     TH: constexpr, TW: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
     """part (parts, 2, C): each program's sums of the bias's and the weight's gradient over every `parts`-th tile."""
-    wait_inputs()
     cols = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mean, rstd, scale, shift = _vectors(w, b, mean_in, rstd_in, cols, C)
     total = tl.zeros((TH * TW, BLOCK_C), tl.float32)
@@ -147,7 +145,6 @@ def _grad_apply_pool(
     x, dpooled, dskip, dx, w, b, mean_in, rstd_in, dw, db, H, W, C, S, M, blocks,
     TH: constexpr, TW: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     program = tl.program_id(0)
     cols = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mean, rstd, scale, shift = _vectors(w, b, mean_in, rstd_in, cols, C)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, sm_count, tl, triton, triton_runs
 
 # Launch sizes: (warps, 16-byte loads in flight per thread, most programs per multiprocessor). Each program of the first
 # launch leaves partial sums, hence few and large ones there.
@@ -133,7 +133,6 @@ def _normalise(x, res, y, mean, rstd, w, b, cols, M, C, program, programs, STEP:
 
 @jit("M", "programs")
 def _stats(x, part, M, C, programs, ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr):
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)  # offsets inside a tile fit 32 bits, those of a tile may not
     mean, m2 = _moments(x, cols, M, C, program, programs, ROWS, BLOCK_C, UNROLL)
@@ -146,7 +145,6 @@ def _join(
     part, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps, M, C, programs,
     BLOCK_C: constexpr, CHUNK: constexpr, STATS_STEP: constexpr, CONV_BIAS: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, var = _join_moments(part, cols, M, C, programs, STATS_STEP, BLOCK_C, CHUNK)
     rstd = 1.0 / tl.sqrt(var + eps)
@@ -158,7 +156,6 @@ def _apply(
     x, res, y, w, b, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps, M, C, programs,
     ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, RES: constexpr, CONV_BIAS: constexpr, SMALL: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)
     if SMALL:
@@ -197,7 +194,6 @@ def _grad_stats(
     dy, x, part, w, b, mean_in, rstd_in, M, C, S, programs,
     ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)
     ok = cols < C
@@ -212,7 +208,6 @@ def _grad_stats(
 
 @jit("programs")
 def _grad_join(part, dw, db, C, programs, BLOCK_C: constexpr, CHUNK: constexpr):
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total, moment = _join_sums(part, cols, C, programs, BLOCK_C, CHUNK)
     tl.store(dw + cols, moment, mask=cols < C)
@@ -224,7 +219,6 @@ def _grad_apply(
     dy, x, dx, w, b, mean_in, rstd_in, dw, db, M, C, S, programs,
     ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr, SMALL: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     program = tl.program_id(1).to(tl.int64)
     col_ok = cols < C

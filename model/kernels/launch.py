@@ -14,46 +14,16 @@ try:
     import triton.language as tl
     from triton.language import constexpr
 except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Triton; the slow definitions serve there
-    triton = tl = constexpr = wait_inputs = None
+    triton = tl = constexpr = None
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.language.target_info import cuda_capability_geq
-except ImportError:  # none, or a version without what `wait_inputs` needs
-    cuda_capability_geq = None
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, read when a kernel is defined
 _compiling: list | None = None  # what was compiled inside `compile_only`
 
 if triton is not None:
-    if _INTERPRETED or cuda_capability_geq is None:
-
-        @triton.jit
-        def wait_inputs():
-            pass
-
-    else:
-
-        @triton.jit
-        def wait_inputs():
-            """What a kernel begins with: lets the next one be launched, and waits for the end of the one before.
-
-            CUDA's programmatic dependent launch (compute capability 9 up): a kernel's programs are on their
-            multiprocessors when the kernel before ends, instead of being sent there after it. Nothing elsewhere.
-            """
-            if cuda_capability_geq(9, 0):
-                gdc_launch_dependents()
-                gdc_wait()
-
-    @functools.cache
-    def _overlaps(device: int) -> bool:
-        can = cuda_capability_geq is not None and torch.version.hip is None
-        return can and torch.cuda.get_device_capability(device) >= (9, 0)
 
     class _Kernel(triton.JITFunction):
         def run(self, *args, grid, warmup, **kwargs):
-            if "wait_inputs" in self.fn.__code__.co_names and _overlaps(torch.cuda.current_device()):
-                kwargs["launch_pdl"] = True  # only of kernels that wait: the others would read what is not yet written
             compiled = super().run(*args, grid=grid, warmup=warmup or _compiling is not None, **kwargs)
             if _compiling is not None:
                 _compiling.append(compiled)

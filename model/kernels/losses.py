@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, tl, triton, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, tl, triton, triton_runs
 
 BLOCK, WARPS = 512, 8  # pixels of a program: of 8 maps (the seventh and one masked) 16 numbers per thread
 CHUNK = 1024  # partial sums of a map read at once by the last launch
@@ -23,7 +23,6 @@ def _losses(
     z, t, w, part, B, K, N, chunks, K_PAD: constexpr, BLOCK: constexpr, WEIGHTED: constexpr, IOU: constexpr
 ):  # fmt: skip
     """Sums over a chunk of an image: of the losses, with IOU also of p t and of p + t: part (1 or 3, K, B, chunks)."""
-    wait_inputs()
     chunk = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
     pixel = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +53,6 @@ def _finish(
     CHUNK: constexpr, IMAGES: constexpr, IMAGE_CHUNK: constexpr, IOU: constexpr,
 ):  # fmt: skip
     """A program adds up a map's losses, with IOU also its 1 - q; slopes (K, B, 2): 1 / u and q / u of each image."""
-    wait_inputs()
     program = tl.program_id(0)
     total = tl.zeros((CHUNK,), tl.float32)
     n = B * chunks
@@ -89,7 +87,6 @@ def _losses_grad(
     z, t, w, slopes, dlosses, dz, B, K, N, pixels, iou,
     K_PAD: constexpr, BLOCK: constexpr, WEIGHTED: constexpr, IOU: constexpr,
 ):  # fmt: skip
-    wait_inputs()
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, K_PAD)

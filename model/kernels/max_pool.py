@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton_runs
 from model.kernels.upsample import _channels_last, _launch, _tile
 
 
@@ -71,7 +71,6 @@ def _max_pool(
     """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip.
 
     Pixels are SX apart in x and S in dskip."""
-    wait_inputs()
     before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _windows(
         tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
     )

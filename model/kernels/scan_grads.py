@@ -15,7 +15,6 @@ from model.kernels.scan_kernels import (
     constexpr,
     jit,
     tl,
-    wait_inputs,
 )  # fmt: skip
 
 
@@ -69,7 +68,6 @@ def _grads(
     those of dD and of the bias. part (splits, 2, b, n, L): dB and dC of this program's rows; dBC (2, b, n, L): where
     they end up if all rows are this program's (no SPLIT).
     """
-    wait_inputs()
     SHARE: constexpr = K * LANES // 32  # steps of which a thread keeps dB and dC
     SV: constexpr = V if SHARE % V == 0 else (2 if SHARE % 2 == 0 and V % 2 == 0 else 1)
     lane = tl.arange(0, 32)
@@ -214,7 +212,6 @@ def _grads(
 @jit
 def _add_splits(part, out, size, splits, BLOCK: constexpr):
     """out = sum of the `splits` rows of part (splits, size)."""
-    wait_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(splits):

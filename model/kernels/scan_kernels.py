@@ -17,7 +17,7 @@ load instruction brings (s_xt is 1 where V > 1).
 """
 
 from model.kernels import launch
-from model.kernels.launch import constexpr, tl, triton, wait_inputs
+from model.kernels.launch import constexpr, tl, triton
 
 LOG2E, LN2 = (constexpr(1.4426950408889634), constexpr(0.6931471805599453)) if triton else (None, None)
 
@@ -185,7 +185,6 @@ def _ends(
 
     ends: (b, chunks, table, d), of which the first n of `table` are written; spans: (b, chunks, d), the sum of Δ.
     """
-    wait_inputs()
     lane = tl.arange(0, 32)
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     place = b * tl.num_programs(0) + chunk
@@ -231,7 +230,6 @@ def _ends(
 @jit
 def _join(ends, spans, A, d, N, chunks, table, UNROLL: constexpr, REVERSE: constexpr):
     """Turns what `_ends` leaves into the state at each chunk's start (REVERSE: end), in place; 32 states a program."""
-    wait_inputs()
     at = tl.program_id(0) * 32 + tl.arange(0, 32)
     ok = at < N * d
     row = at % d
@@ -260,7 +258,6 @@ def _scan(
     GATE: constexpr, SKIP: constexpr, STARTS: constexpr,
 ):  # fmt: skip
     """y (b, d, L) of one chunk and R * 32 / LANES rows; starts: (b, chunks, n, d), h at the chunk's start."""
-    wait_inputs()
     lane = tl.arange(0, 32)
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     place = b * tl.num_programs(0) + chunk

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs
 
 MAX_C = 128  # channels: beyond, maps are small and cuDNN does well
 PIXELS, PIXELS_BACK, WARPS = 32, 64, 4  # of a program's tile, forward and backward; more spill registers
@@ -22,7 +22,6 @@ PROGRAMS = 8  # of backward, per multiprocessor: each leaves one (16, C) share o
 @jit("H", "W", "M")
 def _side_output(x, w, bias, y, H, W, M, C, stride_c, stride_h, stride_w, PIXELS: constexpr, BLOCK_C: constexpr):
     """y at PIXELS of the M = B H W pixels, one tap after the other: most of x comes from the caches."""
-    wait_inputs()
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     row = pixel // W % H
     column = pixel % W
@@ -45,7 +44,6 @@ def _side_output_grad(
     PIXELS: constexpr, BLOCK_C: constexpr, WIDE: constexpr,
 ):  # fmt: skip
     """dx at every `programs`-th tile of PIXELS, and this program's share of the gradients of weight and bias."""
-    wait_inputs()
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
     tap = tl.arange(0, 16)  # nine, and the rest of a matrix unit's row

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.batch_norm_relu import join_sums
-from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs
 
 WARPS = 4
 PER_THREAD = 16  # numbers of a tile that a thread holds
@@ -21,7 +21,6 @@ STEPS = 1024  # tokens of a tile of the convolution, at most
 @jit("M", "C")
 def _layer_norm(x, y, w, b, M, C, eps, ROWS: constexpr, BLOCK_C: constexpr):
     """y = (x - mean) / deviation * w + b of each row of (M, C)."""
-    wait_inputs()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK_C)[None, :]
     ok = (row < M) & (cols < C)
@@ -36,7 +35,6 @@ def _layer_norm(x, y, w, b, M, C, eps, ROWS: constexpr, BLOCK_C: constexpr):
 @jit("M", "C", "programs")
 def _layer_norm_grad(dy, x, dx, part, w, M, C, programs, eps, ROWS: constexpr, BLOCK_C: constexpr):
     """dx, and this program's sums of dy and dy * normalised x in part (programs, 2, C)."""
-    wait_inputs()
     cols = tl.arange(0, BLOCK_C)[None, :]
     scale = tl.load(w + cols, mask=cols < C, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
@@ -112,7 +110,6 @@ def _tap(w, row, k: constexpr, d, K: constexpr):
 @jit("d", "L", "s_xb", "s_xd")
 def _conv_silu(x, w, bias, y, d, L, s_xb, s_xd, K: constexpr, ROWS: constexpr, STEPS: constexpr):
     """y_t = SiLU(bias + sum over k of w_k x_{t - K + 1 + k}) of each row of (B, d, L)."""
-    wait_inputs()
     t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(2).to(tl.int64)
@@ -128,7 +125,6 @@ def _conv_silu_grad(
     dy, x, w, bias, dx, part, d, L, s_xb, s_xd, s_yb, s_yd, K: constexpr, ROWS: constexpr, STEPS: constexpr
 ):
     """dx, and this program's sums (K + 1, d) of the gradients of w and bias in part (B, chunks, K + 1, d)."""
-    wait_inputs()
     t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(2).to(tl.int64)

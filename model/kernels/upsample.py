@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs, wait_inputs
+from model.kernels.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs
 
 WARPS = 8
 TILE_W = 8  # pixels of a tile along W: 8 divides 288, 144 and 72, and wastes least at 36, 18 and 9
@@ -45,7 +45,6 @@ def _upsample_cat(
     x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr, COPY: constexpr
 ):  # fmt: skip
     """COPY: skip is written behind x; otherwise it is there already."""
-    wait_inputs()
     image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Ho, Wo, TH, TW, BLOCK_C)
     pixel = (h * Wo + w)[:, None]
     skip_ok = inside[:, None] & (cols < Cs)[None, :]
@@ -76,7 +75,6 @@ def _upsample_cat(
 @jit("Hi", "Wi", "Ho", "Wo", "blocks")
 def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
     """dx at each source pixel: the at most 4 x 4 outputs that read it, by their weights (n_in <= n_out <= 2 n_in)."""
-    wait_inputs()
     image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Hi, Wi, TH, TW, BLOCK_C)
     first_h = tl.maximum((2 * h - 1) * Ho + Hi, 0) // (2 * Hi)  # the first output whose place lies beyond h - 1
     first_w = tl.maximum((2 * w - 1) * Wo + Wi, 0) // (2 * Wi)
