@@ -56,13 +56,14 @@ def step_rows(options: Options, device: torch.device) -> Iterator[str]:
         for published in (True, False):
             words, seconds, spread, memory = train_step.measure(of_step, device, batch, published)
             base = base or seconds
+            scan_word = words.rsplit("scan ", 1)[-1]
             found.append(
-                f"{batch / seconds:.1f} img/s ({1e3 * seconds:.2f} ms +- {1e3 * spread:.2f}, {memory:.1f} GiB)"
+                f"{batch / seconds:.1f} img/s ({1e3 * seconds:.2f} ms +- {1e3 * spread:.2f}, {memory:.1f} GiB, scan "
+                f"{scan_word})"
             )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        scan_word = words.rsplit("scan ", 1)[-1]
-        yield f"step, {place}, batch {batch}: published way {found[0]}; ours {found[1]}, scan {scan_word}"
+        yield f"step, {place}, batch {batch}: published way {found[0]}; ours {found[1]}"
         yield f"    {base / seconds:.1f} times the published way"
         if device.type == "cuda" and place == "bottleneck":
             ms = augment_ms(batch, device)
