@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data_augment import INDEX, Changes, augment, epoch_plan, normalise
@@ -101,7 +102,7 @@ class DataSource:
         def read(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             with reading(self.pairs[index]) as got:
                 small = rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)
-            return tuple(map(torch.from_numpy, small))
+            return tuple(torch.from_numpy(np.require(a, requirements="W")) for a in small)  # Pillow's are read-only
 
         indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
         ahead: deque[Future] = deque()

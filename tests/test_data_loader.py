@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -643,6 +644,17 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
     gone.unlink()
     with pytest.raises(DataError, match=f"{gone.name}.*readable at the start"):
         list(batches(streamed.train, plan, 3, crop=24))
+
+
+def test_pairs_of_the_right_size_stream_without_a_warning(tmp_path):
+    """They are not rescaled, and Pillow's arrays are read-only, of which PyTorch warns."""
+    images, masks = make_folders(tmp_path, 3)
+    for path in (*images.iterdir(), *masks.iterdir()):
+        Image.open(path).resize((32, 32)).save(path)
+    data, _ = quiet_open(images, masks, cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(batches(data.train, epoch_plan(len(data.train), 0, 0, 32, 24), 2, crop=24))) > 0
 
 
 def test_open_data_in_a_plain_process(tmp_path):
