@@ -1,0 +1,28 @@
+"""Ctrl-C in the seconds before a script has loaded its libraries."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("script", ["train", "test", "eval", "export"])
+def test_no_traceback_while_libraries_load(tmp_path, script):
+    for name in ("torch.py", "numpy.py"):  # u2mamba_eval.py loads PyTorch later
+        (tmp_path / name).write_text('import time\nprint("loading", flush=True)\ntime.sleep(60)\n')
+    command = [sys.executable, f"u2mamba_{script}.py", "--help"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    ) as run:  # fmt: skip
+        assert run.stdout.readline() == "loading\n"
+        run.send_signal(signal.SIGINT)
+        assert "Traceback" not in run.communicate(timeout=30)[1]
+    assert run.returncode == -signal.SIGINT
