@@ -17,7 +17,7 @@ import tyro
 from engine.run import UserError, one_line_errors
 
 PANELS = {  # title: {label: column of log.csv}
-    "loss (BCE), mean since the last checkpoint": {"d0": "tar"} | {f"d{i}": f"d{i}" for i in range(1, 7)},
+    "loss, mean since the last checkpoint": {"d0": "tar"} | {f"d{i}": f"d{i}" for i in range(1, 7)},
     "IoU": {"training": "IoU", "held-out": "val_IoU"},
     "held-out": {"MAE": "val_MAE", "maxF": "val_maxF"},
     "learning rate": {"lr": "lr"},

@@ -58,8 +58,9 @@ def step_rows(options: Options, device: torch.device) -> Iterator[str]:
             base = base or seconds
             scan_word = words.rsplit("scan ", 1)[-1]
             found.append(
-                f"{batch / seconds:.1f} img/s ({1e3 * seconds:.2f} ms +- {1e3 * spread:.2f}, {memory:.1f} GiB, scan "
-                f"{scan_word})"
+                f"{batch / seconds:.1f} img/s ({1e3 * seconds:.2f} ms +- {1e3 * spread:.2f}, "
+                + (f"{memory:.1f} GiB, " if device.type == "cuda" else "")
+                + f"scan {scan_word})"
             )
             if device.type == "cuda":
                 torch.cuda.empty_cache()
