@@ -12,6 +12,7 @@ Edit the constants, run, read loss and IoU, find the checkpoints in saved_models
 killed or cut off goes on where it was when the same command is given again.
 """
 
+import engine.ctrl_c  # noqa: F401  # isort: skip
 import math
 import sys
 import time
@@ -119,7 +120,7 @@ FAST = Config(
 PRESETS = {
     "reference": Config(),
     "fast": FAST,
-    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=120),
+    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=100, edge_loss=1.0),
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,
@@ -203,8 +204,8 @@ def run(cfg: Config, world: World) -> int:
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
     world.check_same(constants, [pair.stem for pair in source.pairs], MAY_DIFFER)
-    first = range(min(6, len(held_out or source)))
-    shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
+    some = held_out or source
+    shown = next(validation_batches(some, range(len(some))[:6], channels_last=cfg.channels_last))
 
     # ------- 4. model --------
 
@@ -252,9 +253,9 @@ def run(cfg: Config, world: World) -> int:
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)
     if cfg.warmup > total:
         print(f"warning: warmup = {cfg.warmup} is longer than the run of {total} iterations: lr is never reached")
-    names = [pair.image.name for pair in source.pairs]
     report = RunReport(
-        folder, cfg.epoch_num, names, total, progress.iteration, progress.seconds, world.is_first, progress.epoch
+        folder, cfg.epoch_num, [pair.image.name for pair in source.pairs], total, progress.iteration, progress.seconds,
+        world.is_first, progress.epoch,
     )  # fmt: skip
     last = checkpoint.LastFile(folder, cfg.save_minutes, report.say, found.name == "last.pth")
 
@@ -339,9 +340,8 @@ def run(cfg: Config, world: World) -> int:
     report.close()
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
-    print(
-        f"done: {progress.iteration} iterations in {timedelta(seconds=round(report.seconds))}, checkpoints in {folder}"
-    )
+    took = timedelta(seconds=round(report.seconds))
+    print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}")
     return EXIT_SET_ASIDE if data.report.set_aside else EXIT_DONE
 
 
