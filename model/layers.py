@@ -36,7 +36,7 @@ def batch_norm_relu(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor, residual: Te
     """relu(bn(conv(x))) [+ residual]: (B, in, H, W) -> (B, out, H, W)."""
     if _fused and bn.training:
         return kernels.batch_norm_relu(*_kernel_arguments(conv, bn, x), residual)
-    y = F.relu(bn(conv(x)))
+    y = F.relu(bn(conv(x)), inplace=True)
     return y if residual is None else y + residual
 
 
