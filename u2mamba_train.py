@@ -1,7 +1,7 @@
 """Trains U²-Net with Mamba layers for salient object detection (SOD) on DUTS-TR.
 
     python u2mamba_train.py            the reference run: the constants below
-    python u2mamba_train.py fast       the same network and loss, engineered for speed and quality
+    python u2mamba_train.py fast       the same network by a recipe for speed and quality, and small: the small network
     python u2mamba_train.py demo       a small made data set and the small network: minutes on a laptop's CPU
     python u2mamba_train.py finetune --data_dir my_pairs      goes on from weights, on pairs of your own
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
@@ -132,7 +132,7 @@ PRESETS = {
         flip_upside_down=0.0, mirror=0.5, save_frq=100,
     ),
 }  # fmt: skip
-# ------- 2. loss: binary cross-entropy on the fused map and the six side outputs --------
+# ------- 2. loss: binary cross-entropy on the fused map and the six side outputs; soft IoU, edges --------
 
 
 def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -152,14 +152,14 @@ def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
 
 
 def edge_weights(masks: Tensor) -> Tensor:
-    """5 |mean of the mask in 31x31 pixels around - the mask|: edges and thin parts (F3Net's, arXiv 1911.11445)."""
+    """5 |mean of the mask in 31x31 pixels around - the mask|: edges, thin parts (after F3Net's, arXiv 1911.11445)."""
     around = F.avg_pool2d(masks, (31, 1), stride=1, padding=(15, 0), count_include_pad=False)
     around = F.avg_pool2d(around, (1, 31), stride=1, padding=(0, 15), count_include_pad=False)
     return 5 * (around - masks).abs()
 
 
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, iou: float, edge: float, fused: bool) -> Tensor:
-    """Of each output -> (7,), by the constants iou_loss and edge_loss. fused: the same in one kernel."""
+    """Of each output -> (7,), by the constants iou_loss and edge_loss. fused: the same by kernels of our own."""
     weights = 1 + edge * edge_weights(masks) if edge else None
     if fused:
         return multi_loss(logits, masks, weights, iou)

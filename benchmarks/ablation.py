@@ -4,8 +4,9 @@
     python -m benchmarks.ablation --only "plain U²-Net" "two directions" --epochs 20
     python -m benchmarks.ablation --arch u2mamba --minutes 5                equal minutes instead of equal images
 
-Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, and
-measured on the held-out pairs. --minutes first times a short run of each variant, and gives it the epochs that fit.
+Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, but
+without edge_loss, which is a variant, and measured on the held-out pairs. --minutes first times a short run of each
+variant, and gives it the epochs that fit.
 """
 
 import contextlib
@@ -85,6 +86,7 @@ def config_of(variant: str, options: Options) -> Config:
         PRESETS["fast" if options.arch == "u2mamba" else "small"],
         arch=options.arch, data_dir=options.data_dir, saved_models=options.out, resume="never",
         epoch_num=options.epochs, save_frq=10**9, val_frq=10**9, save_minutes=1e6, warmup=100, ema_decay=0.998,
+        edge_loss=0.0,
         model_name="ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
     )  # fmt: skip
     try:
@@ -114,11 +116,11 @@ def main(options: Options) -> None:
     results = {}
     for variant in options.only:
         config, started = config_of(variant, options), time.monotonic()
-        if options.minutes:
-            early, late = (PAIRS / trained(replace(config, epoch_num=1, early=e))["img_s"] for e in (1.0, 0.0))
-            an_epoch = config.early * early + (1 - config.early) * late  # in seconds, small and full pictures
-            config = replace(config, epoch_num=max(1, round(options.minutes * 60 / an_epoch)))
         with TRIALS.get(variant, contextlib.nullcontext)():
+            if options.minutes:
+                early, late = (PAIRS / trained(replace(config, epoch_num=1, early=e))["img_s"] for e in (1.0, 0.0))
+                an_epoch = config.early * early + (1 - config.early) * late  # in seconds, small and full pictures
+                config = replace(config, epoch_num=max(1, round(options.minutes * 60 / an_epoch)))
             got = trained(config)
         got |= {"epochs": config.epoch_num, "wall": time.monotonic() - started}
         results[variant] = got

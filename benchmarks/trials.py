@@ -41,12 +41,12 @@ def kl_term(logits: Outputs, masks: Tensor) -> Tensor:
 
 
 def _with(term):
-    return patch.object(u2mamba_train, "total_loss", lambda d, y, *weights: total_loss(d, y, *weights) + term(d, y))
+    return patch.object(u2mamba_train, "total_loss", lambda d, y, *constants: total_loss(d, y, *constants) + term(d, y))
 
 
 def _half_sides():
-    def weighted(logits: Outputs, masks: Tensor, *weights) -> Tensor:
-        each = total_loss(logits, masks, *weights)
+    def weighted(logits: Outputs, masks: Tensor, *constants) -> Tensor:
+        each = total_loss(logits, masks, *constants)
         return torch.cat((each[:1], each[1:] * 0.5))
 
     return patch.object(u2mamba_train, "total_loss", weighted)

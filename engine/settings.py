@@ -51,7 +51,7 @@ def read_settings(
             raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
         default = presets[argv.pop(0)]
     for before, word in itertools.pairwise(argv):
-        if word in presets and (not before.startswith("-") or before.startswith("--no-")):
+        if word in presets and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
             raise UserError(f"the preset comes first: python {Path(sys.argv[0]).name} {word} --key value ...")
     check_settings(default, limits)  # before tyro, which would blame the command line for a constant of the file
     description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the one chosen"

@@ -396,8 +396,8 @@ def test_losses(dtype, size, hard, weighted, iou, n):
     wide = z.detach().double().requires_grad_()
     want = losses.multi_loss_reference(wide, target, weights, iou)
     near(got, want, 1e-6)
-    weights = torch.randn(7, device=DEVICE)
-    for w in (torch.ones_like(weights), weights):
+    factors = torch.randn(7, device=DEVICE)
+    for w in (torch.ones_like(factors), factors):
         (dz,) = torch.autograd.grad((got * w).sum(), z, retain_graph=True)
         near(dz, torch.autograd.grad((want * w.double()).sum(), wide, retain_graph=True)[0], 1e-6)
 

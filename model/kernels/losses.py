@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.kernels.launch import constexpr, jit, on_device, tl, triton, triton_runs
 
-BLOCK, WARPS = 512, 8  # pixels of a program: of 8 maps (the seventh and one masked) 16 numbers per thread
+BLOCK, WARPS = 512, 8  # pixels of a program: of 8 maps (seven and one masked) 16 numbers per thread
 CHUNK = 1024  # partial sums of a map read at once by the last launch
 IMAGES, IMAGE_CHUNK = 16, 64  # and of its images: so many images, so many sums of each
 
@@ -33,15 +33,15 @@ def _losses(
     v = tl.load(z + (row * N)[:, None] + pixel[None, :], mask=ok, other=0.0).to(tl.float32)
 
     e = tl.exp(-tl.abs(v))
-    u = 1.0 + e  # log(1 + e) that keeps its digits for small e (Kahan): the rounding of 1 + e cancels
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    s = 1.0 + e  # log(1 + e) that keeps its digits for small e (Kahan): the rounding of 1 + e cancels
+    log1p = tl.where(s == 1.0, e, tl.log(s) * (e / tl.where(s == 1.0, 1.0, s - 1.0)))
     loss = tl.where(v > 0.0, v, 0.0) - v * target + log1p
     if WEIGHTED:
         loss *= tl.load(w + image * N + pixel, mask=pixel < N, other=0.0)[None, :]
     at = part + row * chunks + chunk
     tl.store(at, tl.sum(tl.where(ok, loss, 0.0), 1), mask=k < K)
     if IOU:
-        p = tl.where(ok, tl.where(v < 0.0, e, 1.0) / u, 0.0)
+        p = tl.where(ok, tl.where(v < 0.0, e, 1.0) / s, 0.0)
         plane = K.to(tl.int64) * B * chunks
         tl.store(at + plane, tl.sum(p * target, 1), mask=k < K)
         tl.store(at + 2 * plane, tl.sum(p + target, 1), mask=k < K)
@@ -87,6 +87,7 @@ def _losses_grad(
     z, t, w, slopes, dlosses, dz, B, K, N, pixels, iou,
     K_PAD: constexpr, BLOCK: constexpr, WEIGHTED: constexpr, IOU: constexpr,
 ):  # fmt: skip
+    """dz of a chunk of an image in all maps, from the slopes that `_finish` has left."""
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     k = tl.arange(0, K_PAD)
@@ -159,6 +160,7 @@ def _(logits, target, weights, slopes, dlosses, iou):
 def _remember(ctx, inputs, output) -> None:
     logits, target, weights, ctx.iou = inputs
     ctx.save_for_backward(logits, target, weights, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, dlosses, _):
@@ -196,9 +198,9 @@ def multi_loss(
     for name, other in (("masks", target), ("weights", weights)):
         if other is not None and logits.shape[1:] != other.shape:
             raise ValueError(f"the maps have shape {tuple(logits.shape[1:])}, the {name} {tuple(other.shape)}")
+    target, weights = target.detach(), None if weights is None else weights.detach().contiguous()
     if not triton_runs(logits):
         return multi_loss_reference(logits, target, weights, iou)
     if target.dtype == torch.bool:
         target = target.to(torch.uint8)
-    weights = None if weights is None else weights.contiguous()
     return _forward(logits.contiguous(), target.contiguous(), weights, float(iou))[0]
