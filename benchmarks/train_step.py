@@ -136,7 +136,8 @@ def main(options: Options) -> None:
             ratio = f", {base / seconds:.1f} times the published way" if base and not published else ""
             print(
                 f"batch {batch:3}: {batch / seconds:7.1f} img/s, {1e3 * seconds:7.2f} ms +- {1e3 * spread:.2f}, "
-                f"{memory:.1f} GiB  {'published way: ' if published else 'ours: '}{words}{ratio}",
+                + (f"{memory:.1f} GiB  " if device.type == "cuda" else "")
+                + f"{'published way: ' if published else 'ours: '}{words}{ratio}",
                 flush=True,
             )
             if device.type == "cuda":
