@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.device import out_of_memory
+from engine.device import keep_freed_memory, out_of_memory
 from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.parameters import flatten_statistics
@@ -125,6 +125,8 @@ class TrainStep:
                 f"a batch of {len(images)} does not fit into the memory of {self.device}: try {advice}"
                 f"batch_size_train = {less}"
             ) from None
+        if self.shape is None:
+            keep_freed_memory(self.device)  # by now it is known what a step takes
         self.shape = images.shape
         self.ema_steps += bool(self.ema)
 

@@ -1,5 +1,10 @@
 """What the run computes on falls back one step at a time, and says so."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -19,6 +24,27 @@ def test_the_cpu_is_named_and_a_missing_gpu_is_refused():
         with pytest.raises(UserError, match='device = "cuda"'):
             choices.choose_device("cuda")
         assert choices.choose_device("auto")[0].type in ("cpu", "mps")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes what glibc does")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_where_there_is_enough(kept):
+    """In a process of its own: how many pages the system had to bring for a tensor of 64 MB, made again and again."""
+    code = f"""
+import resource, torch
+from engine import device
+torch.ones(2**24)
+device.available_memory = lambda: {2**40 if kept else 0}
+device.keep_freed_memory(torch.device("cpu"))
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pages = 5 * 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert (int(done.stdout) < pages / 20) == kept
 
 
 def test_bf16_falls_back_with_the_reason(monkeypatch):
