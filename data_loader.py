@@ -61,7 +61,8 @@ HOW_TO_GET_DATA = """\
   DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
     python train_data/prepare_duts.py DUTS-TR.zip
   your own pairs: images and masks of the same names in two folders, then
-    python u2mamba_train.py --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
+    python u2mamba_train.py PRESET --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
+  (PRESET finetune goes on from the weights that ship, which needs few pairs; fast and small begin anew)
   without any data, a small set is made and trained on in minutes by
     python u2mamba_train.py demo"""
 
@@ -224,7 +225,10 @@ def open_data(
     count = sum(not is_held_out(pair.stem) for pair in pairs)
     say(f"data: {count:,} pairs for training, {len(pairs) - count:,} held out for validation")
     if count == len(pairs):
-        say("warning: the names of these pairs hold none out (one of twenty is): no validation, and no best.pth")
+        say(
+            "warning: the names of these pairs hold none out (one of twenty is, by its checksum): no validation, "
+            "no best.pth; the weights will be in the newest <model_name>_bce_itr_*.pth"
+        )
     if count < need:
         raise DataError(f"{count} usable training pairs in {image_dir}, at least {need} are needed")
     return Data(

@@ -142,7 +142,10 @@ def gather(options: Options) -> tuple[Tensor, Tensor | None, int]:
     if options.gt and not options.images:
         raise UserError("--gt: give the images of these masks too, --images FOLDER")
     if options.gt:
-        files = [pair[1:] for pair in find_pairs(options.images, options.gt)[0]]
+        pairs, unpaired = find_pairs(options.images, options.gt)
+        files = [pair[1:] for pair in pairs]
+        for name in unpaired[0]:
+            print(f"left out: {name} has no mask", file=sys.stderr)
     elif options.images:
         files = [(p,) for p in sorted(Path(options.images).rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
         if not files:

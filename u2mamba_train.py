@@ -3,7 +3,7 @@
     python u2mamba_train.py            the reference run: the constants below
     python u2mamba_train.py fast       the same network by a recipe for speed and quality, and small: the small network
     python u2mamba_train.py demo       a small made data set and the small network: minutes on a laptop's CPU
-    python u2mamba_train.py finetune --data_dir my_pairs      goes on from weights, on pairs of your own
+    python u2mamba_train.py finetune --data_dir FOLDER --tra_image_dir images --tra_label_dir masks    on your own pairs
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
     torchrun --nproc_per_node=4 u2mamba_train.py   the same on four GPUs
@@ -34,7 +34,7 @@ from engine.parameters import decayed_and_not
 from engine.report import RunReport
 from engine.resume import Progress
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings
+from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings, tell_odd_sizes
 from engine.step import TrainStep
 from engine.validate import preview, validate
 from model import ARCHS
@@ -161,7 +161,7 @@ def edge_weights(masks: Tensor) -> Tensor:
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, iou: float, edge: float, fused: bool) -> Tensor:
     """Of each output -> (7,), by the constants iou_loss and edge_loss. fused: the same by kernels of our own."""
     weights = 1 + edge * edge_weights(masks) if edge else None
-    if fused:
+    if fused:  # whoever changes the loss changes it there too, or goes on without
         return multi_loss(logits, masks, weights, iou)
     return multi_bce_loss_fusion(logits, masks, weights) + (iou * soft_iou_loss(logits, masks) if iou else 0)
 
@@ -202,8 +202,8 @@ def run(cfg: Config, world: World) -> int:
             copies=world.local_size,
         )  # fmt: skip
         source, held_out = data.train.to(device), data.val.to(device)
-    constants = as_plain_dict(cfg) | {"pairs": len(source), "processes": world.size}
-    world.check_same(constants, [pair.stem for pair in source.pairs], MAY_DIFFER)
+    constants = as_plain_dict(cfg) | resume.what_is_there(source, held_out, world.size)
+    world.check_same(constants, MAY_DIFFER)
     some = held_out or source
     shown = next(validation_batches(some, range(len(some))[:6], channels_last=cfg.channels_last))
 
@@ -251,8 +251,7 @@ def run(cfg: Config, world: World) -> int:
     used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)
-    if cfg.warmup > total:
-        print(f"warning: warmup = {cfg.warmup} is longer than the run of {total} iterations: lr is never reached")
+    tell_odd_sizes(cfg, len(source), world.size, total)
     report = RunReport(
         folder, cfg.epoch_num, [pair.image.name for pair in source.pairs], total, progress.iteration, progress.seconds,
         world.is_first, progress.epoch,
@@ -334,15 +333,16 @@ def run(cfg: Config, world: World) -> int:
         if stopped or last.is_due() or last.is_cheap() or epoch + 1 == cfg.epoch_num:
             save_last()
         if stopped:
-            report.say(f"stopped at iteration {progress.iteration}; {last.promise}")
+            report.say(f"stopped at iteration {progress.iteration}; {last.promise(cfg.resume)}")
             report.close()
             return stopped
     report.close()
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
     took = timedelta(seconds=round(report.seconds))
-    print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}")
-    return EXIT_SET_ASIDE if data.report.set_aside else EXIT_DONE
+    aside = f", {data.report.set_aside} files set aside (exit code 1)" if data.report.set_aside else ""
+    print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}{aside}")
+    return EXIT_SET_ASIDE if aside else EXIT_DONE
 
 
 if __name__ == "__main__":

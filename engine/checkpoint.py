@@ -137,11 +137,10 @@ class LastFile:
         self._written = time.monotonic()
         self._took = self._written - started
 
-    @property
-    def promise(self) -> str:
-        """What a run that stops now can tell."""
+    def promise(self, resume: str) -> str:
+        """What a run that stops now can tell; resume: that constant."""
         there = "there" if self.is_safe else f"what was saved before, for {self.path} could not be written"
-        return f"the same command goes on from {there}"
+        return f"the same command{' without --resume never' * (resume == 'never')} goes on from {there}"
 
 
 def open_folder(folder: Path) -> FileLock:
@@ -181,7 +180,9 @@ def load(path: Path) -> Any:
     except UserError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+        others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
+        there = f"; in that folder there are {others}" if others else ""
+        raise CheckpointError(f"{path}: there is no such checkpoint{there}") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
     except OSError as error:

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -102,14 +101,12 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def check_same(self, constants: dict[str, Any], names: list[str], ignore: set[str]) -> None:
+    def check_same(self, constants: dict[str, Any], ignore: set[str]) -> None:
         """Raises UserError where this process was started with other constants, or found other pairs, than the first.
 
         Two machines with different commands would otherwise wait for each other, or train on nonsense.
         """
-        checksum = crc32("\n".join(names).encode(errors="surrogateescape"))
-        mine = constants | {"checksum of the pairs' names": checksum}
-        if other := differences(self.from_first(lambda: mine), mine, ignore):
+        if other := differences(self.from_first(lambda: constants), constants, ignore):
             raise UserError(f"the processes differ (first's -> this one's): {'; '.join(other)}; start them all alike")
 
     def prepare(self, net: nn.Module, synchronise_batch_norm: bool) -> None:

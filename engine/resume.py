@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
 
+from data_loader import DataSource
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Damaged
 from engine.output import write_whole
@@ -20,6 +22,7 @@ from engine.settings import CONSTANTS, MAY_CHANGE, differences
 from engine.step import TrainStep
 
 MEND = "move it away, or give --resume never"
+FOLDERS, NAMES = ("data_dir", "tra_image_dir", "tra_label_dir"), "names_checksum"  # of the constants
 
 
 @dataclass
@@ -83,7 +86,17 @@ def go_on(
     with contents_of(found):
         # a constant learning rate does not know how long the run will be, so that one may become longer
         may_change = MAY_CHANGE | ({"epoch_num"} if constants["lr_schedule"] == "constant" else set())
-        other = differences(saved["config"], constants, may_change)
+        before = saved["config"]
+        other = differences(before, constants, may_change | {NAMES})
+        if NAMES in before and before[NAMES] != constants[NAMES]:
+            other.append("other pairs, by their names")
+        elif moved := differences(*({k: c.get(k) for k in FOLDERS} for c in (before, constants)), set()):
+            print(f"pairs of the same names as before, in other folders: {'; '.join(moved)}")
+        if [line.split(":")[0] for line in other] == ["epoch_num"] and constants["resume"] == "auto":
+            raise UserError(
+                f"{found} was made for another length ({other[0]}), at whose end its learning rate is lowest: give "
+                "--resume anyway to go on (the rate rises again where it became longer)"
+            )
         if other and constants["resume"] == "auto":
             raise UserError(
                 f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another "
@@ -93,12 +106,19 @@ def go_on(
         if saved["step"] is not None:  # else it is a weight file
             step.load_state_dict(saved["step"])
         torch.set_rng_state(saved["random"])
-        if (before := saved["config"].get("processes", 1)) != constants["processes"]:
-            print(f"processes: {before} before, now {constants['processes']}: other batches, at the same learning rate")
+        if (count := before.get("processes", 1)) != constants["processes"]:
+            print(f"processes: {count} before, now {constants['processes']}: other batches, at the same learning rate")
         progress = Progress(**saved["progress"])
         if not all(isinstance(value, (int, float)) for value in asdict(progress).values()):
             raise TypeError(f"progress is {progress}")
         return progress
+
+
+def what_is_there(source: DataSource, held_out: DataSource, processes: int) -> dict[str, int]:
+    """What counts of a run besides its constants. The checksum tells sets of pairs apart by their names."""
+    names = "\n\n".join("\n".join(pair.stem for pair in pairs.pairs) for pairs in (source, held_out))
+    checksum = crc32(names.encode(errors="surrogateescape"))
+    return {"pairs": len(source), "processes": processes, NAMES: checksum}
 
 
 def keep_constants(folder: Path, constants: Mapping[str, Any]) -> None:
@@ -111,7 +131,7 @@ def keep_constants(folder: Path, constants: Mapping[str, Any]) -> None:
 
 def put_aside(folder: Path) -> None:
     """Renames what an earlier run left in `folder`, under a number."""
-    names = ("last.pth", "last_before.pth", "best.pth", "log.csv", CONSTANTS, "tensorboard")
+    names = ("last.pth", "last_before.pth", "best.pth", "preview.png", "log.csv", CONSTANTS, "tensorboard")
     files = [folder / name for name in names]
     files = [f for f in (*files, *(path for _, path in checkpoint.weight_files(folder))) if f.exists()]
     number = 1

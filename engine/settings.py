@@ -88,6 +88,17 @@ def check_together(cfg: Any) -> None:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
 
 
+def tell_odd_sizes(cfg: Any, pairs: int, processes: int, iterations: int) -> None:
+    """Warns of training constants that do not suit the number of pairs, and of iterations still to come."""
+    if (batch := cfg.batch_size_train * processes) > pairs:
+        print(f"warning: a batch of {batch} is more than the {pairs} pairs: one step an epoch, of all of them")
+    if cfg.warmup > iterations:
+        print(
+            f"warning: warmup = {cfg.warmup} is longer than the run of {iterations} iterations: lr is never reached; "
+            "give a smaller warmup, or more epochs"
+        )
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):

@@ -162,3 +162,15 @@ def test_the_place_of_a_weight_file_counts_whole_batches(tmp_path):
     for whole, place in ((True, (2, 0)), (False, (1, 8))):  # 3 steps an epoch, or 4
         found, _ = resume.find_last(tmp_path, "auto", constants | {"whole_batches": whole})
         assert (found["progress"]["epoch"], found["progress"]["position"]) == place
+
+
+def test_what_a_stopping_run_promises(tmp_path):
+    last = checkpoint.LastFile(tmp_path, 5.0, print, is_good=False)
+    assert last.promise("auto") == "the same command goes on from there"
+    assert last.promise("never") == "the same command without --resume never goes on from there"
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path):
+    torch.save({}, tmp_path / "last.pth")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no such checkpoint; in that folder there are last\.pth"):
+        checkpoint.load(tmp_path / "best.pth")

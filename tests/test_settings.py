@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 
 from engine.run import UserError
-from engine.settings import CONSTANTS, check_settings, differences, input_size, read_settings
+from engine.settings import CONSTANTS, check_settings, differences, input_size, read_settings, tell_odd_sizes
+from u2mamba_train import Config
 
 
 @dataclass
@@ -99,3 +100,16 @@ def test_size_of_the_training_is_found_beside_the_weights(kept, size, tmp_path):
         (tmp_path / CONSTANTS).write_text(kept)
     assert input_size(0, tmp_path / "best.pth") == size
     assert input_size(224, tmp_path / "best.pth") == 224
+
+
+@pytest.mark.parametrize(
+    ("constants", "said"),
+    [
+        ({"batch_size_train": 9}, "a batch of 18 is more than the 16 pairs"),
+        ({"warmup": 5}, "give a smaller warmup"),
+        ({}, ""),
+    ],
+)
+def test_odd_sizes_are_told(capsys, constants, said):
+    tell_odd_sizes(Config(**{"batch_size_train": 8, "warmup": 4} | constants), pairs=16, processes=2, iterations=4)
+    assert said in (out := capsys.readouterr().out) and bool(out) == bool(said)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,17 @@ def test_the_constants_are_kept_beside_the_weights(finished, data):
     assert input_size(0, finished[0] / "best.pth") == 48
     kept = json.loads((finished[0] / CONSTANTS).read_text())
     assert (kept["arch"], kept["lr"], kept["data_dir"]) == ("u2mambap", 1e-4, str(data))
+
+
+def test_a_run_does_not_go_on_with_other_pairs(finished, data, tmp_path):
+    """As many, one of another name: refused. The same names in another folder: told."""
+    other = shutil.copytree(data, tmp_path / "other")
+    moved = train(other, finished[0].parent)
+    assert moved.returncode == 0 and f"in other folders: data_dir: '{data}' -> '{other}'" in moved.stdout
+    for folder in ("images", "masks"):
+        (other / folder / "d10.png").rename(other / folder / "e10.png")
+    done = train(other, finished[0].parent)
+    assert done.returncode == 2 and "other pairs, by their names" in done.stderr
 
 
 def test_a_finished_run_says_so_and_changes_nothing(finished, data):
