@@ -161,7 +161,7 @@ def edge_weights(masks: Tensor) -> Tensor:
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, iou: float, edge: float, fused: bool) -> Tensor:
     """Of each output -> (7,), by the constants iou_loss and edge_loss. fused: the same by kernels of our own."""
     weights = 1 + edge * edge_weights(masks) if edge else None
-    if fused:  # whoever changes the loss changes it there too, or goes on without
+    if fused:  # another loss has to be written there too, or this branch taken out
         return multi_loss(logits, masks, weights, iou)
     return multi_bce_loss_fusion(logits, masks, weights) + (iou * soft_iou_loss(logits, masks) if iou else 0)
 
@@ -204,8 +204,8 @@ def run(cfg: Config, world: World) -> int:
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | resume.what_is_there(source, held_out, world.size)
     world.check_same(constants, MAY_DIFFER)
-    some = held_out or source
-    shown = next(validation_batches(some, range(len(some))[:6], channels_last=cfg.channels_last))
+    first = range(min(6, len(held_out or source)))
+    shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
 
     # ------- 4. model --------
 

@@ -92,15 +92,11 @@ def go_on(
             other.append("other pairs, by their names")
         elif moved := differences(*({k: c.get(k) for k in FOLDERS} for c in (before, constants)), set()):
             print(f"pairs of the same names as before, in other folders: {'; '.join(moved)}")
-        if [line.split(":")[0] for line in other] == ["epoch_num"] and constants["resume"] == "auto":
-            raise UserError(
-                f"{found} was made for another length ({other[0]}), at whose end its learning rate is lowest: give "
-                "--resume anyway to go on (the rate rises again where it became longer)"
-            )
         if other and constants["resume"] == "auto":
             raise UserError(
                 f"{found} was made with other constants ({'; '.join(other)}): set them back, choose another "
-                "model_name, or give --resume anyway (go on with the new ones) or --resume never (start anew)"
+                "model_name, or give --resume anyway (go on with the new ones, at the learning rate that a run of "
+                f"{constants['epoch_num']} epochs has there) or --resume never (start anew)"
             )
         checkpoint.fill(net, saved["model"], found, constants["arch"])
         if saved["step"] is not None:  # else it is a weight file
