@@ -118,6 +118,7 @@ def test_interpreted():
         ((1, 2, 2, 19), (2, 16, 1), None, {"without": ("D", "z", "delta_bias"), "softplus": False}),
         ((2, 2, 3, 1), (2, 16, 1), None, {"without": ("D",)}),
         ((1, 1, 1, 33), (3, 32, 1), None, {"without": ("z",), "dtype": torch.float16, "limit": 2e-3}),
+        ((1, 37, 1, 7), (1, 32, 1), 1, {}),  # 37 parts of dB and dC: more than are added up at once
     ],
 )
 def test_agrees_with_loop(module, monkeypatch, shape, tile, groups, options):

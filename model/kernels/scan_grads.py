@@ -210,11 +210,12 @@ def _grads(
 
 
 @jit
-def _add_splits(part, out, size, splits, BLOCK: constexpr):
-    """out = sum of the `splits` rows of part (splits, size)."""
+def _add_splits(part, out, size, splits, ROWS: constexpr, BLOCK: constexpr):
+    """out = sum of the `splits` rows of part (splits, size), ROWS of them on their way at once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        total += tl.load(part + at, mask=at < size, other=0.0)
-        part += size
-    tl.store(out + at, total, mask=at < size)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, splits, ROWS):
+        ok = (first + row < splits)[:, None] & (at < size)[None, :]
+        total += tl.load(part + (first + row).to(tl.int64)[:, None] * size + at[None, :], mask=ok, other=0.0)
+    tl.store(out + at, tl.sum(total, 0), mask=at < size)

@@ -38,6 +38,7 @@ class Tiles(NamedTuple):
 
 PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
 JOIN_UNROLL = 32  # chunks whose states are on their way at once
+SUM_ROWS, SUM_TILE = 32, 4096  # of the launch that adds up dB and dC: parts at once, numbers of a program at once
 TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
     # `_grads` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
     (
@@ -188,8 +189,9 @@ def backward(
             registers=tiles.registers[1], SKIP=skip, STARTS=chunks > 1, SPLIT=splits > 1, **flags,
         )  # fmt: skip
         if splits > 1:
-            size = dBC.numel()
-            scan_grads._add_splits[(-(-size // 1024),)](part, dBC, size, splits, BLOCK=1024, num_warps=4)
+            size, rows = dBC.numel(), min(SUM_ROWS, triton.next_power_of_2(splits))
+            block = SUM_TILE // rows
+            scan_grads._add_splits[(-(-size // block),)](part, dBC, size, splits, ROWS=rows, BLOCK=block, num_warps=4)
         sums = sums.sum((0, 1))
     return du, ddelta, dz, dBC, sums
 
