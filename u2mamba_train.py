@@ -59,6 +59,7 @@ class Config:
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in each block
     mamba_residual: bool = True  # h + mamba(h), or mamba(h) alone
     mamba_directions: int = 1  # 2: a second Mamba reads the tokens from the end
+    mamba_scan_norm: bool = False  # RMSNorm of Δ, B and C, whose product may grow without bound (Jamba, 2403.19887)
     mamba_zero: bool = False  # Mamba layers start by adding nothing, and so the network as plain U²-Net
     scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"  # of Mamba; auto: the fastest
     pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
@@ -114,13 +115,13 @@ class Config:
 FAST = Config(
     model_name="fast", epoch_num=110, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
     batch_size_val=32, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=500, weight_decay=0.02, clip=1.0,
-    ema_decay=0.9995, iou_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3, flip_upside_down=0.0,
-    mirror=0.5, val_frq=5, whole_batches=True,
+    ema_decay=0.9995, iou_loss=1.0, edge_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3,
+    flip_upside_down=0.0, mirror=0.5, val_frq=5, whole_batches=True,
 )  # fmt: skip
 PRESETS = {
     "reference": Config(),
     "fast": FAST,
-    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=100, edge_loss=1.0),
+    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=190),
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,
@@ -210,7 +211,7 @@ def run(cfg: Config, world: World) -> int:
     # ------- 4. model --------
 
     mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "directions": cfg.mamba_directions}
-    mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero}
+    mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero, "scan_norm": cfg.mamba_scan_norm}
     net = ARCHS[cfg.arch](**mamba if cfg.arch.startswith("u2mamba") else {})
     net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     world.prepare(net, cfg.sync_batch_norm)
@@ -241,13 +242,10 @@ def run(cfg: Config, world: World) -> int:
             print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num{more} goes on from it")
             return EXIT_DONE
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
-    else:
-        if cfg.pretrained:
-            print(checkpoint.start_from(net, Path(cfg.pretrained)))
-        if world.is_first:
-            resume.put_aside(folder)
+    elif cfg.pretrained:
+        print(checkpoint.start_from(net, Path(cfg.pretrained), cfg.rescale))
     if world.is_first:
-        resume.keep_constants(folder, constants)
+        resume.keep_constants(folder, constants, anew=not saved)
     used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)

@@ -38,6 +38,7 @@ VARIANTS = {  # what differs: constants that do; a trial differs by what benchma
     "Mamba in the encoder": {"mamba_at": "encoder"},
     "no residual": {"mamba_residual": False},
     "two directions": {"mamba_directions": 2},
+    "norms before the scan": {"mamba_scan_norm": True},
     "out_proj from zero": {"mamba_zero": True},
     "BCE alone": {"iou_loss": 0.0},
     "edges weigh more": {"edge_loss": 1.0},

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from engine.run import UserError
+from engine.settings import input_size
 from model import ARCHS, load_u2net_weights
 from model.u2mamba import variant_of
 
@@ -209,14 +210,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v for k, v in content.items()}
 
 
-def start_from(net: nn.Module, path: Path) -> str:
+def start_from(net: nn.Module, path: Path, size: int) -> str:
     """Fills `net` with the weights in `path`, public U²-Net's or ours -> a line on what matched, what is new, what is
-    left out. Raises CheckpointError naming the first tensor when they are those of another network."""
+    left out, and one more where they were trained for pictures of clearly another size than `size` pixels.
+    Raises CheckpointError naming the first tensor when they are those of another network."""
     state = load_weights(path)
     try:
-        return f"pretrained: {load_u2net_weights(net, state)} ({path})"
+        line = f"pretrained: {load_u2net_weights(net, state)} ({path})"
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    trained = input_size(0, path)
+    if not 2 / 3 < size / trained < 3 / 2:
+        line += f"\nwarning: weights for pictures of {trained} pixels; what they know may be lost at {size}"
+    return line
 
 
 def build_network(state: Mapping[str, Tensor], path: Path, backend: str = "auto") -> nn.Module:
@@ -237,7 +243,7 @@ def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> 
     own = net.state_dict()
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
     if wrong:
-        mend = "set arch and mamba_at to those it was trained with"
+        mend = "set arch and the constants mamba_... to those it was trained with"
         raise CheckpointError(
             f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); {mend}"
         )

@@ -117,8 +117,11 @@ def what_is_there(source: DataSource, held_out: DataSource, processes: int) -> d
     return {"pairs": len(source), "processes": processes, NAMES: checksum}
 
 
-def keep_constants(folder: Path, constants: Mapping[str, Any]) -> None:
-    """Leaves the run's constants where a reader, and whoever opens its weights, finds them."""
+def keep_constants(folder: Path, constants: Mapping[str, Any], anew: bool) -> None:
+    """Leaves the run's constants where a reader, and whoever opens its weights, finds them. anew: puts what an earlier
+    run left in `folder` aside before."""
+    if anew:
+        put_aside(folder)
     try:
         write_whole(folder / CONSTANTS, json.dumps(constants, indent=1).encode())
     except UserError as error:

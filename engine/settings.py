@@ -84,6 +84,9 @@ def check_together(cfg: Any) -> None:
         raise UserError(f"accumulate = {cfg.accumulate}: more parts than the batch of {cfg.batch_size_train} has pairs")
     if cfg.mamba_zero and not cfg.mamba_residual:
         raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
+    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # one that goes on needs it no more
+    if cfg.pretrained and begins and not Path(cfg.pretrained).is_file():
+        raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
 

@@ -5,7 +5,7 @@ Both compute the same; the plain form is the definition, and what runs on everyt
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,3 +109,9 @@ def conv_silu(conv: nn.Conv1d, x: Tensor) -> Tensor:
         return kernels.conv_silu(x, conv.weight, conv.bias)
     y = F.conv1d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype), padding=conv.padding, groups=x.shape[1])
     return F.silu(y[..., : x.shape[2]])
+
+
+def scan_norms(norms: Sequence[nn.RMSNorm], x: Tensor) -> Tensor:
+    """Each norm over its own rows of every token: (B, rows, L) -> the same, of the norms' sizes one after the other."""
+    weights = [norm.weight for norm in norms]
+    return (kernels.scan_norms if _fused else kernels.scan_norms_reference)(x, weights, norms[0].eps)

@@ -95,7 +95,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pth"
     writer(nested(Malicious()), path)
-    for read in (checkpoint.load, checkpoint.load_weights, lambda path: checkpoint.start_from(U2NETP(), path)):
+    for read in (checkpoint.load, checkpoint.load_weights, lambda path: checkpoint.start_from(U2NETP(), path, 320)):
         with pytest.raises(CheckpointError) as error:
             read(path)
         assert "refused, it holds code" in one_line(error, path)

@@ -58,14 +58,19 @@ def test_initialisation():
     assert block.D._no_weight_decay
 
 
-def test_forward_is_the_definition():
+@pytest.mark.parametrize("scan_norm", [False, True])
+def test_forward_is_the_definition(scan_norm):
     """Figure 3 and algorithm 2 of the paper, token by token."""
-    block, x = make(Mamba, d_model=20, d_state=4), image(2, 9, 20)
+    block, x = make(Mamba, d_model=20, d_state=4, scan_norm=scan_norm), image(2, 9, 20)
     u, z = F.linear(x, block.in_proj.weight).chunk(2, dim=-1)  # (B, L, d_inner)
     past = torch.cat([torch.zeros(2, 3, 40), u], 1)
     taps = block.conv1d.weight[:, 0]  # (d_inner, 4), the last tap is now
     u = F.silu(sum(past[:, k : k + 9] * taps[:, k] for k in range(4)) + block.conv1d.bias)
     dt, B, C = block.x_proj(u).split([2, 4, 4], dim=-1)
+    if scan_norm:
+        for norm in (block.dt_layernorm, block.b_layernorm, block.c_layernorm):
+            torch.nn.init.uniform_(norm.weight, 0.5, 2)
+        dt, B, C = block.dt_layernorm(dt), block.b_layernorm(B), block.c_layernorm(C)
     dt = F.softplus(block.dt_proj(dt))
     h, ys = torch.zeros(2, 40, 4), []
     for t in range(9):
@@ -87,9 +92,23 @@ def test_no_token_sees_a_later_one():
     assert difference[20:].min() > 0
 
 
-def test_every_parameter_learns():
-    layer = make(MambaLayer, dim=16)
-    layer(image(2, 16, 5, 7)).square().sum().backward()
+def test_scan_norm_keeps_the_result_from_growing_with_the_projection():
+    """Without it the result grows with the third power of x_proj, or the second where Δ is small."""
+    grown = []
+    for scan_norm in (False, True):
+        block, x = make(Mamba, d_model=16, scan_norm=scan_norm), image(1, 30, 16)
+        before = block(x).abs().max()
+        with torch.no_grad():
+            block.x_proj.weight *= 100
+        grown.append(block(x).abs().max() / before)
+    assert grown[0] > 100
+    assert abs(grown[1] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("scan_norm", [False, True])
+def test_every_parameter_learns(scan_norm):
+    layer = make(MambaLayer, dim=32, scan_norm=scan_norm)
+    layer(image(2, 32, 5, 7)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
 
 

@@ -201,7 +201,13 @@ def test_the_fused_layers_give_the_same_outputs_gradients_and_statistics_layer_b
             assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
 
 
-VARIANTS = [{"directions": 2}, {"residual": False}, {"out_proj_zero": True}, {"directions": 2, "mamba_at": "encoder"}]
+VARIANTS = [
+    {"directions": 2},
+    {"residual": False},
+    {"out_proj_zero": True},
+    {"scan_norm": True},
+    {"directions": 2, "mamba_at": "encoder"},
+]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -220,7 +226,7 @@ def test_the_default_variant_is_the_network_without_options():
     other = U2MAMBAP(residual=True, directions=1, out_proj_zero=False).state_dict()
     assert list(one) == list(other)
     assert all(torch.equal(one[k], other[k]) for k in one)
-    assert not any("back" in k or "no_residual" in k for k in one)
+    assert not any("back" in k or "no_residual" in k or "layernorm" in k for k in one)
 
 
 def test_out_proj_at_zero_starts_as_plain_u2net():
@@ -249,3 +255,14 @@ def test_public_weights_and_mamba_without_a_residual_do_not_go_together():
         load_u2net_weights(net, U2NETP().state_dict())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     load_u2net_weights(net, U2MAMBAP(residual=False).state_dict())
+
+
+@pytest.mark.parametrize("scan_norm", [False, True])
+def test_weights_with_and_without_norms_before_the_scan_are_not_mixed(scan_norm):
+    net = U2MAMBAP(scan_norm=scan_norm)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=f"mamba_scan_norm = {not scan_norm}"):
+        load_u2net_weights(net, U2MAMBAP(scan_norm=not scan_norm).state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    report = load_u2net_weights(net, U2NETP().state_dict())
+    assert len(report.new) == sum(".mamba" in k for k in before)

@@ -1,6 +1,7 @@
 """Before and beside a run: the overfit check, pretrained weights, bad batches by name, the curves."""
 
 import csv
+import json
 import math
 import re
 import sys
@@ -122,6 +123,20 @@ def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
         run(pretrained=str(weights), **SMALL)
     assert str(weights) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
     assert kept.read_bytes() == b"an earlier run"
+
+
+def test_missing_pretrained_weights_are_told_before_the_data_are_read(run, tmp_path):
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        run(pretrained=str(tmp_path / "weights.pth"), data_dir=str(tmp_path / "nowhere"), **SMALL)
+
+
+@pytest.mark.parametrize(("trained", "told"), [(320, True), (48, False)])
+def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
+    (tmp_path / "other").mkdir()
+    torch.save(U2NETP().state_dict(), tmp_path / "other" / "best.pth")
+    (tmp_path / "other" / "constants.json").write_text(json.dumps({"rescale": trained}))
+    code, out = run(pretrained=str(tmp_path / "other" / "best.pth"), **SMALL)
+    assert code == 0 and (f"warning: weights for pictures of {trained} pixels" in out) == told
 
 
 # ------- batches that are not finite

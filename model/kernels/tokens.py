@@ -1,9 +1,12 @@
-"""What stands before Mamba's scan, in Triton: layer norm over few channels, and the short convolution with its SiLU.
+"""What stands before Mamba's scan, in Triton: layer norm over few channels, the short convolution with its SiLU, and
+the norms of Δ, B and C.
 
 PyTorch gives a row of a layer norm a block of its own, which for 32 channels is mostly idle, and convolves, activates
 and differentiates in six passes. Here a pass reads and writes each number once (the backward of the convolution
 computes its output again).
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ WARPS = 4
 PER_THREAD = 16  # numbers of a tile that a thread holds
 PROGRAMS = 8  # of the layer norm's backward, per multiprocessor; each leaves partial sums
 STEPS = 1024  # tokens of a tile of the convolution, at most
+NORM_STEPS = 64  # and of the norms'
 
 
 @jit("M", "C")
@@ -194,3 +198,95 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not (triton_runs(x) and x.stride(2) == 1 and weight.is_contiguous()):
         return conv_silu_reference(x, weight, bias)
     return _ConvSiLU.apply(x, weight, bias)
+
+
+@jit()
+def _mean_of_group(x, row, R: constexpr, N: constexpr):
+    """Mean of each column of x (rows, steps) over the group of its row: the first R, the next N, and N more."""
+    first, second = (row < R)[:, None], ((row >= R) & (row < R + N))[:, None]
+    third = (row >= R + N)[:, None]
+    a = tl.sum(tl.where(first, x, 0.0), 0) / R
+    b = tl.sum(tl.where(second, x, 0.0), 0) / N
+    c = tl.sum(tl.where(third, x, 0.0), 0) / N
+    return tl.where(first, a[None, :], tl.where(second, b[None, :], c[None, :]))
+
+
+@jit()
+def _group_weights(w_r, w_b, w_c, row, R: constexpr, N: constexpr):
+    w = tl.load(w_r + row, mask=row < R, other=0.0).to(tl.float32)
+    w += tl.load(w_b + row - R, mask=(row >= R) & (row < R + N), other=0.0).to(tl.float32)
+    return w + tl.load(w_c + row - R - N, mask=(row >= R + N) & (row < R + 2 * N), other=0.0).to(tl.float32)
+
+
+@jit("L")
+def _scan_norms(x, y, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: constexpr, STEPS: constexpr):
+    """y = x / root mean square of its group and token * w, of each token of (B, R + 2 N, L)."""
+    t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
+    row = tl.arange(0, ROWS)
+    at = tl.program_id(1).to(tl.int64) * (R + 2 * N) * L + row[:, None] * L + t[None, :]
+    ok = (row < R + 2 * N)[:, None] & (t < L)[None, :]
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    v *= 1.0 / tl.sqrt(_mean_of_group(v * v, row, R, N) + eps)
+    tl.store(y + at, v * _group_weights(w_r, w_b, w_c, row, R, N)[:, None], mask=ok)
+
+
+@jit("L")
+def _scan_norms_grad(
+    dy, x, dx, part, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: constexpr, STEPS: constexpr
+):
+    """dx, and this program's sums of dy * normalised x in part (B, chunks, R + 2 N)."""
+    t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
+    row = tl.arange(0, ROWS)
+    at = tl.program_id(1).to(tl.int64) * (R + 2 * N) * L + row[:, None] * L + t[None, :]
+    ok = (row < R + 2 * N)[:, None] & (t < L)[None, :]
+    v = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+    g = tl.load(dy + at, mask=ok, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(_mean_of_group(v * v, row, R, N) + eps)
+    v *= factor
+    to = part + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * (R + 2 * N) + row
+    tl.store(to, tl.sum(g * v, 1), mask=row < R + 2 * N)
+    g *= _group_weights(w_r, w_b, w_c, row, R, N)[:, None]
+    tl.store(dx + at, (g - v * _mean_of_group(g * v, row, R, N)) * factor, mask=ok)
+
+
+class _ScanNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_r, w_b, w_c, eps):
+        ctx.save_for_backward(x, w_r, w_b, w_c)
+        ctx.eps, y = eps, torch.empty_like(x)
+        grid, sizes = _norm_tiles(x, len(w_r), len(w_b))
+        with on_device(x):
+            _scan_norms[grid](x, y, w_r, w_b, w_c, x.shape[2], eps, **sizes)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, *weights = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        grid, sizes = _norm_tiles(x, len(weights[0]), len(weights[1]))
+        part = torch.empty(grid[0] * grid[1], x.shape[1], dtype=torch.float32, device=x.device)
+        with on_device(x):
+            _scan_norms_grad[grid](dy, x, dx, part, *weights, x.shape[2], ctx.eps, **sizes)
+        return dx, *part.sum(0).to(weights[0].dtype).split([len(w) for w in weights]), None
+
+
+def _norm_tiles(x: Tensor, r: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (chunks, images) and tile sizes over x (B, r + 2 n, L)."""
+    steps = min(NORM_STEPS, triton.next_power_of_2(x.shape[2]))
+    sizes = {"R": r, "N": n, "ROWS": triton.next_power_of_2(r + 2 * n), "STEPS": steps, "num_warps": WARPS}
+    return (triton.cdiv(x.shape[2], steps), x.shape[0]), sizes
+
+
+def scan_norms_reference(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    """The slow definition of `scan_norms`."""
+    parts = x.split([len(w) for w in weights], 1)
+    parts = [v * torch.rsqrt(v.square().mean(1, keepdim=True) + eps) for v in parts]
+    return torch.cat([v * w.to(x.dtype)[:, None] for v, w in zip(parts, weights, strict=True)], 1)
+
+
+def scan_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    """RMSNorm of each token's Δ, B and C by themselves: (B, r + 2 n, L), [(r), (n), (n)] -> (B, r + 2 n, L)."""
+    if not (triton_runs(x) and x.is_contiguous()):
+        return scan_norms_reference(x, weights, eps)
+    return _ScanNorms.apply(x, *weights, eps)
