@@ -319,6 +319,7 @@ def run(cfg: Config, world: World) -> int:
             if figures:
                 best = math.isfinite(figures["MAE"]) and figures["maxF"] > progress.best
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
+                report.name_grown_layers(kept)
                 if best and (
                     not world.is_first
                     or checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_augment import INDEX
@@ -22,6 +23,7 @@ COLUMNS = (
     "ite", "epoch", "loss", "tar", "d1", "d2", "d3", "d4", "d5", "d6", "IoU", "lr", "img_s", "wait", "memory_GiB",
     "bad_steps", "val_IoU", "val_MAE", "val_maxF", "seconds",
 )  # fmt: skip
+GROWN = 1e4  # deviation of what a batch norm gets; in trained networks it stays below 100
 
 
 class RunReport:
@@ -44,6 +46,7 @@ class RunReport:
         self._start = time.monotonic() - seconds
         self._csv_path = folder / "log.csv"
         self._warned = False
+        self._grown: set[str] = set()  # layers named so far
         self.writes = writes
         if writes:
             self._keep_rows(iteration, epoch)
@@ -112,6 +115,20 @@ class RunReport:
         self._record("val", iteration, {"ite": iteration, "epoch": epoch} | {f"val_{k}": v for k, v in values.items()})
         # the time of a validation is nobody's img/s
         self._mark, self._images, self._waited = (time.monotonic(), iteration), 0.0, 0.0
+
+    def name_grown_layers(self, net: nn.Module) -> None:
+        """One line, once for a layer, where what a batch norm gets is too large for the layers before it to learn."""
+        norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        if not norms:
+            return
+        largest = torch.stack([m.running_var.max() for m in norms.values()]).sqrt().tolist()
+        grown = {name: size for name, size in zip(norms, largest, strict=True) if size > GROWN}
+        if new := [f"{name} ({size:.0e})" for name, size in grown.items() if name not in self._grown]:
+            self.say(
+                f"warning: too large to learn from is what comes to {', '.join(new)}: lower lr, clip the gradient, or "
+                "keep the scan in bounds by mamba_scan_norm = True"
+            )
+        self._grown |= grown.keys()
 
     def picture(self, sheet: Tensor, iteration: int) -> None:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""

@@ -18,6 +18,7 @@ from data_loader import epoch_plan, open_data
 from engine import overfit as module
 from engine.device import seed_everything
 from engine.overfit import overfit
+from engine.report import RunReport
 from engine.run import UserError
 from engine.step import RECENT, TrainStep
 from model import U2MAMBAP, U2NET, U2NETP
@@ -137,6 +138,22 @@ def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
     (tmp_path / "other" / "constants.json").write_text(json.dumps({"rescale": trained}))
     code, out = run(pretrained=str(tmp_path / "other" / "best.pth"), **SMALL)
     assert code == 0 and (f"warning: weights for pictures of {trained} pixels" in out) == told
+
+
+# ------- layers that have grown
+
+
+def test_a_grown_layer_is_named_once(tmp_path, capsys):
+    net = U2NETP()
+    report = RunReport(tmp_path, 1, [], 1)
+    report.name_grown_layers(net)
+    assert capsys.readouterr().out == ""
+    net.stage6.rebnconv3d.bn_s1.running_var[3] = 4e19
+    report.name_grown_layers(net)
+    report.name_grown_layers(net)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "stage6.rebnconv3d.bn_s1 (6e+09)" in out and "mamba_scan_norm" in out
+    report.close()
 
 
 # ------- batches that are not finite
