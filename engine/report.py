@@ -125,8 +125,8 @@ class RunReport:
         grown = {name: size for name, size in zip(norms, largest, strict=True) if size > GROWN}
         if new := [f"{name} ({size:.0e})" for name, size in grown.items() if name not in self._grown]:
             self.say(
-                f"warning: too large to learn from is what comes to {', '.join(new)}: lower lr, clip the gradient, or "
-                "keep the scan in bounds by mamba_scan_norm = True"
+                f"warning: the numbers that reach {', '.join(new)} are too large for the layers before to learn: lower "
+                "lr, clip the gradient, or set mamba_scan_norm = True"
             )
         self._grown |= grown.keys()
 
