@@ -22,7 +22,7 @@ class Mamba(nn.Module):
 
     `backend` is one of the scan's (`model.selective_scan.choose_backend`). scan_norm: RMSNorm of Δ, B and C before the
     scan, as Jamba has it (arXiv 2403.19887, "Stabilizing Mamba at large scale") and by its names. Without, the result
-    grows with the product of Δ, B, C and u, each of which grows with u.
+    grows with the product of Δ, B, C and u, each of which grows with u; before a batch norm nothing holds it back.
     """
 
     def __init__(
