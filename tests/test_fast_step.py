@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 DEVICE = torch.device("cuda", 0)
 
 
-def make(precision="fp32", kernels=False, graph=False, **options):
+def make(precision="fp32", kernels=False, graph=False, scan_norm=False, **options):
     torch.manual_seed(0)
-    net = U2MAMBAP()
+    net = U2MAMBAP(scan_norm=scan_norm)
     net.to(DEVICE, memory_format=torch.channels_last if kernels else torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     loss = multi_loss if kernels else script.multi_bce_loss_fusion
@@ -62,8 +62,9 @@ def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
     assert fast.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
-def test_the_fast_step_learns_as_the_plain_one():
-    plain, fast = make(), make("bf16", kernels=True, graph=True)
+@pytest.mark.parametrize("scan_norm", [False, True])
+def test_the_fast_step_learns_as_the_plain_one(scan_norm):
+    plain, fast = make(scan_norm=scan_norm), make("bf16", kernels=True, graph=True, scan_norm=scan_norm)
     for i in range(60):
         for step in (plain, fast):
             step(*batch(i % 6))
