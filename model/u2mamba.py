@@ -52,9 +52,9 @@ class U2MAMBA(U2NET):
             everywhere = mamba_at == "encoder" and not stage.endswith("d")
             return tuple(range(1, height + 1)) if everywhere else (height,)
 
-        sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         variant = {"residual": residual, "directions": directions, "out_proj_zero": out_proj_zero}
-        make = partial(MambaLayer, **sizes, backend=backend, **variant, scan_norm=scan_norm)
+        variant |= {"scan_norm": scan_norm, "backend": backend}
+        make = partial(MambaLayer, d_state=d_state, d_conv=d_conv, expand=expand, **variant)
         super().__init__(in_ch, out_ch, make, levels)
 
 
