@@ -126,7 +126,7 @@ class RunReport:
         if new := [f"{name} ({size:.0e})" for name, size in grown.items() if name not in self._grown]:
             self.say(
                 f"warning: the numbers that reach {', '.join(new)} are too large for the layers before to learn: lower "
-                "lr, clip the gradient, or set mamba_scan_norm = True"
+                "lr, clip the gradient, or with Mamba set mamba_scan_norm = True"
             )
         self._grown |= grown.keys()
 
