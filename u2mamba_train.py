@@ -177,7 +177,7 @@ def learning_rate(cfg: Config, iteration: int, done: float) -> float:
 
 def run(cfg: Config, world: World) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
-    check_together(cfg)
+    check_together(cfg, files=world.is_first)
     seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)

@@ -74,8 +74,9 @@ def check_settings(config: Any, limits: Mapping[str, tuple[float, float]]) -> No
             raise UserError(f"{field} = {value!r}: must be from {least:g} to {most:g}")
 
 
-def check_together(cfg: Any) -> None:
-    """Raises UserError for training constants that are in their ranges, but do not go together."""
+def check_together(cfg: Any, files: bool = True) -> None:
+    """Raises UserError for training constants that are in their ranges, but do not go together. files: whether those
+    they name are looked for too, in the process that reads saved_models."""
     if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
         raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
     if 0 < cfg.crop_early < SMALLEST:
@@ -85,7 +86,7 @@ def check_together(cfg: Any) -> None:
     if cfg.mamba_zero and not cfg.mamba_residual:
         raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # one that goes on needs it no more
-    if cfg.pretrained and begins and not Path(cfg.pretrained).is_file():
+    if files and cfg.pretrained and begins and not Path(cfg.pretrained).is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")

@@ -6,7 +6,15 @@ from typing import Literal
 import pytest
 
 from engine.run import UserError
-from engine.settings import CONSTANTS, check_settings, differences, input_size, read_settings, tell_odd_sizes
+from engine.settings import (
+    CONSTANTS,
+    check_settings,
+    check_together,
+    differences,
+    input_size,
+    read_settings,
+    tell_odd_sizes,
+)
 from u2mamba_train import Config
 
 
@@ -113,3 +121,13 @@ def test_size_of_the_training_is_found_beside_the_weights(kept, size, tmp_path):
 def test_odd_sizes_are_told(capsys, constants, said):
     tell_odd_sizes(Config(**{"batch_size_train": 8, "warmup": 4} | constants), pairs=16, processes=2, iterations=4)
     assert said in (out := capsys.readouterr().out) and bool(out) == bool(said)
+
+
+def test_pretrained_weights_are_looked_for_where_a_run_begins_and_saved_models_are_read(tmp_path):
+    config = Config(saved_models=str(tmp_path), pretrained=str(tmp_path / "gone.pth"))
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        check_together(config)
+    check_together(config, files=False)  # another machine, which has no saved_models
+    (tmp_path / config.model_name).mkdir()
+    (tmp_path / config.model_name / "last.pth").touch()
+    check_together(config)  # goes on
