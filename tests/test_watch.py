@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -143,8 +144,11 @@ def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
 # ------- layers that have grown
 
 
-def test_a_grown_layer_is_named_once(tmp_path, capsys):
-    net = U2NETP()
+@pytest.mark.parametrize(
+    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, scan_norm=True), False)]
+)
+def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
+    net = arch()
     report = RunReport(tmp_path, 1, [], 1)
     report.name_grown_layers(net)
     assert capsys.readouterr().out == ""
@@ -152,7 +156,8 @@ def test_a_grown_layer_is_named_once(tmp_path, capsys):
     report.name_grown_layers(net)
     report.name_grown_layers(net)
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "stage6.rebnconv3d.bn_s1 (6e+09)" in out and "mamba_scan_norm" in out
+    assert out.count("\n") == 1 and "stage6.rebnconv3d.bn_s1 (6e+09)" in out
+    assert ("mamba_scan_norm" in out) == advised
     report.close()
 
 
