@@ -124,10 +124,11 @@ class RunReport:
         largest = torch.stack([m.running_var.max() for m in norms.values()]).sqrt().tolist()
         grown = {name: size for name, size in zip(norms, largest, strict=True) if size > GROWN}
         if new := [f"{name} ({size:.0e})" for name, size in grown.items() if name not in self._grown]:
-            without = any(getattr(m, "scan_norm", True) is False for m in net.modules())
+            without = any(getattr(m, "norm_at", "") == "none" for m in net.modules())
+            advice = ', clip the gradient or set mamba_norm = "gate"' if without else " or clip the gradient"
             self.say(
                 f"warning: the numbers that reach {', '.join(new)} are too large for the layers before to learn: lower "
-                f"lr{', clip the gradient or set mamba_scan_norm = True' if without else ' or clip the gradient'}"
+                f"lr{advice}"
             )
         self._grown |= grown.keys()
 

@@ -111,7 +111,7 @@ def conv_silu(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return F.silu(y[..., : x.shape[2]])
 
 
-def scan_norms(norms: Sequence[nn.RMSNorm], x: Tensor) -> Tensor:
+def rms_norms(norms: Sequence[nn.RMSNorm], x: Tensor) -> Tensor:
     """Each norm over its own rows of every token: (B, rows, L) -> the same, of the norms' sizes one after the other."""
     weights = [norm.weight for norm in norms]
-    return (kernels.scan_norms if _fused else kernels.scan_norms_reference)(x, weights, norms[0].eps)
+    return (kernels.rms_norms if _fused else kernels.rms_norms_reference)(x, weights, norms[0].eps)

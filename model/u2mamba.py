@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.mamba import Mamba, MambaLayer
+from model.mamba import Mamba, MambaLayer, NormAt
 from model.u2net import RSU_TABLE_SMALL, U2NET
 
 MambaAt = Literal["none", "bottleneck", "encoder"]
+NORMS = {".mamba.dt_layernorm.weight": "scan", ".mamba.norm.weight": "gate"}  # what tells a state dict's norm_at
 
 
 class U2MAMBA(U2NET):
@@ -25,7 +26,7 @@ class U2MAMBA(U2NET):
         "none": nowhere; equal to U2NET.
         "bottleneck": after the deepest REBNCONV of all 11 RSUs.
         "encoder": there, and after every other encoder-side REBNCONV of the six encoder stages, at full resolution.
-    d_state, d_conv, expand, backend, scan_norm: see `model.mamba.Mamba`. residual=False: h = mamba(h). directions,
+    d_state, d_conv, expand, backend, norm_at: see `model.mamba.Mamba`. residual=False: h = mamba(h). directions,
     out_proj_zero: see `model.mamba.MambaLayer`.
     """
 
@@ -41,7 +42,7 @@ class U2MAMBA(U2NET):
         residual: bool = True,
         directions: int = 1,
         out_proj_zero: bool = False,
-        scan_norm: bool = False,
+        norm_at: NormAt = "none",
     ):
         if mamba_at not in ("none", "bottleneck", "encoder"):
             raise ValueError(f'mamba_at must be "none", "bottleneck" or "encoder", not {mamba_at!r}')
@@ -53,7 +54,7 @@ class U2MAMBA(U2NET):
             return tuple(range(1, height + 1)) if everywhere else (height,)
 
         variant = {"residual": residual, "directions": directions, "out_proj_zero": out_proj_zero}
-        variant |= {"scan_norm": scan_norm, "backend": backend}
+        variant |= {"norm_at": norm_at, "backend": backend}
         make = partial(MambaLayer, d_state=d_state, d_conv=d_conv, expand=expand, **variant)
         super().__init__(in_ch, out_ch, make, levels)
 
@@ -65,12 +66,12 @@ class U2MAMBAP(U2MAMBA):
 
 
 def variant_of(state_dict: Mapping[str, Tensor]) -> dict:
-    """The arguments of U2MAMBA that a state dict of one tells: mamba_at, residual, directions, scan_norm."""
+    """The arguments of U2MAMBA that a state dict of one tells: mamba_at, residual, directions, norm_at."""
     return {
         "mamba_at": "encoder" if "stage1.mamba1.norm.weight" in state_dict else "bottleneck",
         "residual": not any(key.endswith(".no_residual") for key in state_dict),
         "directions": 1 + any(".mamba_back." in key for key in state_dict),
-        "scan_norm": any(key.endswith(".dt_layernorm.weight") for key in state_dict),
+        "norm_at": next((at for end, at in NORMS.items() if any(key.endswith(end) for key in state_dict)), "none"),
     }
 
 
@@ -93,7 +94,7 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
     net: U2NET, U2NETP, U2MAMBA or U2MAMBAP. state_dict: that of u2net.pth or u2netp.pth, or of this project's networks.
     out_proj of every Mamba layer that the file does not hold is set to zero, which makes h + mamba(h) = h.
     Raises ValueError when the plain U²-Net part is not complete, when new Mamba layers have no residual, or when the
-    file's have norms before the scan and the network's none, or the other way round; then `net` is left as it was.
+    file's have their norm elsewhere than the network's; then `net` is left as it was.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved through DataParallel
     own = net.state_dict()
@@ -112,9 +113,9 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
         )
     if any(".mamba" in k for k in new) and any(k.endswith(".no_residual") for k in own):
         raise ValueError("Mamba layers without a residual (mamba_residual = False) cannot begin as a plain U²-Net")
-    normed, wants = (variant_of(keys)["scan_norm"] for keys in (state_dict, own))
+    normed, wants = (variant_of(keys)["norm_at"] for keys in (state_dict, own))
     if any(".mamba" in k for k in matched) and normed != wants:
-        raise ValueError(f"their Mamba layers were trained with mamba_scan_norm = {normed}: set it so")
+        raise ValueError(f'their Mamba layers were trained with mamba_norm = "{normed}": set it so')
     with torch.no_grad():
         for key in matched:
             own[key].copy_(state_dict[key])

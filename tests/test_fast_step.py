@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 DEVICE = torch.device("cuda", 0)
 
 
-def make(precision="fp32", kernels=False, graph=False, scan_norm=False, **options):
+def make(precision="fp32", kernels=False, graph=False, norm_at="none", **options):
     torch.manual_seed(0)
-    net = U2MAMBAP(scan_norm=scan_norm)
+    net = U2MAMBAP(norm_at=norm_at)
     net.to(DEVICE, memory_format=torch.channels_last if kernels else torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     loss = multi_loss if kernels else script.multi_bce_loss_fusion
@@ -62,9 +62,9 @@ def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
     assert fast.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
-@pytest.mark.parametrize("scan_norm", [False, True])
-def test_the_fast_step_learns_as_the_plain_one(scan_norm):
-    plain, fast = make(scan_norm=scan_norm), make("bf16", kernels=True, graph=True, scan_norm=scan_norm)
+@pytest.mark.parametrize("norm_at", ["none", "scan", "gate"])
+def test_the_fast_step_learns_as_the_plain_one(norm_at):
+    plain, fast = make(norm_at=norm_at), make("bf16", kernels=True, graph=True, norm_at=norm_at)
     for i in range(60):
         for step in (plain, fast):
             step(*batch(i % 6))

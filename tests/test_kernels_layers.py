@@ -361,15 +361,20 @@ def test_conv_silu(shape, dtype):
 
 @kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 1, 4, 37), (1, 5, 3, 3), (3, 16, 16, 130)] + [(12, 4, 16, 82944)] * GPU, ids=str)
-def test_scan_norms(shape, dtype):
-    """Groups of one row and of more, tiles that are not full."""
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 4, 37), (1, 5, 3, 3), (3, 16, 16, 130), (2, 33, 0, 70), (1, 2, 0, 5), (2, 1024, 0, 41)]
+    + [(12, 4, 16, 82944), (32, 1024, 0, 81), (32, 128, 0, 324)] * GPU,
+    ids=str,
+)
+def test_rms_norms(shape, dtype):
+    """One group and three, of one row and of more, tiles that are not full."""
     b, r, n, L = shape
     x = (torch.randn(b, r + 2 * n, L, device=DEVICE) * 3).to(dtype)
-    mine, wide = leaves(x, *(torch.randn(size, device=DEVICE) for size in (r, n, n)))
-    got = tokens.scan_norms(mine[0], mine[1:], 1e-6)
+    mine, wide = leaves(x, *(torch.randn(size, device=DEVICE) for size in ((r, n, n) if n else (r,))))
+    got = tokens.rms_norms(mine[0], mine[1:], 1e-6)
     assert got.dtype == dtype
-    grads_near(got, mine, tokens.scan_norms_reference(wide[0], wide[1:], 1e-6), wide, torch.randn_like(got))
+    grads_near(got, mine, tokens.rms_norms_reference(wide[0], wide[1:], 1e-6), wide, torch.randn_like(got))
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])

@@ -58,16 +58,16 @@ def test_initialisation():
     assert block.D._no_weight_decay
 
 
-@pytest.mark.parametrize("scan_norm", [False, True])
-def test_forward_is_the_definition(scan_norm):
+@pytest.mark.parametrize("norm_at", ["none", "scan", "gate"])
+def test_forward_is_the_definition(norm_at):
     """Figure 3 and algorithm 2 of the paper, token by token."""
-    block, x = make(Mamba, d_model=20, d_state=4, scan_norm=scan_norm), image(2, 9, 20)
+    block, x = make(Mamba, d_model=20, d_state=4, norm_at=norm_at), image(2, 9, 20)
     u, z = F.linear(x, block.in_proj.weight).chunk(2, dim=-1)  # (B, L, d_inner)
     past = torch.cat([torch.zeros(2, 3, 40), u], 1)
     taps = block.conv1d.weight[:, 0]  # (d_inner, 4), the last tap is now
     u = F.silu(sum(past[:, k : k + 9] * taps[:, k] for k in range(4)) + block.conv1d.bias)
     dt, B, C = block.x_proj(u).split([2, 4, 4], dim=-1)
-    if scan_norm:
+    if norm_at == "scan":
         for norm in (block.dt_layernorm, block.b_layernorm, block.c_layernorm):
             torch.nn.init.uniform_(norm.weight, 0.5, 2)
         dt, B, C = block.dt_layernorm(dt), block.b_layernorm(B), block.c_layernorm(C)
@@ -76,7 +76,11 @@ def test_forward_is_the_definition(scan_norm):
     for t in range(9):
         h = torch.exp(dt[:, t, :, None] * -block.A_log.exp()) * h + (dt * u)[:, t, :, None] * B[:, t, None]
         ys.append((h * C[:, t, None]).sum(-1) + block.D * u[:, t])
-    wanted = block.out_proj(torch.stack(ys, 1) * F.silu(z))
+    y = torch.stack(ys, 1) * F.silu(z)
+    if norm_at == "gate":
+        torch.nn.init.uniform_(block.norm.weight, 0.5, 2)
+        y = block.norm(y)
+    wanted = block.out_proj(y)
     torch.testing.assert_close(block(x), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(block(x, channels_first=True), wanted, rtol=1e-5, atol=1e-6)
     assert block(x).is_contiguous()
@@ -92,22 +96,23 @@ def test_no_token_sees_a_later_one():
     assert difference[20:].min() > 0
 
 
-def test_scan_norm_keeps_the_result_from_growing_with_the_projection():
-    """Without it the result grows with the third power of x_proj, or the second where Δ is small."""
-    grown = []
-    for scan_norm in (False, True):
-        block, x = make(Mamba, d_model=16, scan_norm=scan_norm), image(1, 30, 16)
+def test_a_norm_keeps_the_result_from_growing_with_the_projection():
+    """Without, the result grows with the third power of x_proj, or the second where Δ is small."""
+    grown = {}
+    for norm_at in ("none", "scan", "gate"):
+        block, x = make(Mamba, d_model=16, norm_at=norm_at), image(1, 30, 16)
         before = block(x).abs().max()
         with torch.no_grad():
             block.x_proj.weight *= 100
-        grown.append(block(x).abs().max() / before)
-    assert grown[0] > 100
-    assert abs(grown[1] - 1) < 1e-3
+        grown[norm_at] = block(x).abs().max() / before
+    assert grown["none"] > 100
+    assert abs(grown["scan"] - 1) < 1e-3
+    assert grown["gate"] < 2
 
 
-@pytest.mark.parametrize("scan_norm", [False, True])
-def test_every_parameter_learns(scan_norm):
-    layer = make(MambaLayer, dim=32, scan_norm=scan_norm)
+@pytest.mark.parametrize("norm_at", ["none", "scan", "gate"])
+def test_every_parameter_learns(norm_at):
+    layer = make(MambaLayer, dim=32, norm_at=norm_at)
     layer(image(2, 32, 5, 7)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
 
@@ -217,3 +222,8 @@ def test_two_directions_of_the_same_weights_commute_with_reversal():
 def test_another_number_of_directions_is_refused():
     with pytest.raises(ValueError, match="directions must be 1 or 2, not 3"):
         MambaLayer(8, directions=3)
+
+
+def test_another_place_of_the_norm_is_refused():
+    with pytest.raises(ValueError, match="norm_at must be"):
+        MambaLayer(8, norm_at="both")

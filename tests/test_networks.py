@@ -205,7 +205,9 @@ VARIANTS = [
     {"directions": 2},
     {"residual": False},
     {"out_proj_zero": True},
-    {"scan_norm": True},
+    {"norm_at": "scan"},
+    {"norm_at": "gate"},
+    {"norm_at": "gate", "directions": 2, "mamba_at": "encoder"},
     {"directions": 2, "mamba_at": "encoder"},
 ]
 
@@ -257,12 +259,12 @@ def test_public_weights_and_mamba_without_a_residual_do_not_go_together():
     load_u2net_weights(net, U2MAMBAP(residual=False).state_dict())
 
 
-@pytest.mark.parametrize("scan_norm", [False, True])
-def test_weights_with_and_without_norms_before_the_scan_are_not_mixed(scan_norm):
-    net = U2MAMBAP(scan_norm=scan_norm)
+@pytest.mark.parametrize("norm_at, theirs", [("none", "scan"), ("scan", "gate"), ("gate", "none")])
+def test_weights_with_other_norms_in_their_mamba_layers_are_refused(norm_at, theirs):
+    net = U2MAMBAP(norm_at=norm_at)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(ValueError, match=f"mamba_scan_norm = {not scan_norm}"):
-        load_u2net_weights(net, U2MAMBAP(scan_norm=not scan_norm).state_dict())
+    with pytest.raises(ValueError, match=f'mamba_norm = "{theirs}"'):
+        load_u2net_weights(net, U2MAMBAP(norm_at=theirs).state_dict())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     report = load_u2net_weights(net, U2NETP().state_dict())
     assert len(report.new) == sum(".mamba" in k for k in before)

@@ -145,7 +145,7 @@ def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, scan_norm=True), False)]
+    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, norm_at="gate"), False)]
 )
 def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
     net = arch()
@@ -157,7 +157,7 @@ def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
     report.name_grown_layers(net)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "stage6.rebnconv3d.bn_s1 (6e+09)" in out
-    assert ("mamba_scan_norm" in out) == advised
+    assert ("mamba_norm" in out) == advised
     report.close()
 
 

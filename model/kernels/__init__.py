@@ -7,7 +7,7 @@ from model.kernels.launch import compile_only
 from model.kernels.losses import multi_loss
 from model.kernels.max_pool import max_pool2x2_skip
 from model.kernels.side_output import side_output
-from model.kernels.tokens import conv_silu, layer_norm, scan_norms, scan_norms_reference
+from model.kernels.tokens import conv_silu, layer_norm, rms_norms, rms_norms_reference
 from model.kernels.upsample import upsample_cat, upsample_to
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "max_pool2x2_skip",
     "multi_loss",
     "projection",
-    "scan_norms",
-    "scan_norms_reference",
+    "rms_norms",
+    "rms_norms_reference",
     "side_output",
     "upsample_cat",
     "upsample_to",

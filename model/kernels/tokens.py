@@ -1,5 +1,5 @@
-"""What stands before Mamba's scan, in Triton: layer norm over few channels, the short convolution with its SiLU, and
-the norms of Δ, B and C.
+"""What stands around Mamba's scan, in Triton: layer norm over few channels, the short convolution with its SiLU, and
+the RMSNorms of Δ, B and C or of the result.
 
 PyTorch gives a row of a layer norm a block of its own, which for 32 channels is mostly idle, and convolves, activates
 and differentiates in six passes. Here a pass reads and writes each number once (the backward of the convolution
@@ -19,7 +19,7 @@ WARPS = 4
 PER_THREAD = 16  # numbers of a tile that a thread holds
 PROGRAMS = 8  # of the layer norm's backward, per multiprocessor; each leaves partial sums
 STEPS = 1024  # tokens of a tile of the convolution, at most
-NORM_STEPS = 64  # and of the norms'
+NORM_STEPS = 64  # and of the norms', whose tiles hold all rows: of up to 1,024 not below 16 tokens
 
 
 @jit("M", "C")
@@ -203,12 +203,14 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @jit()
 def _mean_of_group(x, row, R: constexpr, N: constexpr):
     """Mean of each column of x (rows, steps) over the group of its row: the first R, the next N, and N more."""
-    first, second = (row < R)[:, None], ((row >= R) & (row < R + N))[:, None]
-    third = (row >= R + N)[:, None]
-    a = tl.sum(tl.where(first, x, 0.0), 0) / R
-    b = tl.sum(tl.where(second, x, 0.0), 0) / N
-    c = tl.sum(tl.where(third, x, 0.0), 0) / N
-    return tl.where(first, a[None, :], tl.where(second, b[None, :], c[None, :]))
+    first = (row < R)[:, None]
+    mean = (tl.sum(tl.where(first, x, 0.0), 0) / R)[None, :]
+    if N > 0:
+        second, third = ((row >= R) & (row < R + N))[:, None], (row >= R + N)[:, None]
+        b = tl.sum(tl.where(second, x, 0.0), 0) / N
+        c = tl.sum(tl.where(third, x, 0.0), 0) / N
+        mean = tl.where(first, mean, tl.where(second, b[None, :], c[None, :]))
+    return mean
 
 
 @jit()
@@ -219,7 +221,7 @@ def _group_weights(w_r, w_b, w_c, row, R: constexpr, N: constexpr):
 
 
 @jit("L")
-def _scan_norms(x, y, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: constexpr, STEPS: constexpr):
+def _rms_norms(x, y, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: constexpr, STEPS: constexpr):
     """y = x / root mean square of its group and token * w, of each token of (B, R + 2 N, L)."""
     t = tl.program_id(0) * STEPS + tl.arange(0, STEPS)
     row = tl.arange(0, ROWS)
@@ -231,7 +233,7 @@ def _scan_norms(x, y, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: c
 
 
 @jit("L")
-def _scan_norms_grad(
+def _rms_norms_grad(
     dy, x, dx, part, w_r, w_b, w_c, L, eps, R: constexpr, N: constexpr, ROWS: constexpr, STEPS: constexpr
 ):
     """dx, and this program's sums of dy * normalised x in part (B, chunks, R + 2 N)."""
@@ -249,14 +251,14 @@ def _scan_norms_grad(
     tl.store(dx + at, (g - v * _mean_of_group(g * v, row, R, N)) * factor, mask=ok)
 
 
-class _ScanNorms(torch.autograd.Function):
+class _RMSNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_r, w_b, w_c, eps):
-        ctx.save_for_backward(x, w_r, w_b, w_c)
+    def forward(ctx, x, eps, *weights):
+        ctx.save_for_backward(x, *weights)
         ctx.eps, y = eps, torch.empty_like(x)
-        grid, sizes = _norm_tiles(x, len(w_r), len(w_b))
+        grid, sizes = _norm_tiles(x, weights)
         with on_device(x):
-            _scan_norms[grid](x, y, w_r, w_b, w_c, x.shape[2], eps, **sizes)
+            _rms_norms[grid](x, y, *_three(weights), x.shape[2], eps, **sizes)
         return y
 
     @staticmethod
@@ -264,29 +266,40 @@ class _ScanNorms(torch.autograd.Function):
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        grid, sizes = _norm_tiles(x, len(weights[0]), len(weights[1]))
+        grid, sizes = _norm_tiles(x, weights)
         part = torch.empty(grid[0] * grid[1], x.shape[1], dtype=torch.float32, device=x.device)
         with on_device(x):
-            _scan_norms_grad[grid](dy, x, dx, part, *weights, x.shape[2], ctx.eps, **sizes)
-        return dx, *part.sum(0).to(weights[0].dtype).split([len(w) for w in weights]), None
+            _rms_norms_grad[grid](dy, x, dx, part, *_three(weights), x.shape[2], ctx.eps, **sizes)
+        return dx, None, *part.sum(0).to(weights[0].dtype).split([len(w) for w in weights])
 
 
-def _norm_tiles(x: Tensor, r: int, n: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid (chunks, images) and tile sizes over x (B, r + 2 n, L)."""
-    steps = min(NORM_STEPS, triton.next_power_of_2(x.shape[2]))
-    sizes = {"R": r, "N": n, "ROWS": triton.next_power_of_2(r + 2 * n), "STEPS": steps, "num_warps": WARPS}
+def _three(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """For a kernel of three groups; the last two are empty where there is one."""
+    return weights if len(weights) == 3 else (weights[0],) * 3
+
+
+def _norm_tiles(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid (chunks, images) and tile sizes over x (B, rows, L), all rows in each tile."""
+    rows = triton.next_power_of_2(x.shape[1])
+    steps = min(max(2**13 // rows, 16), NORM_STEPS, triton.next_power_of_2(x.shape[2]))
+    n = len(weights[1]) if len(weights) == 3 else 0
+    warps = min(max(rows * steps // 2**10, WARPS), 16)
+    sizes = {"R": len(weights[0]), "N": n, "ROWS": rows, "STEPS": steps, "num_warps": warps}
     return (triton.cdiv(x.shape[2], steps), x.shape[0]), sizes
 
 
-def scan_norms_reference(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
-    """The slow definition of `scan_norms`."""
+def rms_norms_reference(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    """The slow definition of `rms_norms`."""
     parts = x.split([len(w) for w in weights], 1)
     parts = [v * torch.rsqrt(v.square().mean(1, keepdim=True) + eps) for v in parts]
     return torch.cat([v * w.to(x.dtype)[:, None] for v, w in zip(parts, weights, strict=True)], 1)
 
 
-def scan_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
-    """RMSNorm of each token's Δ, B and C by themselves: (B, r + 2 n, L), [(r), (n), (n)] -> (B, r + 2 n, L)."""
+def rms_norms(x: Tensor, weights: Sequence[Tensor], eps: float) -> Tensor:
+    """RMSNorm over the rows of each token: (B, rows, L), [(rows)] -> (B, rows, L), sums in fp32.
+
+    With three weights, (r), (n) and (n), r + 2 n = rows: over each of these groups of rows by itself.
+    """
     if not (triton_runs(x) and x.is_contiguous()):
-        return scan_norms_reference(x, weights, eps)
-    return _ScanNorms.apply(x, *weights, eps)
+        return rms_norms_reference(x, weights, eps)
+    return _RMSNorms.apply(x, eps, *weights)
