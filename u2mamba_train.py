@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data, validation_batches
 from engine import checkpoint, resume
-from engine.device import choose_device, choose_kernels, choose_precision, choose_scan, memory_in_use, seed_everything
+from engine.device import choose_device, choose_kernels, choose_layout, choose_precision, choose_scan, seed_everything
 from engine.distributed import World, joined
 from engine.overfit import overfit
 from engine.parameters import decayed_and_not
@@ -182,10 +182,11 @@ def run(cfg: Config, world: World) -> int:
     device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)
     synchronised = cfg.sync_batch_norm and world.size > 1
+    channels_last, layout_line = choose_layout(cfg.channels_last, device, precision)
     fused, fused_line = choose_kernels(cfg.fused_kernels, device, precision, cfg.channels_last, synchronised)
     backend, backend_line = choose_scan(device, cfg.scan_backend)
     print(f"device: {device_line}\nprocesses: {world.line(cfg.batch_size_train)}", flush=True)
-    print(f"precision: {precision_line}, {fused_line}\nselective scan: {backend_line}", flush=True)
+    print(f"precision: {precision_line}, {layout_line}, {fused_line}\nselective scan: {backend_line}", flush=True)
     torch.set_float32_matmul_precision("high" if fused else "highest")  # TF32 in what stays fp32
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
 
@@ -205,15 +206,14 @@ def run(cfg: Config, world: World) -> int:
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | resume.what_is_there(source, held_out, world.size)
     world.check_same(constants, MAY_DIFFER)
-    first = range(min(6, len(held_out or source)))
-    shown = next(validation_batches(held_out or source, first, channels_last=cfg.channels_last))
+    shown = next(validation_batches(held_out or source, batch_size=6, channels_last=channels_last))
 
     # ------- 4. model --------
 
     mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "directions": cfg.mamba_directions}
     mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero, "norm_at": cfg.mamba_norm}
     net = ARCHS[cfg.arch](**mamba if cfg.arch.startswith("u2mamba") else {})
-    net.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     world.prepare(net, cfg.sync_batch_norm)
     print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
 
@@ -232,7 +232,7 @@ def run(cfg: Config, world: World) -> int:
     # ------- 6. training --------
 
     if cfg.overfit:
-        return overfit(step, source, cfg.overfit, cfg.batch_size_train, cfg.channels_last, folder, stop)
+        return overfit(step, source, cfg.overfit, cfg.batch_size_train, channels_last, folder, stop)
     progress = Progress()
     saved, found = world.from_first(lambda: resume.find_last(folder, cfg.resume, constants))
     if saved:
@@ -280,7 +280,7 @@ def run(cfg: Config, world: World) -> int:
         chances = (cfg.flip_upside_down, cfg.mirror)
         plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
         own = world.share(plan[progress.position :])
-        for batch in batches(source, own, cfg.batch_size_train, crop, cfg.channels_last, changes):
+        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, changes):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)
@@ -293,9 +293,7 @@ def run(cfg: Config, world: World) -> int:
 
             if progress.iteration % cfg.log_frq == 0 or progress.iteration in (1, total):
                 means = step.read()
-                report.training_line(
-                    epoch + 1, progress.position, progress.iteration, means, rate, memory_in_use(device)
-                )
+                report.training_line(epoch + 1, progress.position, progress.iteration, means, rate)
                 if means.bad_in_a_row >= cfg.max_bad_steps:
                     save_last()
                     raise UserError(
@@ -313,7 +311,7 @@ def run(cfg: Config, world: World) -> int:
         if not stopped and ((epoch + 1) % cfg.val_frq == 0 or epoch + 1 == cfg.epoch_num):
             started, kept = time.monotonic(), step.averaged()
             own = range(world.rank, len(held_out), world.size)
-            own = validation_batches(held_out, own, cfg.batch_size_val, cfg.channels_last)
+            own = validation_batches(held_out, own, cfg.batch_size_val, channels_last)
             figures = validate(kept, own, stop, world)
             stopped = world.largest(stop.exit_code)
             if figures:

@@ -17,7 +17,7 @@ import tyro
 
 import engine.step
 from benchmarks.hardware import lines, median_and_spread, time_calls
-from engine.device import choose_device, choose_kernels, choose_precision
+from engine.device import choose_device, choose_kernels, choose_layout, choose_precision
 from engine.distributed import World
 from engine.parameters import decayed_and_not
 from engine.step import TrainStep
@@ -70,7 +70,8 @@ def make_step(
         with contextlib.suppress(ValueError):
             backend, _ = choose_backend(device, "mamba_ssm")
     mamba = {"mamba_at": options.mamba_at, "backend": backend} if options.arch.startswith("u2mamba") else {}
-    memory_format = torch.contiguous_format if published else torch.channels_last
+    channels_last, layout = choose_layout(not published, device, precision)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     net = ARCHS[options.arch](**mamba).to(device, memory_format=memory_format)
     world.prepare(net, synchronise_batch_norm=False)
     recipe = options.recipe and not published
@@ -81,7 +82,7 @@ def make_step(
     more = {"clip": FAST.clip, "ema_decay": FAST.ema_decay} if recipe else {}
     loss = functools.partial(total_loss, iou=iou, edge=edge, fused=kernels)
     step = TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world, **more)
-    words = [precision, "NCHW" if published else "channels_last", "one CUDA graph" if graph else "eager"]
+    words = [precision, layout, "one CUDA graph" if graph else "eager"]
     words += ["fused kernels"] * kernels + [f"scan {backend}"] + ["recipe of fast"] * recipe
     return step, ", ".join(words), memory_format
 

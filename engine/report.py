@@ -82,7 +82,7 @@ class RunReport:
         if self._bar:
             self._bar.update()
 
-    def training_line(self, epoch: int, position: int, iteration: int, means: Means, lr: float, memory: float) -> None:
+    def training_line(self, epoch: int, position: int, iteration: int, means: Means, lr: float) -> None:
         now = time.monotonic()
         since, since_iteration = self._mark
         elapsed = max(now - since, 1e-9)
@@ -95,13 +95,13 @@ class RunReport:
         self.say(
             f"[epoch: {epoch}/{self.epochs}, batch: {position}/{len(self.names)}, ite: {iteration}] "
             f"train loss: {means.loss:.3f}, tar: {means.losses[0]:.3f}, IoU: {means.iou:.3f}"
-            f" | lr {lr:.2e}, {speed:.1f} img/s, wait {wait:.0%}, {memory:.1f} GiB"
+            f" | lr {lr:.2e}, {speed:.1f} img/s, wait {wait:.0%}, {means.memory:.1f} GiB"
             + (f", eta {datetime.timedelta(seconds=round(eta))}" if eta is not None else "")
             + (f", {means.bad_steps} bad steps" if means.bad_steps else "")
         )
         row = {"ite": iteration, "epoch": epoch, "loss": means.loss, "tar": means.losses[0], "IoU": means.iou, "lr": lr}
         row |= {f"d{i}": means.losses[i] for i in range(1, 7)}
-        row |= {"img_s": speed, "wait": wait, "memory_GiB": memory, "bad_steps": means.bad_steps}
+        row |= {"img_s": speed, "wait": wait, "memory_GiB": means.memory, "bad_steps": means.bad_steps}
         self._record("train", iteration, row)
 
     def _name_bad_batches(self, iteration: int, not_finite: dict[int, str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.device import keep_freed_memory, out_of_memory
+from engine.device import keep_freed_memory, memory_in_use, out_of_memory
 from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.parameters import flatten_statistics
@@ -39,6 +39,7 @@ class Means:
     bad_steps: int  # steps left out since the run began
     bad_in_a_row: int
     not_finite: dict[int, str]  # of the RECENT last steps, 0 the newest: the outputs whose loss was not finite
+    memory: float  # GiB in use
 
 
 class TrainStep:
@@ -241,7 +242,7 @@ class TrainStep:
         losses = [v / steps if steps else math.nan for v in losses]
         iou = iou / images if images else math.nan
         odd = {ago: _outputs(int(bits)) for ago, bits in enumerate(self.recent.tolist()) if bits}
-        return Means(sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd)
+        return Means(sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd, memory_in_use(self.device))
 
     def reset(self) -> None:
         self.sums.zero_()
@@ -267,10 +268,9 @@ class TrainStep:
 
     def state_dict(self) -> dict:
         """What `last.pth` keeps of the step besides the weights."""
-        ema = [t.cpu() for t in self.ema] if self.ema else None
         return {
             "optimizer": self.optimizer.state_dict()["state"],
-            "ema": ema,
+            "ema": [t.cpu() for t in self.ema] if self.ema else None,
             "ema_steps": self.ema_steps,
             "sums": self.sums.cpu(),
             "bad": self.bad.cpu(),

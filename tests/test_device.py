@@ -60,6 +60,13 @@ def test_bf16_falls_back_with_the_reason(monkeypatch):
     assert precision == "fp32" and "8.0" in line
 
 
+def test_channels_last_is_left_where_it_is_slower():
+    assert choices.choose_layout(True, CPU, "fp32") == (False, "NCHW (in fp32 a CPU is faster so)")
+    assert choices.choose_layout(False, CPU, "fp32") == (False, "NCHW")
+    for device, precision in ((CPU, "bf16"), (torch.device("cuda", 0), "fp32")):
+        assert choices.choose_layout(True, device, precision) == (True, "channels_last")
+
+
 def test_fused_kernels_say_what_they_miss():
     on, line = choices.choose_kernels(True, CPU, "fp32", False, sync_batch_norm=True)
     assert not on
