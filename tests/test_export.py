@@ -151,9 +151,20 @@ def test_a_file_that_computes_something_else_is_not_written(exported, tmp_path, 
     assert last.op_type == "Sigmoid"
     last.op_type = "HardSigmoid"
     broken = model.SerializeToString()
-    with pytest.raises(UserError, match=r"differs from PyTorch .* by \d\.\de-0[12], more than 1e-04; nothing is"):
+    with pytest.raises(UserError, match=r"differs from PyTorch .* by \d\.\de-0[12], more than 1e-04; .* try another"):
         run(Options(checkpoint=str(folder / "net.pth"), out=str(tmp_path / "net.onnx"), size=SIZE))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_amplify_rounding_are_told_from_a_wrong_file(exported, tmp_path):
+    """The last convolution such that fp32 has no digit left at the sigmoid."""
+    state = torch.load(exported[0] / "net.pth", weights_only=True)
+    for part in ("weight", "bias"):
+        state[f"outconv.{part}"] *= 1e6
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(UserError, match="nothing is written; these weights amplify rounding"):
+        run(Options(checkpoint=str(tmp_path / "net.pth"), out=str(tmp_path / "net.onnx"), size=SIZE))
+    assert not (tmp_path / "net.onnx").exists()
 
 
 @pytest.mark.parametrize(
