@@ -149,7 +149,7 @@ def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, memory that tensors leave stays with the process, if as much as it ever took is free besides.
 
     glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a third of
-    a training step's time. Kept, all takes up to 40 % more. Nothing changes with another C library.
+    a training step's time, a quarter of a map's. Kept, all takes up to 40 % more. Another C library is left as it is.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or available_memory() < peak_memory(device) * 2**30:
         return
