@@ -15,7 +15,7 @@ maps, stretch each map to its own minimum and maximum first: --stretch.
 Exit codes: 0 done; 1 done, but files were set aside; 2 the input cannot be used; 130, 143 stopped.
 """
 
-import engine.ctrl_c  # noqa: F401  # isort: skip
+import engine.start  # noqa: F401  # isort: skip
 import csv
 import io
 import json

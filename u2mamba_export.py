@@ -11,7 +11,7 @@ computes, to 1e-4 on real images. Needs `pip install -r requirements-export.txt`
 Exit codes: 0 done, 1 done with images or a variant set aside, 2 nothing written, 130 Ctrl-C.
 """
 
-import engine.ctrl_c  # noqa: F401  # isort: skip
+import engine.start  # noqa: F401  # isort: skip
 import logging
 import sys
 import tempfile

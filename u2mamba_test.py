@@ -9,7 +9,7 @@ there already is skipped. Exit codes: 0 done, 1 done with files set aside, 2 not
 by Ctrl-C and SIGTERM; what is written is whole then too, and the same command goes on.
 """
 
-import engine.ctrl_c  # noqa: F401  # isort: skip
+import engine.start  # noqa: F401  # isort: skip
 import errno
 import glob
 import io

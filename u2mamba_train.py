@@ -12,7 +12,7 @@ Edit the constants, run, read loss and IoU, find the checkpoints in saved_models
 killed or cut off goes on where it was when the same command is given again.
 """
 
-import engine.ctrl_c  # noqa: F401  # isort: skip
+import engine.start  # noqa: F401  # isort: skip
 import math
 import sys
 import time

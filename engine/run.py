@@ -20,7 +20,7 @@ def one_line_errors() -> Iterator[None]:
     SIGTERM unwinds as Ctrl-C does, so that temporary files go; a training run catches both by `StopSignal`.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by engine.ctrl_c
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by engine.start
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

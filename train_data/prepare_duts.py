@@ -22,9 +22,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the modules are one folder up
+import engine.start  # noqa: F401  # isort: skip
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the modules are one folder up
 from data_check import MIRROR_SUFFIX, BadFile, DataError, Pair, Unpaired, pair_names, read_pair
 
 IMAGE_FOLDER, MASK_FOLDER = "DUTS-TR-Image", "DUTS-TR-Mask"

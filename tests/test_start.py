@@ -1,4 +1,4 @@
-"""Ctrl-C in the seconds before a script has loaded its libraries."""
+"""What goes wrong before a script has loaded its libraries ends it without a traceback."""
 
 import os
 import signal
@@ -26,3 +26,14 @@ def test_no_traceback_while_libraries_load(tmp_path, script):
         run.send_signal(signal.SIGINT)
         assert "Traceback" not in run.communicate(timeout=30)[1]
     assert run.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "script", [f"u2mamba_{s}.py" for s in "train test eval export".split()] + ["train_data/prepare_duts.py"]
+)
+def test_missing_packages_are_named(script):
+    """-S: as a Python in which nothing was installed."""
+    done = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sys.executable} has no torch, torchvision, numpy, ")
+    assert done.stderr.count("\n") == 1
