@@ -65,7 +65,8 @@ def steps(world, net, **options):
     step = make(world, net, **options)
     for i in range(3):
         step(*(world.share(t) for t in batch(i)))
-    return {"net": step.net.state_dict(), "average": step.averaged().state_dict(), "means": vars(step.read())}
+    means = {name: value for name, value in vars(step.read()).items() if name != "memory"}  # each process's own
+    return {"net": step.net.state_dict(), "average": step.averaged().state_dict(), "means": means}
 
 
 def own_statistics(world):

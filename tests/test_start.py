@@ -18,10 +18,7 @@ def test_no_traceback_while_libraries_load(tmp_path, script):
         (tmp_path / name).write_text('import time\nprint("loading", flush=True)\ntime.sleep(60)\n')
     command = [sys.executable, f"u2mamba_{script}.py", "--help"]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
-    ) as run:  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout.readline() == "loading\n"
         run.send_signal(signal.SIGINT)
         assert "Traceback" not in run.communicate(timeout=30)[1]
