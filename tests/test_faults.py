@@ -22,12 +22,12 @@ def folder(tmp_path_factory):
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(folder):
-    figures = faults.killed_run(folder / "broken", epochs=3, kills=2, seed=1)
+    figures = faults.killed_run(folder / "broken", epochs=2, kills=2, seed=1)
     assert figures.kills == 2 and figures.checkpoints > 0
     assert figures.unreadable == 0
     assert figures.most_repeated <= faults.SAVE_FRQ
     for name in ("broken", "whole"):
-        faults.finish(folder / name, epochs=3)
+        faults.finish(folder / name, epochs=2)
     assert faults.differences(folder / "whole", folder / "broken") == []
     assert not list((folder / "broken" / "run").glob(".*.tmp"))  # what the killed ones left half written
     last = folder / "broken" / "run" / "last.pth"
