@@ -206,7 +206,8 @@ def run(cfg: Config, world: World) -> int:
         source, held_out = data.train.to(device), data.val.to(device)
     constants = as_plain_dict(cfg) | resume.what_is_there(source, held_out, world.size)
     world.check_same(constants, MAY_DIFFER)
-    shown = next(validation_batches(held_out or source, batch_size=6, channels_last=channels_last))
+    first = range(min(6, len(held_out or source)))
+    shown = next(validation_batches(held_out or source, first, channels_last=channels_last))
 
     # ------- 4. model --------
 
