@@ -9,16 +9,19 @@ import signal
 import sys
 from pathlib import Path
 
-NEEDED = ("torch", "torchvision", "numpy", "skimage", "PIL", "matplotlib", "tyro", "filelock", "tqdm")
-SCRIPT = Path(sys.argv[0]).name
+NEEDED = {  # beginning of a script's name -> packages that it cannot do without
+    "u2mamba_": ("torch", "torchvision", "numpy", "skimage", "PIL", "matplotlib", "tyro", "filelock", "tqdm"),
+    "prepare_": ("numpy", "PIL"),
+}
+script = Path(sys.argv[0]).name[:8]
 
-if SCRIPT.startswith(("u2mamba_", "prepare_")):  # not where a test or a notebook imports a script
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+if script in NEEDED:  # not where a test or a notebook imports a script
+    if missing := [name for name in NEEDED[script] if importlib.util.find_spec(name) is None]:
         print(
             f"error: {sys.executable} has no {', '.join(missing)}: activate the environment with the packages "
             "(README: . .venv/*/activate), or install them: pip install -r requirements.txt",
             file=sys.stderr,
         )
         sys.exit(2)
-    if SCRIPT.startswith("u2mamba_") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if script == "u2mamba_" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
