@@ -5,6 +5,8 @@ All is drawn into the plan of an epoch, a tensor made from (seed, epoch), so tha
 an epoch, on any device, sees what the unbroken run would have seen.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import NamedTuple
@@ -30,9 +32,15 @@ class Changes(NamedTuple):
     """How far pictures are changed at random; all 0: not at all."""
 
     window: float = 0.0  # smallest window that fills the training size, as a share of the picture's size; 0: all
+    beyond: float = 0.0  # by how much the largest window is larger than the picture, which is mirrored at its edges
     rotate: float = 0.0  # degrees, either way
     colour: float = 0.0  # share by which brightness, contrast and saturation rise or fall
     paste: float = 0.0  # probability that the object of another picture of the batch is put in
+
+    @classmethod
+    def of(cls, constants) -> Changes:
+        """As a `Config` has them."""
+        return cls(*(getattr(constants, name) for name in cls._fields))
 
 
 def change(pictures: Tensor, masks: Tensor, numbers: Tensor, flips: Tensor, size: int, by: Changes) -> Tensor:
@@ -53,10 +61,10 @@ def change(pictures: Tensor, masks: Tensor, numbers: Tensor, flips: Tensor, size
 def _windows(numbers: Tensor, flips: Tensor, by: Changes) -> Tensor:
     """(B, 2, 3): from places in the result to places in the picture, both from -1 to 1."""
     spread = 2 * numbers - 1  # (B, NUMBERS) in [-1, 1)
-    least = by.window or 1.0
-    side = least + (1 - least) * numbers[:, SIDE]
-    aspect = (spread[:, ASPECT] * (0.5 * math.log(LARGEST_ASPECT) * (least < 1))).exp()
-    width, height = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
+    least, most = by.window or 1.0, 1 + by.beyond
+    side = least + (most - least) * numbers[:, SIDE]
+    aspect = (spread[:, ASPECT] * (0.5 * math.log(LARGEST_ASPECT) * (least < most))).exp()
+    width, height = (side * aspect).clamp(max=most), (side / aspect).clamp(max=most)
     angle = spread[:, ANGLE] * math.radians(by.rotate)
     cos, sin = angle.cos(), angle.sin()
     centre = torch.stack((spread[:, ACROSS] * (1 - width), spread[:, DOWN] * (1 - height)), 1)

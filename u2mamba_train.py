@@ -73,6 +73,7 @@ class Config:
     crop_early: int = 0  # pixels in the first part of the run, where small pictures teach as much in less time; 0: crop
     early: float = 0.6  # share of the epochs that crop_early is for
     window: float = 0.0  # smallest share of a picture's sides that is cut out and brought to crop; 0: crop as it is
+    beyond: float = 0.0  # by how much the largest window is larger than the picture, which is mirrored at its edges
     rotate: float = 0.0  # degrees either way; with this or colour or paste, and no window, whole pictures are taken
     colour: float = 0.0  # share by which brightness, contrast and saturation change
     paste: float = 0.0  # probability that another picture's object is put in
@@ -274,7 +275,7 @@ def run(cfg: Config, world: World) -> int:
             report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
-    changes = Changes(cfg.window, cfg.rotate, cfg.colour, cfg.paste)
+    changes = Changes.of(cfg)
     stopped = 0  # the exit code when a signal ends the run
     for epoch in range(progress.epoch, cfg.epoch_num):
         crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop

@@ -46,6 +46,7 @@ VARIANTS = {  # what differs: constants that do; a trial differs by what benchma
     "no window, rotation, colour": {"window": 0.0, "rotate": 0.0, "colour": 0.0},
     "no mirroring": {"mirror": 0.0},
     "smaller windows": {"window": 0.4},
+    "windows beyond the picture": {"beyond": 0.4},
     "more colour": {"colour": 0.5},
     "stronger changes": {"window": 0.4, "colour": 0.5},
     "stronger changes, more decay": {"window": 0.4, "colour": 0.5, "weight_decay": 0.1},

@@ -82,7 +82,7 @@ def main(options: Options) -> None:
     line("mean with the mirrored picture", lambda x: (net(x)[0] + net(x.flip(3))[0].flip(3)) / 2)
     for size in options.sizes:
         line(f"at {size} pixels", at(size))
-    recipe = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste)
+    recipe = Changes.of(FAST)
     for words, size, changes in (("whole pictures", train.size, None), ("changed ones at 288", FAST.crop, recipe)):
         net = opened()
         with autocast:

@@ -123,7 +123,7 @@ def augmenting(images: torch.Tensor, masks: torch.Tensor, size: int, changed: bo
     count, side = images.shape[:2]
     plan = epoch_plan(count, epoch=0, seed=0, rescale=side, crop=FAST.crop, numbers=True)
     rows = plan.repeat(-(-size // count), 1)[:size].to(images.device)
-    changes = Changes(FAST.window, FAST.rotate, FAST.colour, FAST.paste) if changed else None
+    changes = Changes.of(FAST) if changed else None
     return lambda: data_loader.augment(images, masks, rows, FAST.crop, channels_last=True, changes=changes)
 
 

@@ -24,8 +24,8 @@ LIMITS = {  # a training constant: (least, most)
     "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
     "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
-    "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "rotate": (0, 180), "colour": (0, 1), "paste": (0, 1),
-    "iou_loss": (0, 1000), "edge_loss": (0, 1000),
+    "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "beyond": (0, 1), "rotate": (0, 180),
+    "colour": (0, 1), "paste": (0, 1), "iou_loss": (0, 1000), "edge_loss": (0, 1000),
     "val_frq": (1, 10**9), "mamba_directions": (1, 2), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
     "overfit": (0, 10**9), "accumulate": (1, 65536), "keep_checkpoints": (0, 10**9),
 }  # fmt: skip

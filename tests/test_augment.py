@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from data_augment import (
+    ACROSS,
     ANGLE,
     BRIGHTNESS,
     CONTRAST,
@@ -17,6 +19,7 @@ from data_augment import (
     SIDE,
     UPSIDE_DOWN,
     Changes,
+    _windows,
     change,
 )
 from data_loader import MEAN, STD, augment, epoch_plan
@@ -50,6 +53,23 @@ def test_the_smallest_window_is_the_middle_enlarged():
     got = change(picture, mask, numbers(**{f"_{SIDE}": 0.0}), STRAIGHT, 16, Changes(window=0.5))
     assert torch.allclose(got[:, :3], picture[:, :, 8:24, 8:24], atol=1e-5)
     assert torch.allclose(got[:, 3:], mask[:, :, 8:24, 8:24], atol=1e-5)
+
+
+@pytest.mark.parametrize("across", [0.0, 0.5, 1.0])
+def test_the_largest_window_holds_the_whole_picture_and_its_mirror_images(across):
+    picture, mask = pair()
+    largest = numbers(**{f"_{SIDE}": 1.0, f"_{ACROSS}": across})
+    got = change(picture, mask, largest, STRAIGHT, 48, Changes(window=0.6, beyond=0.5))
+    left = round(16 * across)  # of the 16 columns that are more than the picture's
+    expected = np.pad(torch.cat((picture, mask), 1), ((0, 0), (0, 0), (8, 8), (left, 16 - left)), mode="symmetric")
+    assert np.allclose(got, expected, atol=1e-4)
+
+
+def test_no_side_is_longer_than_the_largest_window():
+    n = torch.rand(500, NUMBERS, generator=torch.Generator().manual_seed(1))
+    sides = _windows(n, torch.ones(500, 2), Changes(window=0.6, beyond=0.4))[:, :, :2].abs().amax(1)  # width, height
+    assert 0.5 < sides.min() < 0.6  # the smallest, at 3:4
+    assert 1.35 < sides.max() <= 1.4
 
 
 @pytest.mark.parametrize(("flips", "dims"), [((-1, 1), (3,)), ((1, -1), (2,)), ((-1, -1), (2, 3))])
