@@ -135,7 +135,7 @@ def to_fp16(path: Path, target: Path) -> None:
 
 def to_int8(path: Path, target: Path, images: Tensor) -> None:
     """Convolutions in 8 bits, weights per channel, ranges as seen on `images`; the Mamba layers stay in float32, and so
-    does the first convolution, for 256 levels are too few for a photograph: with it maps are 4 to 11 times as far."""
+    does the first convolution, for 256 levels are too few for a photograph (maps 4 to 11 times as far off)."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
