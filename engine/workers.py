@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -65,12 +66,19 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C from their first instruction on, imports included (not on Windows)."""
+    """Processes started in here never see Ctrl-C, imports included (not on Windows); the caller sees it afterwards."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set what signals do
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: seen.append(number))
+    # a new process inherits what its starter blocks; ignored, a Ctrl-C of these moments would be lost
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if sys.platform != "win32" else set()
     try:
         yield
     finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         signal.signal(signal.SIGINT, before)
+        if seen:
+            signal.raise_signal(signal.SIGINT)

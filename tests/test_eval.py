@@ -488,6 +488,23 @@ def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
     assert_gone(workers)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
+def test_ctrl_c_while_processes_start_is_not_lost_and_does_not_reach_them():
+    program = (
+        "import os, signal, subprocess, sys, engine.workers as w\n"
+        "stop = 'import os, signal; os.kill(os.getpid(), signal.SIGINT)'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    with w._deaf_to_ctrl_c():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print(subprocess.run([sys.executable, '-c', stop]).returncode)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "interrupted"], done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_workers_end_with_a_killed_parent():
     program = "import time, engine.workers as w\nwith w.worker_pool(2) as pool: pool.submit(time.sleep, 600).result()"
