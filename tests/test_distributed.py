@@ -195,10 +195,9 @@ def test_shares_of_a_plan(n, size, batch_size):
 
 def torchrun(data, saved, *more, restarts=0):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    python, unbuffered, *words = test_train.words(data, saved, "--arch", "u2netp", "--batch_size_train", "2", *more)
-    return subprocess.Popen(
-        [python, unbuffered, *launch, *words], cwd=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words = test_train.words(data, saved, "--arch", "u2netp", "--batch_size_train", "2", *more)
+    command = [sys.executable, "-u", *launch, str(test_train.SCRIPT), *words]
+    return subprocess.Popen(command, cwd=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def read_until(process, text):
