@@ -115,7 +115,9 @@ class DataSource:
                 images, masks = zip(*(ahead.popleft().result() for _ in part), strict=True)
                 yield torch.stack(images), torch.stack(masks)
         except BadFile as error:
-            raise DataError(f"{error}; it was readable at the start: mend or remove it and start again") from None
+            raise DataError(
+                f"{error}; it was readable at the start: mend it, or remove it and give --resume anyway"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -176,6 +176,7 @@ def learning_rate(cfg: Config, iteration: int, done: float) -> float:
     return rate
 
 
+@checkpoint.folders_released()
 def run(cfg: Config, world: World) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
     check_together(cfg, files=world.is_first)
@@ -199,7 +200,8 @@ def run(cfg: Config, world: World) -> int:
         image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
         if not image_dir.is_dir() and not mask_dir.is_dir():
             raise UserError(f"data_dir and tra_image_dir: there is no folder {image_dir}\n{HOW_TO_GET_DATA}")
-        lock = checkpoint.open_folder(folder) if world.is_first else None  # noqa: F841 - held until the process ends
+        if world.is_first:
+            checkpoint.open_folder(folder)
         data = open_data(
             image_dir, mask_dir, cfg.cache, size=cfg.rescale, need=world.size, workers=cfg.num_workers,
             copies=world.local_size,
@@ -240,7 +242,7 @@ def run(cfg: Config, world: World) -> int:
     if saved:
         progress = resume.go_on(saved, found, net, step, constants)
         if progress.epoch >= cfg.epoch_num:
-            more = "" if cfg.lr_schedule == "constant" else ", with --resume anyway,"
+            more = "" if resume.knows_no_end(cfg.lr_schedule, cfg.crop_early) else ", with --resume anyway,"
             print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num{more} goes on from it")
             return EXIT_DONE
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
@@ -271,18 +273,16 @@ def run(cfg: Config, world: World) -> int:
             means, kept = step.read(), step.averaged()
             name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
             if checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say):
-                checkpoint.prune(folder, cfg.keep_checkpoints)
+                checkpoint.prune(folder, cfg.keep_checkpoints, progress.iteration)
             report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
-    changes = Changes.of(cfg)
-    stopped = 0  # the exit code when a signal ends the run
+    changes, chances, stopped = Changes.of(cfg), (cfg.flip_upside_down, cfg.mirror), 0  # a signal's exit code
     for epoch in range(progress.epoch, cfg.epoch_num):
         crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop
-        chances = (cfg.flip_upside_down, cfg.mirror)
         plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
         own = world.share(plan[progress.position :])
-        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, changes):
+        for batch in resume.saving(save_last, batches(source, own, cfg.batch_size_train, crop, channels_last, changes)):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)

@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from engine.run import UserError
-from engine.settings import input_size
+from engine.settings import input_size, pretrained_file
 from model import ARCHS, load_u2net_weights
 from model.u2mamba import variant_of
 
@@ -45,9 +45,11 @@ def weight_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder / match[0]) for match in map(name.fullmatch, os.listdir(folder)) if match)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest weight files; 0 keeps all. best.pth and last.pth are no such files."""
-    for _, path in weight_files(folder)[:-keep] if keep else []:
+def prune(folder: Path, keep: int, iteration: int) -> None:
+    """Deletes all but the `keep` newest weight files up to `iteration`'s; 0 keeps all. best.pth and last.pth are no
+    such files. Later ones are left of a run that went on from an earlier checkpoint."""
+    written = [path for number, path in weight_files(folder) if number <= iteration]
+    for path in written[:-keep] if keep else []:
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -144,8 +146,21 @@ class LastFile:
         return f"the same command{' without --resume never' * (resume == 'never')} goes on from {there}"
 
 
-def open_folder(folder: Path) -> FileLock:
-    """Makes the folder of a run, and takes it for this process alone; the lock ends with the process, however it ends.
+_taken: list[FileLock] = []
+
+
+@contextlib.contextmanager
+def folders_released() -> Iterator[None]:
+    """Gives back at its end what `open_folder` took in it; as a decorator, at the function's end."""
+    try:
+        yield
+    finally:
+        while _taken:
+            _taken.pop().release()
+
+
+def open_folder(folder: Path) -> None:
+    """Makes the folder of a run, and takes it for this process alone until `folders_released` or the process ends.
 
     Raises UserError when it cannot be written, or another run uses it.
     """
@@ -155,6 +170,7 @@ def open_folder(folder: Path) -> FileLock:
             file.write(b"1")
         lock = FileLock(folder / "run.lock")
         lock.acquire(timeout=0)
+        _taken.append(lock)
         for file in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             file.unlink()
     except Timeout:
@@ -162,7 +178,6 @@ def open_folder(folder: Path) -> FileLock:
     except OSError as error:
         mend = "set saved_models to a folder that can"
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): {mend}") from None
-    return lock
 
 
 def load(path: Path) -> Any:
@@ -214,6 +229,7 @@ def start_from(net: nn.Module, path: Path, size: int) -> str:
     """Fills `net` with the weights in `path`, public U²-Net's or ours -> a line on what matched, what is new, what is
     left out, and one more where they were trained for pictures of clearly another size than `size` pixels.
     Raises CheckpointError naming the first tensor when they are those of another network."""
+    path = pretrained_file(path)
     state = load_weights(path)
     try:
         line = f"pretrained: {load_u2net_weights(net, state)} ({path})"

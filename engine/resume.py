@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from data_check import DataError
 from data_loader import DataSource
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Damaged
@@ -75,6 +76,20 @@ def find_last(folder: Path, resume: str, constants: Mapping[str, Any]) -> tuple[
     raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {folder} is whole; {MEND}")
 
 
+def knows_no_end(lr_schedule: str, crop_early: int) -> bool:
+    """Whether nothing in a run depends on how long it will be, so that one may become longer."""
+    return lr_schedule == "constant" and not crop_early
+
+
+def saving(save: Callable[[], None], batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; when the data end the run, because a file has become unreadable, save() first."""
+    try:
+        yield from batches
+    except DataError:
+        save()
+        raise
+
+
 def go_on(
     saved: Mapping[str, Any], found: Path, net: nn.Module, step: TrainStep, constants: Mapping[str, Any]
 ) -> Progress:
@@ -84,9 +99,8 @@ def go_on(
     "anyway"), and for contents that are not those of a run.
     """
     with contents_of(found):
-        # a constant learning rate does not know how long the run will be, so that one may become longer
-        may_change = MAY_CHANGE | ({"epoch_num"} if constants["lr_schedule"] == "constant" else set())
-        before = saved["config"]
+        before, open_end = saved["config"], knows_no_end(constants["lr_schedule"], constants["crop_early"])
+        may_change = MAY_CHANGE | ({"epoch_num"} if open_end else set())
         other = differences(before, constants, may_change | {NAMES})
         if NAMES in before and before[NAMES] != constants[NAMES]:
             other.append("other pairs, by their names")
@@ -100,7 +114,7 @@ def go_on(
             )
         checkpoint.fill(net, saved["model"], found, constants["arch"])
         if saved["step"] is not None:  # else it is a weight file
-            step.load_state_dict(saved["step"])
+            step.load_state_dict({"ema_decay": before.get("ema_decay", step.ema_decay)} | saved["step"])
         torch.set_rng_state(saved["random"])
         if (count := before.get("processes", 1)) != constants["processes"]:
             print(f"processes: {count} before, now {constants['processes']}: other batches, at the same learning rate")

@@ -86,10 +86,16 @@ def check_together(cfg: Any, files: bool = True) -> None:
     if cfg.mamba_zero and not cfg.mamba_residual:
         raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # one that goes on needs it no more
-    if files and cfg.pretrained and begins and not Path(cfg.pretrained).is_file():
+    if files and cfg.pretrained and begins and not pretrained_file(cfg.pretrained).is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+
+
+def pretrained_file(pretrained: str | Path) -> Path:
+    """The file of that constant; a relative path that leads nowhere from here is one from the project's folder."""
+    here, there = Path(pretrained), Path(__file__).parents[1] / pretrained
+    return there if there.is_file() and not here.is_file() else here
 
 
 def tell_odd_sizes(cfg: Any, pairs: int, processes: int, iterations: int) -> None:

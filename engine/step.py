@@ -78,9 +78,8 @@ class TrainStep:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.copied = [m for m in net.modules() if kernels and _runs_in_bf16(m)]
         self.statistics = flatten_statistics(net)
-        self.ema_decay, self.ema = ema_decay, None
-        if ema_decay:
-            self.ema = [torch.zeros_like(t) for t in (*self.parameters, self.statistics)]
+        self.ema_decay = ema_decay
+        self.ema = [torch.zeros_like(t) for t in (*self.parameters, self.statistics)] if ema_decay else None
         # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
@@ -261,9 +260,8 @@ class TrainStep:
         net = copy.deepcopy(self.net)
         correction = 1 - self.ema_decay**self.ema_steps  # the average started from zero, as Adam's moments do
         with torch.no_grad():
-            for p, average in zip(net.parameters(), self.ema[:-1], strict=True):
-                p.copy_(average / correction)
-            flatten_statistics(net).copy_(self.ema[-1] / correction)
+            for kept, average in zip((*net.parameters(), flatten_statistics(net)), self.ema, strict=True):
+                kept.copy_(average / correction)
         return net
 
     def state_dict(self) -> dict:
@@ -272,6 +270,7 @@ class TrainStep:
             "optimizer": self.optimizer.state_dict()["state"],
             "ema": [t.cpu() for t in self.ema] if self.ema else None,
             "ema_steps": self.ema_steps,
+            "ema_decay": self.ema_decay,
             "sums": self.sums.cpu(),
             "bad": self.bad.cpu(),
         }
@@ -283,10 +282,10 @@ class TrainStep:
             kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v.shape == p.shape})
         self.sums.copy_(state["sums"])
         self.bad.copy_(state["bad"])
-        if self.ema and state["ema"]:  # else the average starts here
-            self.ema_steps = state["ema_steps"]
-            for mine, theirs in zip(self.ema, state["ema"], strict=True):
-                mine.copy_(theirs)
+        if self.ema and (steps := state["ema_steps"]):  # else the average starts here
+            self.ema_steps, decay = steps, state.get("ema_decay", self.ema_decay)
+            for mine, theirs in zip(self.ema, state["ema"], strict=True):  # brought to what `averaged` divides by
+                mine.copy_(theirs).mul_((1 - self.ema_decay**steps) / (1 - decay**steps))
 
 
 def _runs_in_bf16(layer: nn.Module) -> bool:

@@ -3,14 +3,19 @@
 import csv
 import dataclasses
 import errno
+import gc
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from data_check import DataError
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Damaged, LastFile
 from engine.run import UserError
@@ -211,6 +216,33 @@ def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_
         run(epoch_num=2)
 
 
+def test_a_second_run_in_the_same_process_finds_the_folder_free(run):
+    gc.disable()  # which frees what a run holds at some later time
+    try:
+        run()
+        assert run(epoch_num=2)[0] == 0
+    finally:
+        gc.enable()
+
+
+def test_a_longer_run_would_have_small_crops_for_longer(run):
+    run(crop_early=33)
+    with pytest.raises(UserError, match="epoch_num: 1 -> 2"):
+        run(crop_early=33, epoch_num=2)
+
+
+def test_a_file_that_goes_while_pairs_are_streamed_costs_no_step(run, data, tmp_path, capsys):
+    copy = shutil.copytree(data, tmp_path / "data")
+    goes = partial((copy / "images" / "d12.png").unlink, missing_ok=True)
+    with pytest.raises(DataError, match=r"d12\.png.*--resume anyway"):
+        run(at={3: goes}, data_dir=str(copy), cache=False, epoch_num=2, save_frq=1000)
+    done = int(re.findall(r"ite: (\d+)\]", capsys.readouterr().out)[-1])
+    assert checkpoint.load(tmp_path / "tiny" / "last.pth")["progress"]["iteration"] == done
+    (copy / "masks" / "d12.png").unlink()
+    code, out = run(data_dir=str(copy), cache=False, epoch_num=2, resume="anyway")
+    assert code == 0 and f"iteration {done}" in out
+
+
 # ------- a disk that refuses while the run goes on
 
 
@@ -272,6 +304,15 @@ def test_old_weight_files_go_and_the_rest_stays(run, tmp_path):
     assert len(list(folder.glob("tiny_bce_itr_*_1.pth"))) == 6  # the earlier run's, put aside
     for name in ("last.pth", "last_before.pth", "best.pth", "last_1.pth", "best_1.pth"):
         checkpoint.load(folder / name)
+
+
+def test_a_later_file_of_an_earlier_try_does_not_cost_the_new_one(tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for iteration in (3000, 3500, 4000):
+        (folder / checkpoint.weight_file("tiny", iteration, 1, 1)).touch()
+    checkpoint.prune(folder, keep=1, iteration=3500)
+    assert [i for i, _ in checkpoint.weight_files(folder)] == [3500, 4000]
 
 
 def test_nothing_is_deleted_when_the_new_file_was_refused(run, tmp_path, monkeypatch):

@@ -167,6 +167,17 @@ def test_state_goes_on_exactly():
         assert torch.equal(a, b)
 
 
+def test_an_average_goes_on_with_another_decay():
+    step = make(Net(), ema_decay=0.9)
+    for i in range(4):
+        step(*batch(i))
+    other = make(Net(), ema_decay=0.9995)
+    other.load_state_dict(step.state_dict())
+    for a, b in zip(step.averaged().state_dict().values(), other.averaged().state_dict().values(), strict=True):
+        if a.is_floating_point():
+            assert torch.allclose(a, b, rtol=1e-4)
+
+
 def test_learning_rate_warms_up_and_falls():
     cfg = script.Config(lr=1.0, lr_schedule="cosine", warmup=10)
     rates = [script.learning_rate(cfg, i, i / 100) for i in range(1, 101)]
