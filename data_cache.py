@@ -7,6 +7,7 @@ sparse matrices, which are read off skimage itself. 1.2 ms instead of 30 ms for 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -32,7 +33,7 @@ MEMORY_SHARE = 0.8  # of the free memory, at most, goes to the cache
 DISK_MARGIN = 1 << 30  # bytes that stay free on the disk
 BLOCK = 1 << 22  # pixels that are rescaled at once, 50 MB of floats
 CHUNK = 1 << 26  # bytes; one check sum each, read and checked in parallel
-MAGIC = b"U2CACHE2"  # change it when reading or rescaling changes what the file should hold
+MAGIC = b"U2CACHE3"  # change it when reading or rescaling changes what the file should hold
 HEADER_ROOM = 1 << 12  # the pixels begin at a multiple of this
 
 
@@ -256,9 +257,8 @@ def store(cache: PairCache, path: Path, about: dict, say: Callable[[str], None])
     need = PairCache.bytes_for(len(cache), cache.images.shape[1])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f"{old}_*"):  # a fresh temporary file may be another process's
-            if other.suffix == ".u8" or time.time() - other.stat().st_mtime > 3600:
-                other.unlink()
+        for other in path.parent.glob(f"{old}_*.u8"):
+            other.unlink()
         free = shutil.disk_usage(path.parent).free
         if free < need + DISK_MARGIN:
             say(
@@ -272,11 +272,20 @@ def store(cache: PairCache, path: Path, about: dict, say: Callable[[str], None])
         say(f"cache: not stored on disk: {error.strerror or error} ({path.parent})")
 
 
+def remove_old_parts(folder: Path) -> None:
+    """What processes left that were killed while they stored a cache; a fresh one may be that of a living process."""
+    with contextlib.suppress(OSError):
+        for part in folder.glob(".cache_*.tmp"):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
 def cached_pairs(
     pairs: list[Pair], unpaired: Unpaired, folder: Path, size: int, say: Callable[[str], None]
 ) -> tuple[PairCache, list[int], Report]:
     """Read from disk, or checked and filled: the cache of the usable pairs, their indices in `pairs`, the report."""
     path, started = cache_path(folder, pairs, size), time.perf_counter()
+    remove_old_parts(folder)
     try:
         kept, about = PairCache.load(path)
         report = Report(**{**about["report"], "bad": [tuple(entry) for entry in about["report"]["bad"]]})

@@ -25,6 +25,7 @@ from data_read import (
     ROOM,
     BadFile,
     DataError,
+    as_mask,
     decode,
     grey,
     opened,
@@ -60,7 +61,7 @@ class Pair(NamedTuple):
 
 class Unpaired(NamedTuple):
     """File names that take no part: without a partner; one of several with the same stem (the better type wins); of a
-    type that is not read, or no files at all (folders, pipes and broken links that are called like images)."""
+    type that is not read, or no files at all (folders, pipes and broken links)."""
 
     images: list[str]
     masks: list[str]
@@ -98,7 +99,7 @@ def reading(pair: Pair) -> Iterator[Reading]:
         resized = (rows, columns) != (height, width)
         if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
             raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
-        mask, noise = scale_mask(light)
+        mask, noise = as_mask(pair.mask, light)
         yield Reading(image, mask, int(light.min()), int(light.max()), noise, resized)
 
 
@@ -173,11 +174,8 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
         except OSError as error:
             raise DataError(f"{what} folder {folder}: {error.strerror}; set {constant}") from None
         names.append([name for name, regular in kinds.items() if regular])
-        odd += [
-            f"{n} (not a regular file)"
-            for n, regular in kinds.items()
-            if not regular and n.lower().endswith(IMAGE_TYPES)
-        ]
+        for name in (n for n, regular in kinds.items() if not regular and not n.startswith(".")):
+            odd.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
     if image_dir.resolve() == mask_dir.resolve():
         raise DataError(
             f"images and masks are both looked for in {image_dir}; set tra_image_dir and tra_label_dir to two folders"
@@ -185,10 +183,13 @@ def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tup
     paired, unpaired = pair_names(*names)
     unpaired.others.extend(sorted(odd))
     if not paired:
-        raise DataError(
-            f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}, "
-            "and no image has a mask of the same name"
-        )
+        sides = ((len(unpaired.images), "images", image_dir), (len(unpaired.masks), "masks", mask_dir))
+        what = ", ".join(f"{count} {kind} in {folder}" for count, kind, folder in sides)
+        if unpaired.images and unpaired.masks:
+            what += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
+        if unpaired.others:
+            what += f"; not read: {some_of(unpaired.others)}"
+        raise DataError(f"no pairs: {what}")
     return [Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired], unpaired
 
 
@@ -247,8 +248,6 @@ class Report:
         ):
             if names:
                 out.append(f"data: {len(names):,} {what}: {some_of(names)}")
-        if self.pairs and self.empty == self.pairs:
-            out.append("data: warning: no mask holds an object, so there is nothing to learn")
         if 2 * self.grey > self.pairs:
             out.append(f"data: warning: {self.grey:,} masks are grey pictures: have the two folders changed places?")
         if self.black:

@@ -224,6 +224,8 @@ def open_data(
     pairs = [pairs[index] for index in good]
     for line in report.lines():
         say(line)
+    if pairs and report.empty == report.pairs:
+        raise DataError(f"no mask in {mask_dir} holds an object (bright on dark), so there is nothing to learn")
     count = sum(not is_held_out(pair.stem) for pair in pairs)
     say(f"data: {count:,} pairs for training, {len(pairs) - count:,} held out for validation")
     if count == len(pairs):

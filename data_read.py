@@ -32,6 +32,7 @@ MAX_READS = 1_000_000  # pieces of a file that Pillow may ask for: it passes jun
 DECODED_AT_ONCE = 2 * MAX_PIXELS  # pixels, by all threads together; decoding takes 10 to 20 bytes of memory a pixel
 LARGE = 1 << 24  # pixels of a pair; before decoding it, freed memory goes back to the system
 NOISE_BELOW = 64  # a mask of many values that never gets this bright is compression noise on an empty mask
+MOST_LABELS, LEAST_PIECE = 8, 0.05  # values of a map of labels at most; share of the picture that one covers
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the file is called
 
 # Pillow's remarks on odd metadata, which name no file: nothing a user can act on.
@@ -210,10 +211,16 @@ def grey(file: Image.Image) -> np.ndarray:
     """Any mode -> (H, W) uint8, transparency on black."""
     if file.mode == "F" or file.mode.startswith("I"):
         return _to_bytes(file)
-    if _has_alpha(file):  # on black; a mask of one colour, drawn in its alpha alone, is its alpha
+    if _has_alpha(file):  # on black; a cut-out, and a mask of one colour drawn in its alpha, are their alpha
         light, alpha = (np.asarray(band) for band in file.convert("RGBA").convert("LA").split())
-        drawn_in_alpha = light.min() == light.max() and alpha.min() < alpha.max()
-        return alpha if drawn_in_alpha else np.rint(light * (alpha / np.float32(255))).astype(np.uint8)
+        seen = light[alpha > 127]
+        cut_out = 0 < seen.size < light.size and (
+            ((seen < 32) | (seen > 223)).mean() < 0.8  # no picture in black and white
+            or seen.max() < NOISE_BELOW  # nor one that shows an object
+        )
+        if cut_out or (light.min() == light.max() and alpha.min() < alpha.max()):
+            return alpha
+        return np.rint(light * (alpha / np.float32(255))).astype(np.uint8)
     return np.asarray(file.convert("L" if file.mode in ("1", "L", "P", "RGB") else "RGB").convert("L"))
 
 
@@ -252,6 +259,33 @@ def scale_mask(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.rint(np.arange(256) * 255 / top).clip(max=255).astype(np.uint8)[grey], False
 
 
+def labels_in(light: np.ndarray) -> str | None:
+    """Of a (H, W) uint8 that is a map of labels (classes, instances, a trimap) and no mask: its values in words.
+
+    Told by few values in large pieces: none bright enough for an object; or above 0 most of them far below the
+    brightest, as where 255 is the border that other tools are to ignore.
+    """
+    counts = np.bincount(light.ravel(), minlength=256)
+    levels = np.flatnonzero(counts)
+    top = int(levels[-1])
+    if not 2 <= len(levels) <= MOST_LABELS or (len(levels) == 2 and levels[0] == 0):
+        return None
+    if top < NOISE_BELOW:
+        changes = (light[:, 1:] != light[:, :-1]).mean() if light.shape[1] > 1 else 1.0
+        labels = np.sort(counts)[-2] >= LEAST_PIECE * light.size and changes < 0.1
+    else:
+        dark = counts[1 : NOISE_BELOW * top // 255].sum()
+        labels = levels[0] == 0 and dark >= LEAST_PIECE * light.size and 2 * dark > counts[1:].sum()
+    return ", ".join(map(str, levels[:6])) + (", ..." if len(levels) > 6 else "") if labels else None
+
+
+def as_mask(path: str | os.PathLike, light: np.ndarray) -> tuple[np.ndarray, bool]:
+    """`scale_mask` of a file's luminance. Raises BadFile for labels."""
+    if labels := labels_in(light):
+        raise BadFile(path, f"holds labels ({labels}), no mask of bright object and dark ground: make one of 0 and 255")
+    return scale_mask(light)
+
+
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """(H, W, 3) uint8 RGB, upright: transparency on white, 16-bit and float as bytes, of an animation the first frame.
 
@@ -261,8 +295,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_mask(path: str | os.PathLike) -> np.ndarray:
-    """(H, W) uint8, 0 background to 255 object (`scale_mask` of the luminance), upright. Raises BadFile."""
-    return scale_mask(_read(path, grey))[0]
+    """(H, W) uint8, 0 background to 255 object (`as_mask` of the luminance), upright. Raises BadFile."""
+    return as_mask(path, _read(path, grey))[0]
 
 
 def _probabilities(file: Image.Image) -> np.ndarray:

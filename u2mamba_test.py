@@ -11,6 +11,7 @@ by Ctrl-C and SIGTERM; what is written is whole then too, and the same command g
 
 import engine.start  # noqa: F401  # isort: skip
 import errno
+import functools
 import glob
 import io
 import json
@@ -30,9 +31,10 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data_check import IMAGE_TYPES, BadFile, read_image
+from data_check import IMAGE_TYPES, BadFile, read_image, some_of
 from engine.device import choose_device, choose_precision, choose_scan
 from engine.inference import Predictor, trained_network, weights_path
 from engine.output import check_folder, write_whole
@@ -45,7 +47,6 @@ from engine.workers import in_order
 # and dark; sheet: image, map and cut-out side by side, small
 MODES = {"soft": ".png", "binary": ".png", "rgba": ".png", "overlay": ".jpg", "sheet": ".jpg"}
 WITH_IMAGE = {"rgba", "overlay", "sheet"}
-MADE_BY = ".made_by.json"  # in OUT: by which weights and how
 SHEET_TILE = 512  # pixels: longest side
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file too
 
@@ -71,17 +72,19 @@ LIMITS = {"size": (0, 4096), "batch": (0, 4096), "threshold": (0, 1)}
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def find_images(inputs: Iterable[str], out: Path) -> list[Source]:
-    """The files named, those that match, and those in folders that have an image's extension; each once.
+def find_images(inputs: Iterable[str], out: Path) -> tuple[list[Source], list[str]]:
+    """The files named, those that match, and those in folders that have an image's extension, each once; and the names
+    of the others in those folders.
 
     Raises UserError where an input is not there or holds no image, and where two images would have the same outputs.
     """
     found: dict[Path, tuple[Path, Path]] = {}  # the file itself -> its path as given, and under its input
+    others: list[str] = []
     for word in inputs:
         base, matches = _matches(word)
         before = len(found)
         for match in matches:
-            for path in _images_in(match, out) if match.is_dir() else [match]:
+            for path in _images_in(match, out, others) if match.is_dir() else [match]:
                 found.setdefault(path.resolve(), (path, path.relative_to(base)))
         if len(found) == before and not any(m.is_file() for m in matches):
             raise UserError(f"{word}: no image in it ({' '.join(IMAGE_TYPES)})")
@@ -93,7 +96,7 @@ def find_images(inputs: Iterable[str], out: Path) -> list[Source]:
         if name in sources:
             raise UserError(f"{sources[name].path} and {path} would both become {name}: give each an --out of its own")
         sources[name] = Source(path, name)
-    return list(sources.values())
+    return list(sources.values()), others
 
 
 def _matches(word: str) -> tuple[Path, list[Path]]:
@@ -107,8 +110,8 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
     return Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
 
 
-def _images_in(folder: Path, out: Path) -> Iterator[Path]:
-    """Images in `folder` and below, but not what an earlier call wrote; hidden files are passed by."""
+def _images_in(folder: Path, out: Path, others: list[str]) -> Iterator[Path]:
+    """Images in `folder` and below, but not what an earlier call wrote, nor hidden ones; others go into `others`."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
@@ -117,8 +120,10 @@ def _images_in(folder: Path, out: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in made)
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(IMAGE_TYPES):
+            if name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
                 yield Path(root, name)
+            elif not name.startswith("."):
+                others.append(name)
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -151,7 +156,9 @@ def colour_profile(path: Path) -> bytes | None:
         return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
 
 
-def write(found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshold: float) -> BadFile | None:
+def write(
+    found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshold: float, how: dict[str, dict]
+) -> BadFile | None:
     """Writes the outputs of one map that are asked for; returns why not. Raises UserError when the disk refuses."""
     if isinstance(found, BadFile):
         return found
@@ -163,8 +170,13 @@ def write(found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshol
             for mode, target in wanted.items():
                 profile = colour_profile(path) if mode in WITH_IMAGE else None
                 encoded = io.BytesIO()
-                kind = {"format": "PNG", "compress_level": 1} if target.suffix == ".png" else {"format": "JPEG"}
-                render(mode, found, image, threshold).save(encoded, **kind, quality=90, icc_profile=profile)
+                about = json.dumps(how[mode] | {"image": file_crc32(path)})
+                if target.suffix == ".png":
+                    kind = {"format": "PNG", "compress_level": 1, "pnginfo": PngInfo()}
+                    kind["pnginfo"].add_text("Comment", about)
+                else:
+                    kind = {"format": "JPEG", "quality": 90, "comment": about}
+                render(mode, found, image, threshold).save(encoded, **kind, icc_profile=profile)
                 write_whole(target, encoded.getbuffer(), flush=False)
     except BadFile as error:
         return error
@@ -177,8 +189,16 @@ def write(found: Map | BadFile, targets: dict[Source, dict[str, Path]], threshol
     return None
 
 
+# --------------------------------------------------------------------------------------------- what is there already
+
+
+def file_crc32(path: Path) -> int:
+    with path.open("rb") as file:
+        return functools.reduce(lambda crc, block: crc32(block, crc), iter(lambda: file.read(1 << 20), b""), 0)
+
+
 def _how(options: Options) -> dict[str, dict]:
-    """mode -> what makes its maps what they are, as it is kept beside them."""
+    """mode -> what makes its maps what they are; each output holds it as its comment, with its image's checksum."""
     weights = weights_path(options.checkpoint)
     if not weights.is_file():
         raise UserError(f"{weights}: there is no such checkpoint")
@@ -187,21 +207,31 @@ def _how(options: Options) -> dict[str, dict]:
     return {m: how | ({"threshold": options.threshold} if m == "binary" else {}) for m in options.mode}
 
 
-def _made_by(out: Path) -> dict[str, dict]:
-    """What `_how` said of the maps that are in `out` already; nothing where that is not known."""
+def is_done(source: Source, target: Path, how: dict) -> bool:
+    """Whether `target` is there, made of this image and so.
+
+    Raises UserError where it is something else, which would pass for done and is not to be lost.
+    """
+    if not target.exists() or not source.path.is_file():
+        return False
     try:
-        known = json.loads((out / MADE_BY).read_text())
-    except (OSError, ValueError):
-        return {}
-    return {m: how for m, how in known.items() if isinstance(how, dict)} if isinstance(known, dict) else {}
-
-
-def _refuse_others(out: Path, how: dict[str, dict]) -> None:
-    """Raises UserError where `out` holds maps of those modes that were made otherwise, which would pass for done."""
-    for mode, before in _made_by(out).items():
-        if before != how.get(mode, before):
-            was = ", ".join(f"{key} {value}" for key, value in before.items() if value != how[mode].get(key))
-            raise UserError(f"{out / mode} holds maps made otherwise ({was}): give another --out, or --overwrite")
+        with Image.open(target) as file:
+            made = json.loads(file.info.get("Comment") or file.info["comment"])
+            file.fp.seek(-4, os.SEEK_END)
+            if not file.fp.read().endswith((b"\xaeB`\x82", b"\xff\xd9")):  # a power cut leaves parts of files
+                made = {}
+    except (OSError, ValueError, KeyError, TypeError):
+        made = {}
+    wanted = how | {"image": file_crc32(source.path)}
+    if not isinstance(made, dict) or made.keys() != wanted.keys():
+        was = "not made by this script, or not whole"
+    elif made["image"] != wanted["image"]:
+        was = "made of another image, or of an earlier state of this one"
+    elif differs := [key for key in made if key != "weights" and made[key] != wanted[key]]:
+        was = f"made by {made['weights']}, {', '.join(f'{key} {made[key]}' for key in differs)}"
+    else:
+        return True
+    raise UserError(f"{target} is there, {was}: give another --out, or --overwrite")
 
 
 def run(options: Options) -> int:
@@ -213,13 +243,14 @@ def run(options: Options) -> int:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
     if not options.inputs:
         raise UserError("no input: name images, folders or patterns (--help shows examples)")
-    sources, how = find_images(options.inputs, out), _how(options)
+    (sources, others), how = find_images(options.inputs, out), _how(options)
     targets = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in options.mode} for s in sources}
     if not options.overwrite:
-        _refuse_others(out, how)
-        targets = {s: {m: path for m, path in t.items() if not path.exists()} for s, t in targets.items()}
+        targets = {s: {m: p for m, p in t.items() if not is_done(s, p, how[m])} for s, t in targets.items()}
     targets = {s: t for s, t in targets.items() if t}
     print(f"images: {len(sources):,}, of which {len(sources) - len(targets):,} are done and skipped (--overwrite)")
+    if others:
+        print(f"passed by, of another type: {len(others):,} ({some_of(others)})")
     if not targets:
         return EXIT_DONE
     check_folder(out)
@@ -229,7 +260,6 @@ def run(options: Options) -> int:
     net, weights = trained_network(options.checkpoint, choose_scan(device, "auto")[0])
     size = input_size(options.size, weights)
     print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
-    write_whole(out / MADE_BY, json.dumps(_made_by(out) | how, indent=1).encode())
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision)
     batch = min(options.batch or (4 if device.type == "cpu" else 32), len(targets))
@@ -237,7 +267,7 @@ def run(options: Options) -> int:
     aside, pool = 0, ThreadPoolExecutor(THREADS)
     try:
         maps = compute_maps(predict, targets, pool, size, batch, options.tta)
-        written = in_order(pool, lambda found: write(found, targets, options.threshold), maps, 2 * batch + THREADS)
+        written = in_order(pool, lambda found: write(found, targets, options.threshold, how), maps, 2 * batch + THREADS)
         for _, failure in tqdm(written, total=len(targets), unit="img", disable=None):
             if failure:
                 aside += 1

@@ -50,10 +50,14 @@ def overfit(
         iou = figures["IoU"] if figures else iou
         print(f"[ite: {steps}] train loss: {means.loss:.3f}, tar: {means.losses[0]:.3f}, IoU: {iou:.3f}", flush=True)
     shown = next(validation_batches(source, chosen[:6], channels_last=channels_last))
-    write_picture(preview(step.net, shown.x, shown.y), folder / "preview.png")
+    where = str(folder / "preview.png")
+    try:
+        write_picture(preview(step.net, shown.x, shown.y), folder / "preview.png")
+    except OSError as error:
+        where += f" (could not be written: {error.strerror or error})"
     if stop:
         return stop.exit_code
-    told = f"IoU {iou:.3f} after {steps} iterations, {time.monotonic() - started:.0f} s; {folder / 'preview.png'}"
+    told = f"IoU {iou:.3f} after {steps} iterations, {time.monotonic() - started:.0f} s; {where}"
     if iou <= GOAL:
         raise UserError(
             f"overfit failed, {told} shows image, mask, map: look whether the masks belong to the images, then try "

@@ -19,6 +19,7 @@ from PIL import Image
 
 from data_cache import rescale_image
 from data_check import BadFile, read_image
+from data_read import FORMATS
 from engine.inference import Predictor
 from engine.workers import in_order
 
@@ -66,8 +67,10 @@ budget = PixelBudget(PIXELS_AT_ONCE)
 
 def declared_pixels(path: Path) -> int:
     """What the file's header says; 0 for one that `read_image` will refuse."""
+    if not path.is_file():  # opening a pipe would wait
+        return 0
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             return file.width * file.height
     except Exception:
         return 0

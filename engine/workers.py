@@ -28,7 +28,10 @@ def worker_pool(processes: int) -> Iterator[Executor | None]:
         yield None
         return
     processes = min(processes, MOST_PROCESSES)
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_set_up)
+    context = multiprocessing.get_context("spawn")
+    # one that were idle before the last has started would be given the task that is to start the last
+    all_here = context.Barrier(processes)
+    pool = ProcessPoolExecutor(processes, context, initializer=_set_up, initargs=(all_here,))
     try:
         with _deaf_to_ctrl_c():
             for _ in range(processes):
@@ -53,9 +56,11 @@ def in_order(pool: Executor, task: Callable, items: Iterable[Any], ahead: int) -
         yield item, future.result()
 
 
-def _set_up() -> None:
+def _set_up(all_here: threading.Barrier) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(threading.BrokenBarrierError):
+        all_here.wait(60)  # seconds
 
 
 def _end_with_parent() -> None:

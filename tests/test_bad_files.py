@@ -288,7 +288,7 @@ def test_odd_entries_are_named_and_nothing_waits(tmp_path, reader):
         (images / name).write_bytes(b"x")
     pairs, unpaired = find_pairs(images, masks)
     assert [pair.stem for pair in pairs] == ["p0", "p1", "p2", "p3"]
-    odd = [f"{name} (not a regular file)" for name in names]
+    odd = [f"{name} ({'a folder' if name == 'folder.jpg' else 'not a regular file'})" for name in names]
     assert unpaired.others == ["notes.txt", "photo.HEIC", "scene.gif", *odd]
     assert unpaired.masks == [f"{Path(name).stem}.png" for name in names]
     said: list[str] = []
@@ -401,9 +401,8 @@ def test_a_mended_permission_is_noticed(tmp_path, monkeypatch):
         assert open_data(images, masks, size=32, say=said.append).report.bad == [("p1.png", "Permission denied")]
         assert "cache: read from" not in "".join(said)
         assert open_data(images, masks, size=32, say=said.append).report.pairs == 3
-        assert (
-            "cache: read from" in said[1 + [line.startswith("cache: stored") for line in said].index(True) :][1] or True
-        )
+        stored = [line.startswith("cache: stored") for line in said].index(True)
+        assert any(line.startswith("cache: read from") for line in said[stored:])
     said.clear()
     assert open_data(images, masks, size=32, say=said.append).report.pairs == 4
     assert "cache: 1 pairs that were set aside can be read now; made again" in said

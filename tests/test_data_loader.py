@@ -54,6 +54,7 @@ from data_loader import (
     open_data,
     validation_batches,
 )
+from data_read import read_map
 
 ROUNDING = 0.5 / 255  # of a picture in 0-1 that was stored as bytes
 
@@ -323,6 +324,74 @@ def test_own_pixel_limit_holds_where_pillows_is_off(tmp_path, monkeypatch):
 def test_mask_rules(values, expected, noise):
     mask, was_noise = scale_mask(np.array([values], np.uint8))
     assert (mask.tolist(), mask.dtype, was_noise) == ([expected], np.uint8, noise)
+
+
+def pieces(*values: int) -> np.ndarray:
+    """Stripes of these values, (60, 80)."""
+    return np.repeat(np.array(values, np.uint8), 80 // len(values))[None].repeat(60, 0)
+
+
+@pytest.mark.parametrize(
+    ("light", "labels"),
+    [
+        (pieces(0, 1, 2, 2), "0, 1, 2"),
+        (pieces(1, 2), "1, 2"),  # and trimaps, of which nobody can know what 3 is
+        (pieces(1, 2, 3, 2), "1, 2, 3"),
+        (np.where(disc(60, 80) > 128, 255, pieces(0, 15, 15, 15)), "0, 15, 255"),  # 255: the border
+        (pieces(0, 1, 1, 88), "0, 1, 88"),
+        (pieces(0, 255), None),
+        (pieces(0, 128, 128, 255), None),  # soft edges
+        (pieces(3, 255), None),
+        (pieces(0, 1), None),
+        (pieces(0, 38), None),
+        (np.arange(4800, dtype=np.uint8).reshape(60, 80) % 5, None),  # noise
+        (np.arange(4800, dtype=np.uint8).reshape(60, 80), None),
+    ],
+)
+def test_labels_are_no_mask(light, labels, tmp_path):
+    light = np.asarray(light, np.uint8)
+    assert data_read.labels_in(light) == labels
+    Image.fromarray(light).save(tmp_path / "mask.png")
+    if labels:
+        with pytest.raises(BadFile, match=rf"mask\.png: holds labels \({labels}\)"):
+            read_mask(tmp_path / "mask.png")
+    else:
+        read_mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("under", ["kept", "black", "white", "noise"])
+def test_the_alpha_of_a_cut_out_is_its_mask(under, tmp_path):
+    """As `u2mamba_test.py --mode rgba` and picture editors write it, whatever lies under the transparent part."""
+    alpha = disc(60, 80)
+    pixels = picture(60, 80, 3).copy()
+    hidden = {"kept": pixels, "black": 0, "white": 255, "noise": picture(60, 80, 4)}[under]
+    pixels = np.where(alpha[..., None] > 0, pixels, hidden).astype(np.uint8)
+    Image.fromarray(np.dstack((pixels, alpha))).save(tmp_path / "cut.png")
+    assert (read_mask(tmp_path / "cut.png") == alpha).all()
+    assert (read_map(tmp_path / "cut.png") == alpha / 255).all()
+
+
+def test_a_mask_in_black_and_white_with_some_alpha_is_both(tmp_path):
+    light, alpha = disc(60, 80), pieces(255, 255, 255, 0)
+    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
+    assert (read_mask(tmp_path / "mask.png") == np.where(alpha > 0, light, 0)).all()
+
+
+def test_masks_without_any_object_are_refused(tmp_path):
+    images, masks = make_folders(tmp_path, 3)
+    for path in masks.iterdir():
+        Image.fromarray(np.zeros((60, 80), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"no mask in .* holds an object"):
+        open_data(images, masks, cache=False, say=lambda _: None)
+
+
+def test_no_pairs_says_what_there_is(tmp_path):
+    images, masks = make_folders(tmp_path, 1)
+    (masks / "p000.png").rename(masks / "p000_mask.png")
+    (images / "more").mkdir()
+    (images / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); not read: a\.heic, more \(a folder\)"):
+        find_pairs(images, masks)
 
 
 # -------------------------------------------------------------------------------------------- pairs and the check

@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 
 from train_data import make_demo as module
-from train_data.make_demo import COUNT, DemoError, make_demo
+from train_data.make_demo import COUNT, DemoError, is_complete, make_demo
 
 SCRIPT = Path(module.__file__)
 N = 20
@@ -35,8 +37,12 @@ def demo(tmp_path_factory) -> Path:
     return make_demo(tmp_path_factory.mktemp("data") / "demo", N, 0)
 
 
+def names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name != ".make_demo.lock"]
+
+
 def digest(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".make_demo.lock")
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -45,7 +51,7 @@ def test_layout(demo):
     folder = demo / "DUTS-TR" / "DUTS-TR"
     assert sorted(p.name for p in (folder / "im_aug").iterdir()) == [f"{s}.jpg" for s in stems]
     assert sorted(p.name for p in (folder / "gt_aug").iterdir()) == [f"{s}.png" for s in stems]
-    assert [p.name for p in demo.iterdir()] == ["DUTS-TR"]  # no working folder stays behind
+    assert names(demo) == ["DUTS-TR"]  # no working folder stays behind
 
 
 def test_pictures_and_masks(demo):
@@ -116,11 +122,33 @@ def test_data_of_others_is_not_touched(tmp_path):
     photo = tmp_path / "DUTS-TR" / "DUTS-TR" / "im_aug" / "mine.jpg"
     photo.parent.mkdir(parents=True)
     photo.write_bytes(b"mine")
-    with pytest.raises(DemoError, match=r"did not write: name another folder with --out"):
+    with pytest.raises(DemoError, match=r"did not write \(im_aug/mine.jpg\): move them away, or name another folder"):
         make_demo(tmp_path, 2)
-    assert list(digest(tmp_path)) == ["DUTS-TR/DUTS-TR/im_aug/mine.jpg"]
     assert photo.read_bytes() == b"mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["DUTS-TR"]
+    assert names(tmp_path) == ["DUTS-TR"]
+
+
+def test_files_put_into_a_set_are_left_alone(tmp_path):
+    make_demo(tmp_path, 2)
+    before = digest(tmp_path)
+    mine = {"im_aug/mine.jpg": b"1", "gt_aug/mine.png": b"2", "notes.txt": b"3"}
+    for name, content in mine.items():
+        (tmp_path / "DUTS-TR/DUTS-TR" / name).write_bytes(content)
+    make_demo(tmp_path, 2)
+    assert before.items() <= digest(tmp_path).items()
+    with pytest.raises(DemoError, match=r"holds 3 files that make_demo\.py did not write"):
+        make_demo(tmp_path, 3)
+    for name, content in mine.items():
+        assert (tmp_path / "DUTS-TR/DUTS-TR" / name).read_bytes() == content
+
+
+def test_starts_at_once_make_one_set(tmp_path, monkeypatch):
+    monkeypatch.undo()  # subprocess may use sockets of its own
+    (tmp_path / ".make_demo-killed" / "new").mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(lambda i: run("--out", str(tmp_path), "--count", "3").returncode, range(3))) == {0}
+    assert names(tmp_path) == ["DUTS-TR"]
+    assert is_complete(tmp_path / "DUTS-TR/DUTS-TR", json.loads((tmp_path / "DUTS-TR/DUTS-TR/demo.json").read_text()))
 
 
 def test_disk_full_leaves_nothing_half_made(tmp_path, monkeypatch):
@@ -136,7 +164,7 @@ def test_disk_full_leaves_nothing_half_made(tmp_path, monkeypatch):
     with pytest.raises(DemoError, match=r"No space left on device.*20 MB free") as caught:
         make_demo(tmp_path / "demo", 4)
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "demo").iterdir()) == []
+    assert names(tmp_path / "demo") == []
 
 
 def test_absent_photograph_is_named(tmp_path, monkeypatch):

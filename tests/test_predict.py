@@ -23,7 +23,7 @@ from engine.predict import PixelBudget, at_size
 from engine.run import UserError
 from engine.workers import in_order
 from model import U2NETP
-from u2mamba_test import MADE_BY, MODES, Options, run
+from u2mamba_test import MODES, Options, run
 from u2mamba_train import ARCHS
 
 SIZE = 48
@@ -73,8 +73,7 @@ def predict(checkpoint, tmp_path):
 
 
 def files(folder: Path) -> list[str]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != MADE_BY)
-    return sorted(p.relative_to(folder).as_posix() for p in found)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -194,18 +193,61 @@ def test_maps_of_other_weights_do_not_pass_for_done(photos, predict, checkpoint,
     state["outconv.weight"] *= -1  # the opposite of each map
     other = str(tmp_path / "other.pth")
     torch.save(state, other)
-    for more, was in (({"checkpoint": other}, "weights"), ({"size": 96}, "size"), ({"tta": True}, "tta False")):
-        with pytest.raises(UserError, match=rf"soft holds maps made otherwise \({was}.*--overwrite"):
+    for more, was in (({"checkpoint": other}, "crc32"), ({"size": 96}, "size 48"), ({"tta": True}, "tta False")):
+        with pytest.raises(UserError, match=rf"a\.png is there, made by net\.pth, {was}.*--overwrite"):
             predict(photos, **more)
     with pytest.raises(UserError, match=r"nope\.pth: there is no such checkpoint"):  # though there is nothing to do
         predict(photos, checkpoint=str(tmp_path / "nope.pth"))
     assert predict(photos, checkpoint=other, mode=("binary",)) == 0  # each mode by itself
-    with pytest.raises(UserError, match=r"binary holds maps made otherwise \(threshold 0.5\)"):
+    with pytest.raises(UserError, match=r"a\.png is there, made by other\.pth, threshold 0\.5"):
         predict(photos, checkpoint=other, mode=("binary",), threshold=0.4)
     assert predict(photos, threshold=0.4) == 0  # of which a soft map knows nothing
     assert predict(photos, checkpoint=other, overwrite=True) == 0
     assert all(not np.array_equal(pixels(tmp_path / "out" / name), kept) for name, kept in before.items())
     assert predict(photos, checkpoint=other) == 0
+
+
+def test_what_is_of_another_image_or_of_nobody_does_not_pass_for_done(photos, predict, tmp_path):
+    out = tmp_path / "out"
+    assert predict(photos, mode=("rgba", "sheet")) == 0
+    whole = (out / "rgba/a.png").read_bytes()
+    (tmp_path / "more").mkdir()
+    photograph(5).save(tmp_path / "more" / "a.png")
+    for mode in ("rgba", "sheet"):
+        with pytest.raises(UserError, match=r"a\.\w+ is there, made of another image, or of an earlier state"):
+            predict(tmp_path / "more", mode=(mode,))
+    assert (out / "rgba/a.png").read_bytes() == whole
+    for content in (whole[:200], photos.joinpath("a.png").read_bytes(), b""):
+        (out / "rgba/a.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.png is there, not made by this script"):
+            predict(photos, mode=("rgba",))
+    assert predict(photos, mode=("rgba",), overwrite=True) == 0
+    assert (out / "rgba/a.png").read_bytes() == whole
+
+
+def test_an_overwriting_call_that_made_some_does_not_hide_the_others(photos, predict, checkpoint, tmp_path):
+    assert predict(photos) == 0
+    state = torch.load(checkpoint, weights_only=True)
+    state["outconv.weight"] *= -1
+    torch.save(state, tmp_path / "other.pth")
+    other = str(tmp_path / "other.pth")
+    assert predict(photos / "a.png", checkpoint=other, overwrite=True) == 0
+    with pytest.raises(UserError, match=r"b\.png is there, made by net\.pth"):
+        predict(photos, checkpoint=other)
+
+
+def test_files_of_other_types_are_told(photos, predict, capsys):
+    for name in ("c.heic", "d.gif", ".DS_Store"):
+        (photos / name).write_bytes(b"x")
+    assert predict(photos) == 0
+    assert "passed by, of another type: 2 (c.heic, d.gif)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes among files")
+def test_a_pipe_among_the_images_is_set_aside(photos, predict, capsys):
+    os.mkfifo(photos / "p.jpg")
+    assert predict(photos) == 1
+    assert "p.jpg: not a regular file" in capsys.readouterr().err
 
 
 def test_patterns_and_the_same_file_twice(photos, predict, tmp_path, capsys):

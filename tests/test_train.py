@@ -202,7 +202,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_as_if_it_never_was(number,
     assert "Traceback" not in err
     kept = torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["progress"]["iteration"]
     if number == signal.SIGKILL:
-        assert kept == 3  # the last save_frq
+        assert kept % 3 == 0  # the last save_frq: 3, or a later one when this process was slow to read
     else:
         assert kept >= 4
         assert f"stopped at iteration {kept}" in out

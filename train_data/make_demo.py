@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import skimage.data
+from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from skimage.color import rgb2lab
 
@@ -267,15 +268,22 @@ def is_complete(folder: Path, stamp: dict) -> bool:
         names = [{p.stem for p in (folder / sub).iterdir() if p.stat().st_size} for sub in ("im_aug", "gt_aug")]
     except (OSError, ValueError):
         return False
-    return found == stamp and names[0] == names[1] == {f"demo_{i:04d}" for i in range(stamp["count"])}
+    return found == stamp and names[0] & names[1] >= {f"demo_{i:04d}" for i in range(stamp["count"])}
+
+
+def of_others(folder: Path) -> list[str]:
+    """What is in `folder` and not of a demo set; hidden files, as the trainer's cache, belong to it."""
+    ours = re.compile(r"demo\.json|im_aug(/demo_\d{4}\.jpg)?|gt_aug(/demo_\d{4}\.png)?")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*")]
+    return sorted(name for name in names if not ours.fullmatch(name))
 
 
 def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     """Write `n` pairs to `out_dir`/DUTS-TR/DUTS-TR/{im_aug/demo_0000.jpg, gt_aug/demo_0000.png} and return `out_dir`.
 
     The same `n` and `seed` give the same files, up to a grey level between versions of Pillow. A set that is already
-    complete is left alone; another demo set in the same place is replaced; anything else there is not touched. Files
-    appear all at once, by a rename.
+    complete is left alone, whatever lies beside its files; another demo set in the same place is replaced, unless other
+    files are in it. Files appear all at once, by a rename; several processes may call this at once.
     Raises DemoError, whose one line says what to change, where the set cannot be made or written.
     """
     out_dir = Path(out_dir)
@@ -284,27 +292,42 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     final, stamp = out_dir / FOLDER, {"version": VERSION, "count": n, "seed": seed}
     if is_complete(final, stamp):
         return out_dir
-    work = out_dir / f".make_demo-{os.getpid()}"
     try:
-        if final.exists() and any(final.iterdir()) and not (final / "demo.json").exists():
-            raise DemoError(f"{final} holds data that make_demo.py did not write: name another folder with --out")
-        composer = Composer()
-        for sub in ("im_aug", "gt_aug"):
-            (work / "new" / sub).mkdir(parents=True)
-        for i in range(n):
-            picture, mask = composer.pair(seed, i)
-            picture.save(work / "new" / "im_aug" / f"demo_{i:04d}.jpg", quality=92)
-            mask.save(work / "new" / "gt_aug" / f"demo_{i:04d}.png")
-        (work / "new" / "demo.json").write_text(json.dumps(stamp), encoding="utf-8")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():
-            final.rename(work / "old")
-        (work / "new").rename(final)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(out_dir / ".make_demo.lock"):
+            if not is_complete(final, stamp):  # by the process that held the lock before
+                _make(final, stamp)
     except OSError as error:
         raise DemoError(f"cannot write the demo set ({error}): {out_dir} must be writable, with 20 MB free") from error
+    return out_dir
+
+
+def _make(final: Path, stamp: dict) -> None:
+    if final.exists() and (others := of_others(final)):
+        raise DemoError(
+            f"{final} holds {len(others)} files that make_demo.py did not write ({others[0]}): move them away, or name "
+            "another folder with --out"
+        )
+    out_dir = final.parents[1]
+    for left in out_dir.glob(".make_demo-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    composer = Composer()
+    work = Path(tempfile.mkdtemp(dir=out_dir, prefix=".make_demo-"))
+    old, new = work / "old", work / "new"
+    try:
+        for sub in ("im_aug", "gt_aug"):
+            (new / sub).mkdir(parents=True)
+        for i in range(stamp["count"]):
+            picture, mask = composer.pair(stamp["seed"], i)
+            picture.save(new / "im_aug" / f"demo_{i:04d}.jpg", quality=92)
+            mask.save(new / "gt_aug" / f"demo_{i:04d}.png")
+        (new / "demo.json").write_text(json.dumps(stamp), encoding="utf-8")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return out_dir
 
 
 def main() -> None:
