@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from benchmarks.hardware import lines, median_and_spread
 from data_cache import rescale_image, rescale_mask
-from data_check import IMAGE_TYPES, BadFile, find_pairs, read_image, read_mask
+from data_check import IMAGE_TYPES, BadFile, find_pairs, read_image, read_pair
 from data_loader import MEAN, STD, normalise
 from engine.device import choose_precision, choose_scan
 from engine.inference import Predictor, fold_batch_norm, trained_network
 from engine.output import check_folder, write_whole
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from engine.settings import check_settings
+from engine.settings import check_input_size, check_settings, input_size
 from train_data.make_demo import PHOTOGRAPHS
 
 TOLERANCE = 1e-4  # largest difference to PyTorch of a probability, fp32
@@ -48,7 +48,7 @@ RUNS = 7  # of each way that is timed
 class Options:
     checkpoint: str = ""  # weights; default: the small network's that ship in saved_models/
     out: str = "u2mamba.onnx"  # file; variants are called u2mamba_fp16.onnx and u2mamba_int8.onnx
-    size: int = 320  # pixels: height and width of the input
+    size: int = 0  # pixels: height and width of the input; 0: as the weights were trained, 320 if unknown
     opset: int = 17  # version of ONNX's operations
     # fp16: half the file; int8: convolutions in 8 bits, calibrated on every second image
     variants: tuple[Literal["fp16", "int8"], ...] = ()
@@ -56,7 +56,7 @@ class Options:
     gt: str = ""  # folder of their masks: then each file's MAE against them as well
 
 
-LIMITS = {"size": (32, 2048), "opset": (13, 20)}
+LIMITS = {"size": (0, 2048), "opset": (13, 20)}
 
 
 class D0(nn.Module):
@@ -155,31 +155,34 @@ def to_int8(path: Path, target: Path, images: Tensor) -> None:
     logging.disable(logging.NOTSET)
 
 
-def gather(options: Options) -> tuple[Tensor, Tensor | None, int]:
+def gather(options: Options, size: int) -> tuple[Tensor, Tensor | None, int]:
     """Images (n, S, S, 3) uint8, their masks (n, S, S) in [0, 1] where --gt is given, and how many were set aside."""
     if options.gt and not options.images:
         raise UserError("--gt: give the images of these masks too, --images FOLDER")
     if options.gt:
-        pairs, unpaired = find_pairs(options.images, options.gt)
-        files = [pair[1:] for pair in pairs]
+        for folder in (options.images, options.gt):
+            if not Path(folder).is_dir():
+                raise UserError(f"{folder}: there is no such folder")
+        files, unpaired = find_pairs(options.images, options.gt)
         for name in unpaired[0]:
             print(f"left out: {name} has no mask", file=sys.stderr)
     elif options.images:
-        files = [(p,) for p in sorted(Path(options.images).rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
+        files = [p for p in sorted(Path(options.images).rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
         if not files:
             raise UserError(f"--images {options.images}: there is no such folder, or no image in it")
     else:
-        files = [(PHOTOGRAPHS / name,) for name in PHOTOGRAPHS_TAKEN]
+        files = [PHOTOGRAPHS / name for name in PHOTOGRAPHS_TAKEN]
     images, masks, aside = [], [], 0
-    for image, *mask in files[:: -(-len(files) // MOST_IMAGES)]:
+    for file in files[:: -(-len(files) // MOST_IMAGES)]:
         try:
-            pixels, truth = rescale_image(read_image(image), options.size), [read_mask(m) for m in mask]
+            image, mask = read_pair(file)[:2] if options.gt else (read_image(file), None)
         except BadFile as error:
             aside += 1
             print(f"set aside: {error}", file=sys.stderr)
             continue
-        images.append(pixels)
-        masks += [rescale_mask(m, options.size) / np.float32(255) for m in truth]
+        images.append(rescale_image(image, size))
+        if options.gt:
+            masks.append(rescale_mask(mask, size) / np.float32(255))
     if not images:
         raise UserError(f"{options.images}: none of its images can be read")
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks)) if masks else None, aside
@@ -214,6 +217,7 @@ def print_times(ways: dict[str, Callable[[], object]]) -> None:
 def run(options: Options) -> int:
     """The whole of it; returns the exit code."""
     check_settings(options, LIMITS)
+    check_input_size(options.size)
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -224,15 +228,16 @@ def run(options: Options) -> int:
         raise UserError(f"--out {out}: must be called something.onnx")
     net, weights = trained_network(options.checkpoint, choose_scan(cpu, "torch")[0])
     check_folder(out.parent)
-    images, masks, aside = gather(options)
-    print(f"{weights}: {type(net).__name__}, compared on {len(images)} images")
+    size = input_size(options.size, weights)
+    images, masks, aside = gather(options, size)
+    print(f"{weights}: {type(net).__name__} at {size}x{size}, compared on {len(images)} images")
     expected = reference_maps(net, images)
 
     rows, sessions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder, "fp32.onnx")
         begun = time.perf_counter()
-        export(net, work, options.size, options.opset)
+        export(net, work, size, options.opset)
         print(f"exported in {time.perf_counter() - begun:.0f} s", flush=True)
         sessions[out.name] = session(work)
         found = onnx_maps(sessions[out.name], images)

@@ -218,8 +218,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError when it holds none.
     """
     content = load(path)
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+    for key in ("model", "state_dict"):  # our last.pth; other trainers'
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path}: holds no state dict")
     return {str(k).removeprefix("module."): v for k, v in content.items()}

@@ -169,6 +169,9 @@ def score_item(item: Item, stretch: bool = False) -> ImageScores | BadFile:
         if not np.isfinite(prediction).all():
             raise BadFile(item.image, "the network's map of it holds values that are not numbers")
         resized = prediction.shape != mask.shape and isinstance(item.map, Path)
+        if resized and prediction.shape == mask.shape[::-1]:
+            (h, w), what = mask.shape, "one of the two is not turned as the photograph is seen (its EXIF orientation)"
+            raise BadFile(item.map, f"map is {h}x{w}, its mask {w}x{h}: {what}")
         prediction = map_at(prediction, mask.shape).astype(np.float64)
         return score_map(stretch_map(prediction) if stretch else prediction, mask > 128, resized)
     except BadFile as error:

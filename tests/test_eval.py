@@ -428,6 +428,14 @@ def test_a_read_only_folder_is_refused_before_any_work(three, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_map_that_is_not_turned_as_its_mask_is_named_and_not_squashed(three, capsys):
+    with Image.open(three[0] / "00001.png") as image:
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.save(three[0] / "00001.png")
+    assert run(Config(gt=(str(three[1]),), pred=(str(three[0]),), workers=1)) == 1
+    assert "map is 72x96, its mask 96x72: one of the two is not turned" in "".join(capsys.readouterr())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_full_disk_costs_one_line_and_leaves_no_part_of_a_file(three, tmp_path):
     import resource

@@ -1,6 +1,7 @@
 """u2mamba_export.py: ONNX Runtime computes from its files what PyTorch computes, and rembg cuts out with them."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -14,13 +15,14 @@ from PIL import Image
 
 import u2mamba_export
 from data_cache import rescale_image, rescale_mask
-from data_check import read_image
+from data_check import find_pairs, read_image, read_pair
 from data_loader import MEAN, STD, normalise
 from engine.run import UserError
+from engine.settings import CONSTANTS
 from model import U2MAMBAP
 from model.mamba import MambaLayer
 from train_data.make_demo import PHOTOGRAPHS
-from u2mamba_export import Options, run
+from u2mamba_export import Options, gather, run
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -66,13 +68,14 @@ def exported(tmp_path_factory):
     (folder / "images" / "broken.png").write_bytes(b"no image")
     (folder / "masks" / "broken.png").write_bytes(b"no image")
     torch.save(network().state_dict(), folder / "net.pth")
+    (folder / CONSTANTS).write_text(json.dumps({"rescale": SIZE}))  # the size it was trained at, and is exported at
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
         patch.setattr(u2mamba_export, "RUNS", 1)
         code = run(
             Options(
-                checkpoint=str(folder / "net.pth"), out=str(folder / "out" / "net.onnx"), size=SIZE,
+                checkpoint=str(folder / "net.pth"), out=str(folder / "out" / "net.onnx"),
                 images=str(folder / "images"), gt=str(folder / "masks"), variants=("fp16", "int8"),
             )
         )  # fmt: skip
@@ -213,6 +216,8 @@ def test_weights_that_amplify_rounding_are_told_from_a_wrong_file(exported, tmp_
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
         ({"gt": "masks"}, "--gt: give the images of these masks too"),
         ({"images": "out"}, "--images out: there is no such folder, or no image in it"),
+        ({"images": "images", "gt": "nowhere"}, "nowhere: there is no such folder"),
+        ({"size": 20}, "size = 20: must be from 32"),
         ({"opset": 99}, "opset = 99: must be from 13 to 20"),
         ({"variants": ("int4",)}, "variants = ('int4',)"),
     ],
@@ -223,6 +228,20 @@ def test_unusable_input_is_one_line(more, says, exported, monkeypatch):
         run(Options(**{"checkpoint": "net.pth", "out": "made.onnx"} | more))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("made.onnx").exists()
+
+
+def test_masks_are_turned_as_the_trainer_turns_them(tmp_path):
+    image = photograph(NAMES[0]).resize((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    image.save(tmp_path / "images" / "a.jpg", exif=exif)
+    image.convert("L").point(lambda v: 255 * (v > 128)).save(tmp_path / "masks" / "a.png")  # as stored
+    _, masks, aside = gather(Options(images=str(tmp_path / "images"), gt=str(tmp_path / "masks")), SIZE)
+    mask = read_pair(find_pairs(tmp_path / "images", tmp_path / "masks")[0][0]).mask
+    assert aside == 0 and mask.shape == (60, 40)
+    assert np.array_equal(masks[0].numpy(), rescale_mask(mask, SIZE) / np.float32(255))
 
 
 def test_without_onnx_runtime(monkeypatch):
