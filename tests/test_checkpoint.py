@@ -148,6 +148,13 @@ def test_a_weight_file_called_last_is_not_a_run(tmp_path):
     one_line(error, tmp_path / "last.pth")
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_weights_within_a_file_of_more(key, tmp_path):
+    weights = U2NETP().state_dict()
+    torch.save({key: {f"module.{k}": v for k, v in weights.items()}, "epoch": 3}, tmp_path / "x.pth")
+    assert checkpoint.load_weights(tmp_path / "x.pth").keys() == weights.keys()
+
+
 def test_the_published_name():
     assert checkpoint.weight_file("u2net", 2000, 1.25, 0.1) == "u2net_bce_itr_2000_train_1.250000_tar_0.100000.pth"
 
