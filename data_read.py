@@ -32,7 +32,7 @@ MAX_READS = 1_000_000  # pieces of a file that Pillow may ask for: it passes jun
 DECODED_AT_ONCE = 2 * MAX_PIXELS  # pixels, by all threads together; decoding takes 10 to 20 bytes of memory a pixel
 LARGE = 1 << 24  # pixels of a pair; before decoding it, freed memory goes back to the system
 NOISE_BELOW = 64  # a mask of many values that never gets this bright is compression noise on an empty mask
-MOST_LABELS, LEAST_PIECE = 8, 0.05  # values of a map of labels at most; share of the picture that one covers
+MOST_LABELS, MOST_CLASSES, LEAST_PIECE = 8, 20, 0.05  # of a map of labels: values, largest class, one's share of it
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the file is called
 
 # Pillow's remarks on odd metadata, which name no file: nothing a user can act on.
@@ -207,18 +207,23 @@ def rgb(file: Image.Image) -> np.ndarray:
     return np.asarray(file.convert("RGB"))
 
 
+def _is_cut_out(rgba: np.ndarray, light: np.ndarray, seen: np.ndarray) -> bool:
+    """Whether a photograph is seen where alpha leaves something to be seen: colours, which no matte has, and many."""
+    if seen.all() or not seen.any():
+        return False
+    coloured = np.ptp(rgba[..., :3], axis=2)[seen] > 8
+    return bool(coloured.mean() > 0.05 and np.count_nonzero(np.bincount(light[seen], minlength=256)) > 16)
+
+
 def grey(file: Image.Image) -> np.ndarray:
     """Any mode -> (H, W) uint8, transparency on black."""
     if file.mode == "F" or file.mode.startswith("I"):
         return _to_bytes(file)
     if _has_alpha(file):  # on black; a cut-out, and a mask of one colour drawn in its alpha, are their alpha
-        light, alpha = (np.asarray(band) for band in file.convert("RGBA").convert("LA").split())
-        seen = light[alpha > 127]
-        cut_out = 0 < seen.size < light.size and (
-            ((seen < 32) | (seen > 223)).mean() < 0.8  # no picture in black and white
-            or seen.max() < NOISE_BELOW  # nor one that shows an object
-        )
-        if cut_out or (light.min() == light.max() and alpha.min() < alpha.max()):
+        rgba = file.convert("RGBA")
+        light, alpha = (np.asarray(band) for band in rgba.convert("LA").split())
+        drawn_in_alpha = light.min() == light.max() and alpha.min() < alpha.max()
+        if drawn_in_alpha or _is_cut_out(np.asarray(rgba), light, alpha > 127):
             return alpha
         return np.rint(light * (alpha / np.float32(255))).astype(np.uint8)
     return np.asarray(file.convert("L" if file.mode in ("1", "L", "P", "RGB") else "RGB").convert("L"))
@@ -262,8 +267,8 @@ def scale_mask(grey: np.ndarray) -> tuple[np.ndarray, bool]:
 def labels_in(light: np.ndarray) -> str | None:
     """Of a (H, W) uint8 that is a map of labels (classes, instances, a trimap) and no mask: its values in words.
 
-    Told by few values in large pieces: none bright enough for an object; or above 0 most of them far below the
-    brightest, as where 255 is the border that other tools are to ignore.
+    Told by few values: none bright enough for an object, in large pieces; or small ones, and less of 255, which is the
+    border that other tools are to ignore. Soft and graded masks have values between, and compression noise no pieces.
     """
     counts = np.bincount(light.ravel(), minlength=256)
     levels = np.flatnonzero(counts)
@@ -271,11 +276,12 @@ def labels_in(light: np.ndarray) -> str | None:
     if not 2 <= len(levels) <= MOST_LABELS or (len(levels) == 2 and levels[0] == 0):
         return None
     if top < NOISE_BELOW:
-        changes = (light[:, 1:] != light[:, :-1]).mean() if light.shape[1] > 1 else 1.0
-        labels = np.sort(counts)[-2] >= LEAST_PIECE * light.size and changes < 0.1
+        width = light.shape[1]
+        changes = (light[:, 1:] != light[:, :-1]).mean() if width > 1 else 1.0
+        labels = np.sort(counts)[-2] >= LEAST_PIECE * light.size and changes < max(0.02, 4 / width)
     else:
-        dark = counts[1 : NOISE_BELOW * top // 255].sum()
-        labels = levels[0] == 0 and dark >= LEAST_PIECE * light.size and 2 * dark > counts[1:].sum()
+        ids = counts[1 : MOST_CLASSES + 1].sum()
+        labels = levels[0] == 0 and top == 255 and levels[-2] <= MOST_CLASSES and ids > counts[255]
     return ", ".join(map(str, levels[:6])) + (", ..." if len(levels) > 6 else "") if labels else None
 
 

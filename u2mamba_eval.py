@@ -31,8 +31,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data_check import BadFile, Unpaired, read_image, read_map, read_mask, some_of
-from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at
+from data_check import BadFile, Unpaired, read_image, some_of
+from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, mask_and_map
 from engine.output import check_folder, write_whole
 from engine.run import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
 from engine.settings import check_input_size, check_settings, input_size
@@ -184,8 +184,8 @@ def sheet_rows(scores: SetScores, worst: Sequence[Item]) -> list[tuple[str, list
     """For `plots.contact_sheet`: the name and scores above image (where there are any), mask and map."""
     of, rows = dict(scores.images), []
     for item in worst:
-        mask = read_mask(item.mask) if isinstance(item.mask, Path) else item.mask
-        found = map_at(read_map(item.map) if isinstance(item.map, Path) else item.map, mask.shape)
+        mask, prediction = mask_and_map(item)
+        found = map_at(prediction, mask.shape)
         pictures = [mask, np.rint(found * 255).astype(np.uint8)]
         if any(w.image for w in worst):
             pictures.insert(0, _photograph(item.image))

@@ -14,6 +14,7 @@ import errno
 import functools
 import glob
 import io
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 from zlib import crc32
@@ -107,7 +107,7 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
     matches = [Path(m) for m in sorted(glob.glob(word, recursive=True))]
     if not matches:
         raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
-    return Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
 
 
 def _images_in(folder: Path, out: Path, others: list[str]) -> Iterator[Path]:
@@ -193,6 +193,8 @@ def write(
 
 
 def file_crc32(path: Path) -> int:
+    if not path.is_file():  # a pipe would block
+        raise OSError(f"{path}: not a regular file")
     with path.open("rb") as file:
         return functools.reduce(lambda crc, block: crc32(block, crc), iter(lambda: file.read(1 << 20), b""), 0)
 
@@ -207,31 +209,55 @@ def _how(options: Options) -> dict[str, dict]:
     return {m: how | ({"threshold": options.threshold} if m == "binary" else {}) for m in options.mode}
 
 
-def is_done(source: Source, target: Path, how: dict) -> bool:
-    """Whether `target` is there, made of this image and so.
-
-    Raises UserError where it is something else, which would pass for done and is not to be lost.
-    """
-    if not target.exists() or not source.path.is_file():
-        return False
+def made_by(target: Path) -> dict | None:
+    """What the comment of an output says of it; {} of something else; None where nothing is, or a part of a file."""
+    if not target.exists():
+        return None
+    if not target.is_file():
+        return {}
     try:
-        with Image.open(target) as file:
+        with target.open("rb") as file:
+            head = file.read(8)
+            file.seek(-min(target.stat().st_size, 4), os.SEEK_END)
+            ended = file.read().endswith((b"\xaeB`\x82", b"\xff\xd9"))  # of PNG, of JPEG
+    except OSError:
+        return {}
+    if not ended and (head.startswith((b"\x89PNG", b"\xff\xd8")) or not head.strip(b"\0")):  # a power cut leaves such
+        return None
+    try:
+        with Image.open(target, formats=("PNG", "JPEG")) as file:
             made = json.loads(file.info.get("Comment") or file.info["comment"])
-            file.fp.seek(-4, os.SEEK_END)
-            if not file.fp.read().endswith((b"\xaeB`\x82", b"\xff\xd9")):  # a power cut leaves parts of files
-                made = {}
-    except (OSError, ValueError, KeyError, TypeError):
-        made = {}
-    wanted = how | {"image": file_crc32(source.path)}
-    if not isinstance(made, dict) or made.keys() != wanted.keys():
-        was = "not made by this script, or not whole"
-    elif made["image"] != wanted["image"]:
-        was = "made of another image, or of an earlier state of this one"
-    elif differs := [key for key in made if key != "weights" and made[key] != wanted[key]]:
-        was = f"made by {made['weights']}, {', '.join(f'{key} {made[key]}' for key in differs)}"
-    else:
-        return True
-    raise UserError(f"{target} is there, {was}: give another --out, or --overwrite")
+    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
+        return {}
+    return made if isinstance(made, dict) else {}
+
+
+def not_done(source: Source, targets: dict[str, Path], how: dict[str, dict]) -> dict[str, Path]:
+    """mode -> output, of the `targets` that are still to be made.
+
+    Raises UserError where there is something else than this image's, made so: it would pass for done, or be lost.
+    """
+    left, checksum = {}, functools.cache(file_crc32)
+    for mode, target in targets.items():
+        made = made_by(target)
+        if made is None:
+            left[mode] = target
+            continue
+        if made.keys() != how[mode].keys() | {"image"}:
+            was = "not made by this script, or by an earlier version"
+        elif differs := [key for key, value in how[mode].items() if key != "weights" and made[key] != value]:
+            was = f"made by {made['weights']}, {', '.join(f'{key} {made[key]}' for key in differs)}"
+        else:
+            try:
+                same = made["image"] == checksum(source.path)
+            except OSError:  # it is set aside when it is its turn
+                left[mode] = target
+                continue
+            if same:
+                continue
+            was = "made of another image, or of an earlier state of this one"
+        raise UserError(f"{target} is there, {was}: give another --out, or --overwrite")
+    return left
 
 
 def run(options: Options) -> int:
@@ -246,7 +272,9 @@ def run(options: Options) -> int:
     (sources, others), how = find_images(options.inputs, out), _how(options)
     targets = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in options.mode} for s in sources}
     if not options.overwrite:
-        targets = {s: {m: p for m, p in t.items() if not is_done(s, p, how[m])} for s, t in targets.items()}
+        with ThreadPoolExecutor(THREADS) as pool:
+            left = pool.map(not_done, targets, targets.values(), itertools.repeat(how))
+            targets = dict(zip(sources, left, strict=True))
     targets = {s: t for s, t in targets.items() if t}
     print(f"images: {len(sources):,}, of which {len(sources) - len(targets):,} are done and skipped (--overwrite)")
     if others:

@@ -40,7 +40,7 @@ from py_sod_metrics import (
     WeightedFmeasure,
 )
 
-from data_check import IMAGE_TYPES, MAP_TYPES, BadFile, Unpaired, pair_names, read_map, read_mask
+from data_check import IMAGE_TYPES, MAP_TYPES, BadFile, Pair, Unpaired, pair_names, read_map, read_mask, read_pair
 from engine.run import UserError
 from engine.workers import in_order
 
@@ -161,17 +161,23 @@ def stretch_map(prediction: np.ndarray) -> np.ndarray:
     return (prediction - low) / (high - low) if high > low else prediction
 
 
+def mask_and_map(item: Item) -> tuple[np.ndarray, np.ndarray]:
+    """Of an item, read where they are files. Where the photograph is known, a mask drawn on it as it is stored, and not
+    as it is seen (EXIF), is turned. Raises BadFile."""
+    mask = read_mask(item.mask) if isinstance(item.mask, Path) else item.mask
+    prediction = read_map(item.map) if isinstance(item.map, Path) else item.map
+    if item.image and isinstance(item.mask, Path) and prediction.shape == mask.shape[::-1] != mask.shape:
+        mask = read_pair(Pair(item.stem, item.image, item.mask)).mask
+    return mask, prediction
+
+
 def score_item(item: Item, stretch: bool = False) -> ImageScores | BadFile:
     """Reads what is a file, brings the map to the mask's size, scores it. A file that cannot be used is returned."""
     try:
-        mask = read_mask(item.mask) if isinstance(item.mask, Path) else item.mask
-        prediction = read_map(item.map) if isinstance(item.map, Path) else item.map
+        mask, prediction = mask_and_map(item)
         if not np.isfinite(prediction).all():
             raise BadFile(item.image, "the network's map of it holds values that are not numbers")
         resized = prediction.shape != mask.shape and isinstance(item.map, Path)
-        if resized and prediction.shape == mask.shape[::-1]:
-            (h, w), what = mask.shape, "one of the two is not turned as the photograph is seen (its EXIF orientation)"
-            raise BadFile(item.map, f"map is {h}x{w}, its mask {w}x{h}: {what}")
         prediction = map_at(prediction, mask.shape).astype(np.float64)
         return score_map(stretch_map(prediction) if stretch else prediction, mask > 128, resized)
     except BadFile as error:

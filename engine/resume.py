@@ -82,7 +82,8 @@ def knows_no_end(lr_schedule: str, crop_early: int) -> bool:
 
 
 def saving(save: Callable[[], None], batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; when the data end the run, because a file has become unreadable, save() first."""
+    """The batches; when the data end the run, because a file has become unreadable, save() first. (Of several processes
+    the first one saves, if it is the one that met the file; else the run goes on from the last.pth that is there.)"""
     try:
         yield from batches
     except DataError:

@@ -33,9 +33,13 @@ def worker_pool(processes: int) -> Iterator[Executor | None]:
     all_here = context.Barrier(processes)
     pool = ProcessPoolExecutor(processes, context, initializer=_set_up, initargs=(all_here,))
     try:
-        with _deaf_to_ctrl_c():
-            for _ in range(processes):
-                pool.submit(int)  # starts one
+        try:
+            with _deaf_to_ctrl_c():
+                for _ in range(processes):
+                    pool.submit(int)  # starts one
+        except BaseException:
+            all_here.abort()  # those that have started wait for the others
+            raise
         yield pool
     except BrokenProcessPool:
         raise UserError("a worker process was killed, for memory perhaps: try --workers 1") from None

@@ -338,12 +338,17 @@ def pieces(*values: int) -> np.ndarray:
         (pieces(1, 2), "1, 2"),  # and trimaps, of which nobody can know what 3 is
         (pieces(1, 2, 3, 2), "1, 2, 3"),
         (np.where(disc(60, 80) > 128, 255, pieces(0, 15, 15, 15)), "0, 15, 255"),  # 255: the border
-        (pieces(0, 1, 1, 88), "0, 1, 88"),
+        (pieces(0, 1, 1, 255), "0, 1, 255"),
         (pieces(0, 255), None),
-        (pieces(0, 128, 128, 255), None),  # soft edges
+        (pieces(0, 128, 128, 255), None),  # a trimap
+        (pieces(0, 42, 42, 255), None),  # graded by how many people chose it
+        (pieces(0, 50, 100, 255), None),
+        (pieces(0, 16, 16, 235), None),
+        (pieces(0, 253, 254, 255), None),
         (pieces(3, 255), None),
         (pieces(0, 1), None),
         (pieces(0, 38), None),
+        (np.random.default_rng(0).normal(0, 0.5, (60, 80)).clip(0), None),  # noise on an empty mask
         (np.arange(4800, dtype=np.uint8).reshape(60, 80) % 5, None),  # noise
         (np.arange(4800, dtype=np.uint8).reshape(60, 80), None),
     ],
@@ -369,6 +374,17 @@ def test_the_alpha_of_a_cut_out_is_its_mask(under, tmp_path):
     Image.fromarray(np.dstack((pixels, alpha))).save(tmp_path / "cut.png")
     assert (read_mask(tmp_path / "cut.png") == alpha).all()
     assert (read_map(tmp_path / "cut.png") == alpha / 255).all()
+
+
+@pytest.mark.parametrize("value", [255, 150, 60])
+def test_a_soft_mask_with_transparent_corners_is_no_cut_out(value, tmp_path):
+    y, x = np.mgrid[:60, :80]
+    light = (value * np.exp(-((y - 30) ** 2 + (x - 40) ** 2) / 300)).astype(np.uint8)
+    alpha = np.full_like(light, 255)
+    alpha[:8, :8] = 0
+    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
+    expected = np.where(alpha > 0, light, 0)
+    assert (read_mask(tmp_path / "mask.png") == data_read.scale_mask(expected)[0]).all()
 
 
 def test_a_mask_in_black_and_white_with_some_alpha_is_both(tmp_path):

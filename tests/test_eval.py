@@ -428,12 +428,23 @@ def test_a_read_only_folder_is_refused_before_any_work(three, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_map_that_is_not_turned_as_its_mask_is_named_and_not_squashed(three, capsys):
-    with Image.open(three[0] / "00001.png") as image:
-        turned = image.transpose(Image.Transpose.ROTATE_90)
-    turned.save(three[0] / "00001.png")
-    assert run(Config(gt=(str(three[1]),), pred=(str(three[0]),), workers=1)) == 1
-    assert "map is 72x96, its mask 96x72: one of the two is not turned" in "".join(capsys.readouterr())
+def test_a_mask_drawn_on_the_photograph_as_stored_is_turned_with_it(three, tmp_path, capsys):
+    """Without the photograph nobody can know, and maps of one odd size for all images are resized."""
+    photo, exif = np.zeros((72, 96, 3), np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{i:05}.png", exif=exif if i == 1 else None)
+    with Image.open(three[1] / "00001.png") as mask:
+        mask.transpose(Image.Transpose.ROTATE_270).save(three[0] / "00001.png")
+    scores = []
+    for image in ((), (str(tmp_path / "photos"),)):
+        folders = {"gt": (str(three[1]),), "pred": (str(three[0]),), "image": image}
+        assert run(Config(**folders, workers=1, csv=str(tmp_path / "s"))) == 0
+        capsys.readouterr()
+        with (tmp_path / "s").open(newline="") as file:
+            scores.append(float(next(csv.DictReader(file))["iou_mean"]))
+    assert scores[1] > scores[0] + 0.1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")

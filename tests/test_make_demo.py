@@ -128,6 +128,15 @@ def test_data_of_others_is_not_touched(tmp_path):
     assert names(tmp_path) == ["DUTS-TR"]
 
 
+def test_a_set_of_others_by_the_same_names_is_not_touched(tmp_path):
+    make_demo(tmp_path, 2)
+    (tmp_path / "DUTS-TR/DUTS-TR/demo.json").unlink()
+    before = digest(tmp_path)
+    with pytest.raises(DemoError, match="holds 4 files"):
+        make_demo(tmp_path, 2)
+    assert digest(tmp_path) == before
+
+
 def test_files_put_into_a_set_are_left_alone(tmp_path):
     make_demo(tmp_path, 2)
     before = digest(tmp_path)

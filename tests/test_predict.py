@@ -18,6 +18,7 @@ from PIL import Image
 import engine.inference
 import engine.output
 from data_cache import rescale_image
+from data_check import BadFile
 from engine.inference import Predictor
 from engine.predict import PixelBudget, at_size
 from engine.run import UserError
@@ -217,12 +218,33 @@ def test_what_is_of_another_image_or_of_nobody_does_not_pass_for_done(photos, pr
         with pytest.raises(UserError, match=r"a\.\w+ is there, made of another image, or of an earlier state"):
             predict(tmp_path / "more", mode=(mode,))
     assert (out / "rgba/a.png").read_bytes() == whole
-    for content in (whole[:200], photos.joinpath("a.png").read_bytes(), b""):
+    for content in (photos.joinpath("a.png").read_bytes(), b"notes"):
         (out / "rgba/a.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.png is there, not made by this script"):
+        with pytest.raises(UserError, match=r"a\.png is there, not made by this script, or by an earlier version"):
             predict(photos, mode=("rgba",))
-    assert predict(photos, mode=("rgba",), overwrite=True) == 0
-    assert (out / "rgba/a.png").read_bytes() == whole
+    for content in (whole[:200], bytes(300), b""):  # what a power cut leaves is made again
+        (out / "rgba/a.png").write_bytes(content)
+        assert predict(photos, mode=("rgba",)) == 0
+        assert (out / "rgba/a.png").read_bytes() == whole
+    (out / "rgba/a.png").unlink()
+    (out / "rgba/a.png").mkdir()
+    with pytest.raises(UserError, match=r"a\.png is there"):
+        predict(photos, mode=("rgba",))
+
+
+def test_a_photograph_that_cannot_be_opened_is_set_aside_though_its_map_is_there(photos, predict, monkeypatch, capsys):
+    assert predict(photos) == 0
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    def set_aside(path):
+        raise BadFile(path, "Permission denied")
+
+    monkeypatch.setattr("u2mamba_test.file_crc32", refuse)
+    monkeypatch.setattr("engine.predict.read_image", set_aside)
+    assert predict(photos) == 2
+    assert "b.jpg: Permission denied" in capsys.readouterr().err
 
 
 def test_an_overwriting_call_that_made_some_does_not_hide_the_others(photos, predict, checkpoint, tmp_path):

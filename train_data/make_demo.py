@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from skimage.color import rgb2lab
 
@@ -272,10 +272,11 @@ def is_complete(folder: Path, stamp: dict) -> bool:
 
 
 def of_others(folder: Path) -> list[str]:
-    """What is in `folder` and not of a demo set; hidden files, as the trainer's cache, belong to it."""
-    ours = re.compile(r"demo\.json|im_aug(/demo_\d{4}\.jpg)?|gt_aug(/demo_\d{4}\.png)?")
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*")]
-    return sorted(name for name in names if not ours.fullmatch(name))
+    """Files in `folder` that are no demo set's: all where there is no demo.json; never hidden ones, as the cache is."""
+    ours = re.compile(r"demo\.json|im_aug/demo_\d{4,}\.jpg|gt_aug/demo_\d{4,}\.png")
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    names = sorted(name for name in found if not re.search(r"(^|/)\.", name))
+    return [name for name in names if not ours.fullmatch(name)] if "demo.json" in names else names
 
 
 def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
@@ -294,10 +295,12 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
         return out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(out_dir / ".make_demo.lock"):
+        with FileLock(out_dir / ".make_demo.lock", timeout=600):
             if not is_complete(final, stamp):  # by the process that held the lock before
                 _make(final, stamp)
-    except OSError as error:
+    except Timeout:
+        raise DemoError(f"another process has been making {final} for ten minutes, or holds .make_demo.lock") from None
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         raise DemoError(f"cannot write the demo set ({error}): {out_dir} must be writable, with 20 MB free") from error
     return out_dir
 
