@@ -63,7 +63,7 @@ KINDS_OF_FOLDER = {
 class Config:
     gt: tuple[str, ...]  # folders of masks, one for each data set
     checkpoint: str = ""  # of any of our networks; with --image
-    image: tuple[str, ...] = ()  # folders of photographs, in the order of --gt; with --pred only for the sheet
+    image: tuple[str, ...] = ()  # folders of photographs, ordered as --gt; with --pred for the sheet, and to turn masks
     pred: tuple[str, ...] = ()  # folders of saved maps (pictures, or .npy of floats), in the order of --gt
     name: tuple[str, ...] = ()  # of the data sets; else the folders of masks give them
     json: str = ""  # file for the scores, an object for each data set
