@@ -167,10 +167,11 @@ def write(
         with budget.hold(found.width * found.height):
             # read again and not kept since before the network: what waits are maps, however large the images
             image = read_image(path) if WITH_IMAGE & wanted.keys() else None
+            checksum = file_crc32(path)
             for mode, target in wanted.items():
                 profile = colour_profile(path) if mode in WITH_IMAGE else None
                 encoded = io.BytesIO()
-                about = json.dumps(how[mode] | {"image": file_crc32(path)})
+                about = json.dumps(how[mode] | {"image": checksum})
                 if target.suffix == ".png":
                     kind = {"format": "PNG", "compress_level": 1, "pnginfo": PngInfo()}
                     kind["pnginfo"].add_text("Comment", about)

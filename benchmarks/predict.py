@@ -76,7 +76,8 @@ def work(options: Options, predict: Predictor, sources: list, out: Path, batch: 
     targets = {s: {m: out / m / f"{s.name}{u2mamba_test.MODES[m]}" for m in options.mode} for s in sources}
     with ThreadPoolExecutor(THREADS) as pool:
         maps = compute_maps(predict, targets, pool, options.size, batch)
-        written = in_order(pool, lambda found: u2mamba_test.write(found, targets, 0.5), maps, 2 * batch + THREADS)
+        how = {mode: {} for mode in options.mode}
+        written = in_order(pool, lambda found: u2mamba_test.write(found, targets, 0.5, how), maps, 2 * batch + THREADS)
         for _, failure in written:
             if failure:
                 sys.exit(f"error: {failure}")

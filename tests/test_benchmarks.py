@@ -18,6 +18,12 @@ def test_it_imports(name):
     importlib.import_module(f"benchmarks.{name}")
 
 
+def test_predict_runs(capsys):
+    predict = importlib.import_module("benchmarks.predict")
+    predict.main(predict.Options(arch="u2netp", size=64, count=4, runs=1, device="cpu"))
+    assert "ratio:" in capsys.readouterr().out
+
+
 def test_median_and_spread_by_hand():
     hardware = importlib.import_module("benchmarks.hardware")
     assert hardware.median_and_spread([3.0, 1.0, 2.0, 7.0, 2.5]) == (2.5, 3.0)
