@@ -247,13 +247,14 @@ def _read(path: str | os.PathLike, convert: Callable[[Image.Image], np.ndarray])
         return decode(path, image, convert)[0]
 
 
-def scale_mask(grey: np.ndarray) -> tuple[np.ndarray, bool]:
+def scale_mask(grey: np.ndarray, counts: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
     """Luminance (H, W) uint8 -> (mask uint8 with the object at 255, whether it was taken for noise on an empty mask).
 
     Values 0 and 1, or 0 and any one value, become 0 and 255; other masks are divided by their maximum. The published
     code does that to every mask and so turns the compression noise of an empty one (values of 1 to 5) into foreground.
+    counts: of its values, (256,), where they are known.
     """
-    levels = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    levels = np.flatnonzero(np.bincount(grey.ravel(), minlength=256) if counts is None else counts)
     top = int(levels[-1])
     if top in (0, 255):
         return grey, False
@@ -264,13 +265,13 @@ def scale_mask(grey: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.rint(np.arange(256) * 255 / top).clip(max=255).astype(np.uint8)[grey], False
 
 
-def labels_in(light: np.ndarray) -> str | None:
+def labels_in(light: np.ndarray, counts: np.ndarray) -> str | None:
     """Of a (H, W) uint8 that is a map of labels (classes, instances, a trimap) and no mask: its values in words.
 
+    counts: of its values, (256,).
     Told by few values: none bright enough for an object, in large pieces; or small ones, and less of 255, which is the
     border that other tools are to ignore. Soft and graded masks have values between, and compression noise no pieces.
     """
-    counts = np.bincount(light.ravel(), minlength=256)
     levels = np.flatnonzero(counts)
     top = int(levels[-1])
     if not 2 <= len(levels) <= MOST_LABELS or (len(levels) == 2 and levels[0] == 0):
@@ -287,9 +288,10 @@ def labels_in(light: np.ndarray) -> str | None:
 
 def as_mask(path: str | os.PathLike, light: np.ndarray) -> tuple[np.ndarray, bool]:
     """`scale_mask` of a file's luminance. Raises BadFile for labels."""
-    if labels := labels_in(light):
+    counts = np.bincount(light.ravel(), minlength=256)
+    if labels := labels_in(light, counts):
         raise BadFile(path, f"holds labels ({labels}), no mask of bright object and dark ground: make one of 0 and 255")
-    return scale_mask(light)
+    return scale_mask(light, counts)
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
