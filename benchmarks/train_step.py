@@ -10,12 +10,10 @@ the sizes are small and the comparison is fp32 NCHW eager against what `choose_p
 import contextlib
 import functools
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 import tyro
 
-import engine.step
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from engine.device import choose_device, choose_kernels, choose_layout, choose_precision
 from engine.distributed import World
@@ -94,9 +92,9 @@ def measure(options: Options, device: torch.device, batch: int, published: bool)
     step, words, memory_format = make_step(options, device, published)
     images = torch.randn(batch, 3, options.size, options.size, device=device).to(memory_format=memory_format)
     masks = (torch.rand(batch, 1, options.size, options.size, device=device) > 0.7).float()
-    # the published way leaves memory to the system
-    with patch.object(engine.step, "keep_freed_memory") if published else contextlib.nullcontext():
-        seconds = time_calls(lambda: step(images, masks), device, options.runs, options.steps, warm_up=6)
+    if published:
+        step.memory = contextlib.nullcontext()  # left to the system
+    seconds = time_calls(lambda: step(images, masks), device, options.runs, options.steps, warm_up=6)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     if options.profile and not published:
         profile(lambda: step(images, masks))

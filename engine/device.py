@@ -21,6 +21,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+LARGE = 128 << 10  # bytes of a block that is the system's own, and of what the heap gives back: glibc's at its start
+
 
 def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
     """The best device there is, or the one wanted, and a line that names it.
@@ -145,17 +148,34 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, memory that tensors leave stays with the process, if as much as it ever took is free besides.
+class FreedMemoryKept:
+    """`with` it, from the second time on: memory that tensors leave on a CPU stays with the process for the next time.
 
     glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a third of
-    a training step's time, a quarter of a map's. Kept, all takes up to 40 % more. Another C library is left as it is.
+    a training step's time, a quarter of a map's. Kept, all takes up to 40 % more, so half as much as the process ever
+    took has to be free besides. Outside it large blocks are the system's as ever: a kept one is often a few bytes too
+    small for the next tensor of its size, which made other work grow from 2 to 16 GB.
     """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or available_memory() < peak_memory(device) * 2**30:
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
+
+    def __init__(self, device: torch.device):
+        self.device, self.known, self.kept = device, False, False
+        glibc = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+        self.mallopt = ctypes.CDLL(None).mallopt if glibc else None
+
+    def __enter__(self) -> None:
+        if not self.known or not self.mallopt:  # what it takes is known once it ran
+            return
+        free, peak = available_memory() / 2**30 + memory_in_use(self.device), peak_memory(self.device)
+        self.kept = free > 1.5 * peak
+        self.mallopt(M_TRIM_THRESHOLD, -1 if self.kept else LARGE)  # -1: the heap never shrinks
+        if self.kept:
+            self.mallopt(M_MMAP_MAX, 0)  # every block is of the heap
+
+    def __exit__(self, *_: object) -> None:
+        self.known = True
+        if self.kept:
+            self.mallopt(M_MMAP_MAX, 65536)  # glibc's own number
+            self.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 @contextlib.contextmanager

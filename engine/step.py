@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.device import keep_freed_memory, memory_in_use, out_of_memory
+from engine.device import FreedMemoryKept, memory_in_use, out_of_memory
 from engine.distributed import MeanOfAll, World
 from engine.metrics import iou_per_image
 from engine.parameters import flatten_statistics
@@ -87,6 +87,7 @@ class TrainStep:
         self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
         self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
         self.ema_steps = self.eager_steps = 0
+        self.memory = FreedMemoryKept(device)
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
         # one for all: the allocator keeps memory apart for each stream that ever ran a step
@@ -107,7 +108,8 @@ class TrainStep:
             if self.shape is None or images.shape[2:] != self.shape[2:]:
                 self._compile_kernels(images, masks)
             if not self.wants_graph:
-                self._step(images, masks)
+                with self.memory:
+                    self._step(images, masks)
             elif self.graph and images.shape == self.images.shape:
                 self.images.copy_(images)
                 self.masks.copy_(masks)
@@ -125,8 +127,6 @@ class TrainStep:
                 f"a batch of {len(images)} does not fit into the memory of {self.device}: try {advice}"
                 f"batch_size_train = {less}"
             ) from None
-        if self.shape is None:
-            keep_freed_memory(self.device)  # by now it is known what a step takes
         self.shape = images.shape
         self.ema_steps += bool(self.ema)
 
