@@ -116,13 +116,13 @@ class Config:
 FAST = Config(
     model_name="fast", epoch_num=110, precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=32,
     batch_size_val=32, optimizer="adamw", lr=1e-3, lr_schedule="cosine", warmup=500, weight_decay=0.02, clip=1.0,
-    ema_decay=0.9995, iou_loss=1.0, edge_loss=1.0, crop_early=192, window=0.6, rotate=15.0, colour=0.3,
-    flip_upside_down=0.0, mirror=0.5, val_frq=5, whole_batches=True,
+    ema_decay=0.9995, iou_loss=1.0, edge_loss=1.0, crop=320, crop_early=192, window=0.5, beyond=0.3, rotate=20.0,
+    colour=0.4, flip_upside_down=0.0, mirror=0.5, val_frq=5, whole_batches=True,
 )  # fmt: skip
 PRESETS = {
     "reference": Config(),
     "fast": FAST,
-    "small": replace(FAST, model_name="small", arch="u2mambap", epoch_num=190),
+    "small": replace(FAST, model_name="small", arch="u2mambap", early=0.5, epoch_num=156),
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,

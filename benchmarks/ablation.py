@@ -5,8 +5,9 @@
     python -m benchmarks.ablation --arch u2mamba --minutes 5                equal minutes instead of equal images
 
 Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, but
-without edge_loss, which is a variant, and measured on the held-out pairs. --minutes first times a short run of each
-variant, and gives it the epochs that fit.
+without edge_loss and with the milder changes of the pictures that the presets had first (MILDER), so that both are
+variants; and measured on the held-out pairs. --minutes first times a short run of each variant, and gives it the
+epochs that fit.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
 from engine.settings import LIMITS, check_settings
 from u2mamba_train import PRESETS, Config, run
 
+MILDER = {"crop": 288, "window": 0.6, "beyond": 0.0, "rotate": 15.0, "colour": 0.3, "early": 0.6}
 PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
 VARIANTS = {  # what differs: constants that do; a trial differs by what benchmarks/trials.py puts in
     "recipe": {},
@@ -50,6 +52,7 @@ VARIANTS = {  # what differs: constants that do; a trial differs by what benchma
     "more colour": {"colour": 0.5},
     "stronger changes": {"window": 0.4, "colour": 0.5},
     "stronger changes, more decay": {"window": 0.4, "colour": 0.5, "weight_decay": 0.1},
+    "the presets' changes": {name: getattr(PRESETS["fast"], name) for name in ("window", "beyond", "rotate", "colour")},
     "pasted objects": {"paste": 0.3},
     "upside down too": {"flip_upside_down": 0.5},
     "twice the rate": {"lr": 2e-3},
@@ -89,7 +92,7 @@ def config_of(variant: str, options: Options) -> Config:
         PRESETS["fast" if options.arch == "u2mamba" else "small"],
         arch=options.arch, data_dir=options.data_dir, saved_models=options.out, resume="never",
         epoch_num=options.epochs, save_frq=10**9, val_frq=10**9, save_minutes=1e6, warmup=100, ema_decay=0.998,
-        edge_loss=0.0,
+        edge_loss=0.0, **MILDER,
         model_name="ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
     )  # fmt: skip
     try:

@@ -83,7 +83,7 @@ def main(options: Options) -> None:
     for size in options.sizes:
         line(f"at {size} pixels", at(size))
     recipe = Changes.of(FAST)
-    for words, size, changes in (("whole pictures", train.size, None), ("changed ones at 288", FAST.crop, recipe)):
+    for words, size, changes in (("whole pictures", train.size, None), ("changed ones", FAST.crop, recipe)):
         net = opened()
         with autocast:
             take_statistics(net, train, options, size, changes)

@@ -32,6 +32,7 @@ from data_reference import Sample
 from u2mamba_train import FAST
 
 BATCH = 12
+CROP = 288  # pixels, as published
 PUBLISHED_BATCHES = 10  # at 20 images/s a run over all pairs would take most of the time
 RUNS = 5
 
@@ -40,7 +41,7 @@ class Published:
     """The three transforms in a row."""
 
     def __init__(self):
-        self.steps = (RescaleT(320), RandomCrop(288), ToTensorLab(0))
+        self.steps = (RescaleT(320), RandomCrop(CROP), ToTensorLab(0))
 
     def __call__(self, sample: Sample) -> Sample:
         for step in self.steps:
@@ -121,10 +122,10 @@ def on_gpu(source: data_loader.DataSource) -> None:
 def augmenting(images: torch.Tensor, masks: torch.Tensor, size: int, changed: bool) -> Callable[[], object]:
     """What makes a batch of `size` pictures from a cache (PairCache's tensors), as published or as `fast` does."""
     count, side = images.shape[:2]
-    plan = epoch_plan(count, epoch=0, seed=0, rescale=side, crop=FAST.crop, numbers=True)
+    plan = epoch_plan(count, epoch=0, seed=0, rescale=side, crop=CROP, numbers=True)
     rows = plan.repeat(-(-size // count), 1)[:size].to(images.device)
     changes = Changes.of(FAST) if changed else None
-    return lambda: data_loader.augment(images, masks, rows, FAST.crop, channels_last=True, changes=changes)
+    return lambda: data_loader.augment(images, masks, rows, CROP, channels_last=True, changes=changes)
 
 
 if __name__ == "__main__":
