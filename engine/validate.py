@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data_loader import MEAN, STD, Batch
-from engine.device import out_of_memory, without_search
+from engine.device import FreedMemoryKept, out_of_memory, without_search
 from engine.distributed import World
 from engine.metrics import ValidationMetrics
 from engine.run import StopSignal, UserError
@@ -23,12 +23,15 @@ def validate(
     """{"IoU", "MAE", "maxF"} of d0 over the `batches` of all processes; None where there are none, or when `stop`
     became true in between. Raises UserError naming a batch size to try when the memory does not suffice."""
     net.eval()
-    metrics = ValidationMetrics(next(net.parameters()).device)
+    device = next(net.parameters()).device
+    metrics, memory = ValidationMetrics(device), FreedMemoryKept(device)
     for batch in batches:
         if stop:
             break
         try:
-            metrics.update(net(batch.x)[0], batch.y)
+            with memory:
+                d0 = net(batch.x)[0]
+            metrics.update(d0, batch.y)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
