@@ -151,10 +151,10 @@ def peak_memory(device: torch.device) -> float:
 class FreedMemoryKept:
     """`with` it, from the second time on: memory that tensors leave on a CPU stays with the process for the next time.
 
-    glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a third of
-    a training step's time, a quarter of a map's. Kept, all takes up to 40 % more, so half as much as the process ever
-    took has to be free besides. Outside it large blocks are the system's as ever: a kept one is often a few bytes too
-    small for the next tensor of its size, which made other work grow from 2 to 16 GB.
+    glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a sixth of a
+    map's time and more of a training step's. Kept, all takes up to 40 % more, so half as much as the process ever took
+    has to be free besides. Outside it large blocks that do not fit into what is kept are the system's: a kept one is
+    often a few bytes too small for the next tensor of its size, which made other work grow from 2 to 16 GB.
     """
 
     def __init__(self, device: torch.device):
@@ -166,10 +166,12 @@ class FreedMemoryKept:
         if not self.known or not self.mallopt:  # what it takes is known once it ran
             return
         free, peak = available_memory() / 2**30 + memory_in_use(self.device), peak_memory(self.device)
-        self.kept = free > 1.5 * peak
-        self.mallopt(M_TRIM_THRESHOLD, -1 if self.kept else LARGE)  # -1: the heap never shrinks
+        was_kept, self.kept = self.kept, free > 1.5 * peak
         if self.kept:
+            self.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
             self.mallopt(M_MMAP_MAX, 0)  # every block is of the heap
+        elif was_kept:
+            self.mallopt(M_TRIM_THRESHOLD, LARGE)
 
     def __exit__(self, *_: object) -> None:
         self.known = True

@@ -58,6 +58,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert (pages < 5 * 2**26 // os.sysconf("SC_PAGE_SIZE") / 20) == kept
 
 
+def test_memory_is_kept_from_the_second_time_on_and_let_go_when_it_becomes_short(monkeypatch):
+    memory, calls, free = choices.FreedMemoryKept(CPU), [], iter([0, 2**40, 0, 0])
+    monkeypatch.setattr(choices, "available_memory", lambda: next(free))
+    memory.mallopt = lambda *what: calls.append(what)
+    told = []
+    for _ in range(5):
+        with memory:
+            told.append(tuple(calls))
+            calls.clear()
+    trim, blocks = choices.M_TRIM_THRESHOLD, choices.M_MMAP_MAX
+    normal = ((blocks, 65536), (choices.M_MMAP_THRESHOLD, choices.LARGE))
+    assert told == [(), (), ((trim, -1), (blocks, 0)), (*normal, (trim, choices.LARGE)), ()]
+
+
 @glibc_only
 def test_kept_memory_does_not_make_other_work_grow():
     """Large tensors come and go, and each leaves a small one: by 2 GiB, were large blocks kept there too."""

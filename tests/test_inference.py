@@ -52,7 +52,7 @@ def test_predictor_gives_the_networks_d0(precision, tolerance, images):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes what glibc does")
 @pytest.mark.parametrize("kept", [True, False])
-def test_later_maps_use_the_memory_of_the_first_where_there_is_enough(kept):
+def test_later_maps_use_the_memory_of_earlier_ones_where_there_is_enough(kept):
     """In a process of its own: how many pages the system had to bring for the fourth map; without it some 50,000."""
     code = f"""
 import resource, torch
