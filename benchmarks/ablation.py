@@ -31,6 +31,7 @@ from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
 from engine.settings import LIMITS, check_settings
 from u2mamba_train import PRESETS, Config, run
 
+# what benchmarks/LOG.md and the README measured the variants with
 MILDER = {"crop": 288, "window": 0.6, "beyond": 0.0, "rotate": 15.0, "colour": 0.3, "early": 0.6}
 PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
 VARIANTS = {  # what differs: constants that do; a trial differs by what benchmarks/trials.py puts in

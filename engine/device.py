@@ -152,9 +152,9 @@ class FreedMemoryKept:
     """`with` it, from the second time on: memory that tensors leave on a CPU stays with the process for the next time.
 
     glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a sixth of a
-    map's time and more of a training step's. Kept, all takes up to 40 % more, so half as much as the process ever took
-    has to be free besides. Outside it large blocks that do not fit into what is kept are the system's: a kept one is
-    often a few bytes too small for the next tensor of its size, which made other work grow from 2 to 16 GB.
+    map's time, 4 to 30 % of a training step's. Kept, all takes up to 40 % more, so half as much as the process ever
+    took has to be free besides. Outside it large blocks that do not fit into what is kept are the system's: a kept one
+    is often a few bytes too small for the next tensor of its size, which made other work grow from 2 to 16 GB.
     """
 
     def __init__(self, device: torch.device):
