@@ -6,10 +6,9 @@
     python u2mamba_train.py finetune --data_dir FOLDER --tra_image_dir images --tra_label_dir masks    on your own pairs
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
-    torchrun --nproc_per_node=4 u2mamba_train.py   the same on four GPUs
+    torchrun --nproc_per_node=4 u2mamba_train.py best  on four GPUs, by the recipe of fast; without best: the constants
 
-Edit the constants, run, read loss and IoU, find the checkpoints in saved_models/<model_name>/. A run that was stopped,
-killed or cut off goes on where it was when the same command is given again.
+Edit the constants, run, read loss and IoU; given again, the same command goes on with a run that was stopped or killed.
 """
 
 import engine.start  # noqa: F401  # isort: skip
@@ -123,6 +122,7 @@ PRESETS = {
     "reference": Config(),
     "fast": FAST,
     "small": replace(FAST, model_name="small", arch="u2mambap", early=0.5, epoch_num=156),
+    "best": replace(FAST, model_name="best", batch_size_train=16, early=0.5, epoch_num=298, val_frq=10, save_frq=10000),
     "finetune": Config(
         model_name="finetune", precision="bf16", channels_last=True, fused_kernels=True, batch_size_train=8,
         epoch_num=40, optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup=20, weight_decay=0.02, clip=1.0,

@@ -1,6 +1,6 @@
 """Photographs that scikit-image ships, with the map and the cut-out of a network or of several: docs/results.jpg.
 
-    python -m benchmarks.gallery --checkpoint saved_models/fast/best.pth  the weights that ship, then those
+    python -m benchmarks.gallery --checkpoint saved_models/best/best.pth  the weights that ship, then those
     python -m benchmarks.gallery --out gallery.jpg                        the weights that ship alone
 
 The photographs were chosen by name before any map of them was seen; docs/README.md names their licences.
