@@ -62,7 +62,7 @@ HOW_TO_GET_DATA = """\
     python train_data/prepare_duts.py DUTS-TR.zip
   your own pairs: images and masks of the same names in two folders, then
     python u2mamba_train.py PRESET --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
-  (PRESET finetune goes on from the weights that ship, which needs few pairs; fast and small begin anew)
+  (PRESET finetune goes on from the weights that ship, which needs few pairs; fast, small and best begin anew)
   without any data, a small set is made and trained on in minutes by
     python u2mamba_train.py demo"""
 
