@@ -75,6 +75,7 @@ class Config:
     size: int = 0  # pixels: images are squashed to this square; 0: as the weights were trained, 320 if unknown
     batch: int = 8  # images at a time through the network
     precision: Literal["fp32", "bf16"] = "fp32"
+    tta: bool = False  # the mean with the mirrored image's map: twice the time
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     gpu: int = 0  # which one, where there are several
     speed: bool = False  # measure the network's images a second and peak memory
@@ -109,6 +110,8 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{option} has {len(given)} entries, --gt {len(cfg.gt)}: they are matched in order")
     if cfg.speed and not cfg.checkpoint:
         raise UserError("--speed measures a network: it wants --checkpoint")
+    if cfg.tta and not cfg.checkpoint:
+        raise UserError("--tta mirrors what a network is shown: it wants --checkpoint")
 
 
 def score_sets(cfg: Config) -> list[tuple[SetScores, Unpaired, list[Item], dict[str, float]]]:
@@ -121,7 +124,7 @@ def score_sets(cfg: Config) -> list[tuple[SetScores, Unpaired, list[Item], dict[
     if cfg.checkpoint:
         from engine import maps  # here, for worker processes import what stands at the top, and torch takes seconds
 
-        predict, line = maps.open_network(Path(cfg.checkpoint), cfg.device, cfg.gpu, cfg.precision)
+        predict, line = maps.open_network(Path(cfg.checkpoint), cfg.device, cfg.gpu, cfg.precision, cfg.tta)
         size = input_size(cfg.size, Path(cfg.checkpoint))
         print(f"{line}; {size}x{size}", flush=True)
         if cfg.speed:

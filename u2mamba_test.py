@@ -290,12 +290,12 @@ def run(options: Options) -> int:
     size = input_size(options.size, weights)
     print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
     torch.backends.cudnn.benchmark = True
-    predict = Predictor(net, device, precision)
+    predict = Predictor(net, device, precision, tta=options.tta)
     batch = min(options.batch or (4 if device.type == "cpu" else 32), len(targets))
 
     aside, pool = 0, ThreadPoolExecutor(THREADS)
     try:
-        maps = compute_maps(predict, targets, pool, size, batch, options.tta)
+        maps = compute_maps(predict, targets, pool, size, batch)
         written = in_order(pool, lambda found: write(found, targets, options.threshold, how), maps, 2 * batch + THREADS)
         for _, failure in tqdm(written, total=len(targets), unit="img", disable=None):
             if failure:

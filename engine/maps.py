@@ -22,8 +22,10 @@ from engine.workers import in_order
 READERS = min(8, os.cpu_count() or 1)  # threads
 
 
-def open_network(path: Path, device: str = "auto", gpu: int = 0, precision: str = "fp32") -> tuple[Predictor, str]:
-    """The network of a checkpoint, ready on the device, and a line that says what it is and runs on.
+def open_network(
+    path: Path, device: str = "auto", gpu: int = 0, precision: str = "fp32", tta: bool = False
+) -> tuple[Predictor, str]:
+    """The network of a checkpoint, ready on the device, and a line on what it is and runs on; tta as of `Predictor`.
 
     Raises UserError when the device is not there, or the file is not a checkpoint of one of our networks.
     """
@@ -32,7 +34,7 @@ def open_network(path: Path, device: str = "auto", gpu: int = 0, precision: str 
     net, _ = trained_network(str(path), choose_scan(chosen, "auto")[0])
     parameters = sum(p.numel() for p in net.parameters())
     line = f"{path}: {type(net).__name__}, {parameters:,} parameters; {device_line}; {precision_line}"
-    return Predictor(net, chosen, precision), line
+    return Predictor(net, chosen, precision, tta=tta), line + "; mean with the mirrored image" * tta
 
 
 def maps_of(items: Iterable[Item], predict: Predictor, size: int, batch: int, bad: list[BadFile]) -> Iterator[Item]:

@@ -89,17 +89,14 @@ def read(source: Source, size: int) -> tuple[Source, np.ndarray, int, int] | Bad
 
 
 def compute_maps(
-    predict: Predictor, sources: Iterable[Source], pool: ThreadPoolExecutor, size: int, batch: int, tta: bool = False
+    predict: Predictor, sources: Iterable[Source], pool: ThreadPoolExecutor, size: int, batch: int
 ) -> Iterator[Map | BadFile]:
     """The map of each image, or why there is none, in the order of `sources`; files are read ahead by `pool`."""
 
     def launch(group: list) -> tuple[list, torch.Tensor, torch.cuda.Event | None]:
         images = torch.from_numpy(np.stack([image for _, image, *_ in group]))
         images = images.pin_memory() if predict.device.type == "cuda" else images
-        d0 = predict(images)
-        if tta:
-            d0 = (d0 + predict(images.flip(2)).flip(3)) / 2
-        d0, done = d0.to("cpu", non_blocking=predict.device.type == "cuda"), None
+        d0, done = predict(images).to("cpu", non_blocking=predict.device.type == "cuda"), None
         if predict.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()

@@ -283,14 +283,16 @@ def photos(tmp_path_factory) -> tuple[Path, Path]:
     return root / "images", root / "masks"
 
 
-def test_a_checkpoint_is_scored_on_fp32_maps_at_the_masks_size(checkpoint, photos, tmp_path, capsys):
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_checkpoint_is_scored_on_fp32_maps_at_the_masks_size(tta, checkpoint, photos, tmp_path, capsys):
     images, masks = photos
     cfg = Config(
         gt=(str(masks),), image=(str(images),), checkpoint=str(checkpoint), size=64, batch=2, workers=1, device="cpu",
-        speed=True, json=str(tmp_path / "s.json"), out=str(tmp_path),
+        tta=tta, speed=True, json=str(tmp_path / "s.json"), out=str(tmp_path),
     )  # fmt: skip
     assert run(cfg) == 0
-    assert "U2NETP" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "U2NETP" in out and ("mirrored" in out) == tta
     net = U2NETP()
     net.load_state_dict(torch.load(checkpoint, weights_only=True))
     predict = Predictor(net, torch.device("cpu"))
@@ -298,7 +300,10 @@ def test_a_checkpoint_is_scored_on_fp32_maps_at_the_masks_size(checkpoint, photo
     for path in sorted(masks.iterdir()):
         mask = np.asarray(Image.open(path)) > 128
         image = rescale_image(np.asarray(Image.open(images / path.name)), 64)
-        d0 = F.interpolate(predict(torch.from_numpy(image)[None]), mask.shape, mode="bilinear", align_corners=False)
+        ways = [predict(torch.from_numpy(image)[None])]
+        if tta:
+            ways.append(predict(torch.from_numpy(image[:, ::-1].copy())[None]).flip(3))
+        d0 = F.interpolate(sum(ways) / len(ways), mask.shape, mode="bilinear", align_corners=False)
         for metric in (mae, sm):
             metric.step(d0[0, 0].double().numpy(), mask, normalize=False)
     (got,) = json.loads((tmp_path / "s.json").read_text())
@@ -393,6 +398,7 @@ def test_a_network_of_nan_scores_nothing(photos, tmp_path):
         ({"pred": ("masks",)}, "give two folders"),
         ({"gt": ("empty",)}, "maps has 3 maps, empty 0 masks, and no two have the same name"),
         ({"speed": True}, "wants --checkpoint"),
+        ({"tta": True}, "wants --checkpoint"),
         ({"size": 8}, "size = 8: must be from 32"),
         ({"json": "masks/00000.png/s.json"}, "cannot be written"),
         ({"out": "masks/00000.png"}, "cannot be written"),
