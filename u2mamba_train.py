@@ -6,9 +6,9 @@
     python u2mamba_train.py finetune --data_dir FOLDER --tra_image_dir images --tra_label_dir masks    on your own pairs
     python u2mamba_train.py demo --overfit 1                  learns one pair by heart: the check to make first
     python u2mamba_train.py --lr 5e-4  any constant by its name; --help lists them
-    torchrun --nproc_per_node=4 u2mamba_train.py best   the recipe of fast on four GPUs; it takes the others too
+    torchrun --nproc_per_node=4 u2mamba_train.py best   the recipe of fast on four GPUs; torchrun runs the others too
 
-Edit the constants, run, read loss and IoU; checkpoints are in saved_models/<model_name>/. Given again, it goes on.
+Edit the constants, run, read loss and IoU; checkpoints: saved_models/<model_name>/. The same command resumes a run.
 """
 
 import engine.start  # noqa: F401  # isort: skip
