@@ -93,7 +93,7 @@ def config_of(variant: str, options: Options) -> Config:
         PRESETS["fast" if options.arch == "u2mamba" else "small"],
         arch=options.arch, data_dir=options.data_dir, saved_models=options.out, resume="never",
         epoch_num=options.epochs, save_frq=10**9, val_frq=10**9, save_minutes=1e6, warmup=100, ema_decay=0.998,
-        edge_loss=0.0, **MILDER,
+        edge_loss=0.0, mamba_norm="none", **MILDER,
         model_name="ablation_" + "_".join(variant.replace(",", "").replace("²", "2").split()),
     )  # fmt: skip
     try:
