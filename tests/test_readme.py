@@ -10,6 +10,7 @@ from u2mamba_train import PRESETS, Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs/results.md").read_text()
 
 
 def test_the_python_in_it_runs():
@@ -22,7 +23,7 @@ def test_the_python_in_it_runs():
 
 
 def test_the_trainer_takes_its_commands():
-    commands = re.findall(r"u2mamba_train\.py((?: [\w./-]+)*)", README)
+    commands = re.findall(r"u2mamba_train\.py((?: [\w./-]+)*)", README + RESULTS)
     given = {words for words in commands if words.startswith((" --", *(f" {preset}" for preset in PRESETS)))}
     assert len(given) >= 10, given
     for words in given:
