@@ -5,9 +5,9 @@
     python -m benchmarks.ablation --arch u2mamba --minutes 5                equal minutes instead of equal images
 
 Every variant is trained by `u2mamba_train.run` with the constants of the preset `small`, or `fast` for u2mamba, but
-without edge_loss and with the milder changes of the pictures that the presets had first (MILDER), so that both are
-variants; and measured on the held-out pairs. --minutes first times a short run of each variant, and gives it the
-epochs that fit.
+without edge_loss and norms in the Mamba layers, and with the milder changes of the pictures that the presets had first
+(MILDER), so that all are variants; and measured on the held-out pairs. --minutes first times a short run of each
+variant, and gives it the epochs that fit.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
 from engine.settings import LIMITS, check_settings
 from u2mamba_train import PRESETS, Config, run
 
-# what benchmarks/LOG.md and the README measured the variants with
+# what the tables of benchmarks/LOG.md and docs/results.md were measured with
 MILDER = {"crop": 288, "window": 0.6, "beyond": 0.0, "rotate": 15.0, "colour": 0.3, "early": 0.6}
 PLAIN = {"u2mambap": "u2netp", "u2mamba": "u2net"}
 VARIANTS = {  # what differs: constants that do; a trial differs by what benchmarks/trials.py puts in

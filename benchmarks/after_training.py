@@ -1,4 +1,4 @@
-"""What a trained network gains without training: mirrored inference, batch norm's statistics taken anew, other sizes.
+"""What a trained network gains or loses without training: mirrored, without Mamba layers, other statistics or sizes.
 
     python -m benchmarks.after_training --data_dir train_data --checkpoint saved_models/u2mambap.pth
 
@@ -19,6 +19,7 @@ from engine.device import choose_device, choose_precision
 from engine.inference import trained_network
 from engine.metrics import ValidationMetrics
 from engine.run import one_line_errors
+from model.mamba import MambaLayer
 from u2mamba_train import FAST
 
 
@@ -79,6 +80,11 @@ def main(options: Options) -> None:
     print(f"{'':40}     maxF      MAE      IoU")
     net = opened()
     line("as it is", lambda x: net(x)[0])
+    mamba = [m.register_forward_hook(lambda *about: 0 * about[2]) for m in net.modules() if isinstance(m, MambaLayer)]
+    if mamba:
+        line("its Mamba layers add nothing", lambda x: net(x)[0])
+    for hook in mamba:
+        hook.remove()
     line("mean with the mirrored picture", lambda x: (net(x)[0] + net(x.flip(3))[0].flip(3)) / 2)
     for size in options.sizes:
         line(f"at {size} pixels", at(size))

@@ -1,4 +1,4 @@
-"""What README.md tells users to type."""
+"""What README.md and docs/results.md tell users to type."""
 
 import re
 import subprocess
