@@ -120,7 +120,7 @@ FAST = Config(
 )  # fmt: skip
 PRESETS = {
     "reference": Config(),
-    "fast": replace(FAST, mamba_norm="gate"),  # or layers grow; not small's, and best was measured without
+    "fast": replace(FAST, mamba_norm="gate"),  # else layers grow; small's do not, best was measured without
     "small": replace(FAST, model_name="small", arch="u2mambap", early=0.5, epoch_num=156),
     "best": replace(FAST, model_name="best", batch_size_train=16, early=0.5, epoch_num=298, val_frq=10, save_frq=10000),
     "finetune": Config(
