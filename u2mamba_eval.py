@@ -15,7 +15,7 @@ maps, stretch each map to its own minimum and maximum first: --stretch.
 Exit codes: 0 done; 1 done, but files were set aside; 2 the input cannot be used; 130, 143 stopped.
 """
 
-import engine.start  # noqa: F401  # isort: skip
+import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import csv
 import io
 import json
@@ -31,12 +31,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data_check import BadFile, Unpaired, read_image, some_of
-from engine.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, mask_and_map
-from engine.output import check_folder, write_whole
-from engine.run import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
-from engine.settings import check_input_size, check_settings, input_size
-from engine.workers import worker_pool
+from u2mamba.dataset.pairs import BadFile, Unpaired, read_image, some_of
+from u2mamba.inference.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, mask_and_map
+from u2mamba.runtime.config import check_input_size, check_settings, input_size
+from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
+from u2mamba.runtime.files import check_folder, write_whole
+from u2mamba.runtime.workers import worker_pool
 
 WORST = 20  # images on the sheet
 LABELS = dict(
@@ -122,7 +122,9 @@ def score_sets(cfg: Config) -> list[tuple[SetScores, Unpaired, list[Item], dict[
         sets.append((SetScores(name), *items_of(Path(gt), *folders)))
     predict, speed = None, {}
     if cfg.checkpoint:
-        from engine import maps  # here, for worker processes import what stands at the top, and torch takes seconds
+        from u2mamba.inference import (
+            maps,  # here, for worker processes import what stands at the top, and torch takes seconds
+        )
 
         predict, line = maps.open_network(Path(cfg.checkpoint), cfg.device, cfg.gpu, cfg.precision, cfg.tta)
         size = input_size(cfg.size, Path(cfg.checkpoint))
@@ -232,7 +234,7 @@ def run(cfg: Config) -> int:
     if cfg.csv:
         write_whole(Path(cfg.csv), as_csv(summaries))
     if cfg.out:
-        from engine import plots  # matplotlib: half a second
+        from u2mamba.inference import plots  # matplotlib: half a second
 
         out = Path(cfg.out)
         curves = {scores.name: scores.curves() for scores, *_ in results}

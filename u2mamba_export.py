@@ -11,7 +11,7 @@ computes, to 1e-4 on real images. Needs `pip install -r requirements-export.txt`
 Exit codes: 0 done, 1 done with images or a variant set aside, 2 nothing written, 130 Ctrl-C.
 """
 
-import engine.start  # noqa: F401  # isort: skip
+import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import logging
 import sys
 import tempfile
@@ -28,15 +28,15 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.hardware import lines, median_and_spread
-from data_cache import rescale_image, rescale_mask
-from data_check import IMAGE_TYPES, BadFile, find_pairs, read_image, read_pair
 from data_loader import MEAN, STD, normalise
-from engine.device import choose_precision, choose_scan
-from engine.inference import Predictor, fold_batch_norm, trained_network
-from engine.output import check_folder, write_whole
-from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from engine.settings import check_input_size, check_settings, input_size
-from train_data.make_demo import PHOTOGRAPHS
+from u2mamba.dataset.cache import rescale_image, rescale_mask
+from u2mamba.dataset.demo import PHOTOGRAPHS
+from u2mamba.dataset.pairs import IMAGE_TYPES, BadFile, find_pairs, read_image, read_pair
+from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
+from u2mamba.runtime.config import check_input_size, check_settings, input_size
+from u2mamba.runtime.environment import choose_precision, choose_scan
+from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
+from u2mamba.runtime.files import check_folder, write_whole
 
 TOLERANCE = 1e-4  # largest difference to PyTorch of a probability, fp32
 MOST_IMAGES = 100  # of --images, evenly over the folder: for the comparison, and to calibrate int8

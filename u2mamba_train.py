@@ -11,7 +11,7 @@
 Edit the constants, run, read loss and IoU; checkpoints: saved_models/<model_name>/. The same command resumes a run.
 """
 
-import engine.start  # noqa: F401  # isort: skip
+import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import math
 import sys
 import time
@@ -25,20 +25,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data, validation_batches
-from engine import checkpoint, resume
-from engine.device import choose_device, choose_kernels, choose_layout, choose_precision, choose_scan, seed_everything
-from engine.distributed import World, joined
-from engine.overfit import overfit
-from engine.parameters import decayed_and_not
-from engine.report import RunReport
-from engine.resume import Progress
-from engine.run import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
-from engine.settings import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings, tell_odd_sizes
-from engine.step import TrainStep
-from engine.validate import preview, validate
 from model import ARCHS
-from model.kernels import multi_loss
-from train_data.make_demo import make_demo
+from u2mamba.dataset.demo import make_demo
+from u2mamba.engine import checkpoint, resume
+from u2mamba.engine.distributed import World, joined
+from u2mamba.engine.logger import RunReport
+from u2mamba.engine.overfit import overfit
+from u2mamba.engine.parameters import decayed_and_not
+from u2mamba.engine.resume import Progress
+from u2mamba.engine.step import TrainStep
+from u2mamba.engine.validation import preview, validate
+from u2mamba.fast import multi_loss
+from u2mamba.runtime.config import LIMITS, MAY_DIFFER, as_plain_dict, check_together, read_settings, tell_odd_sizes
+from u2mamba.runtime.environment import (
+    choose_device,
+    choose_kernels,
+    choose_layout,
+    choose_precision,
+    choose_scan,
+    seed_everything,
+)
+from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
 
 # ------- 1. constants --------
 

@@ -25,10 +25,10 @@ import tyro
 
 from benchmarks.hardware import lines
 from benchmarks.trials import TRIALS
-from engine.device import choose_device
-from engine.distributed import World
-from engine.run import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from engine.settings import LIMITS, check_settings
+from u2mamba.engine.distributed import World
+from u2mamba.runtime.config import LIMITS, check_settings
+from u2mamba.runtime.environment import choose_device
+from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
 from u2mamba_train import PRESETS, Config, run
 
 # what the tables of benchmarks/LOG.md and docs/results.md were measured with

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from benchmarks.hardware import lines
 from data_loader import Changes, DataSource, batches, epoch_plan, open_data, validation_batches
-from engine.device import choose_device, choose_precision
-from engine.inference import trained_network
-from engine.metrics import ValidationMetrics
-from engine.run import one_line_errors
 from model.mamba import MambaLayer
+from u2mamba.engine.metrics import ValidationMetrics
+from u2mamba.inference.predictor import trained_network
+from u2mamba.runtime.environment import choose_device, choose_precision
+from u2mamba.runtime.errors import one_line_errors
 from u2mamba_train import FAST
 
 

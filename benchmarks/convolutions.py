@@ -19,8 +19,8 @@ import tyro
 from torch import nn
 
 from benchmarks.hardware import lines, time_calls
-from engine.device import choose_device
 from model import ARCHS
+from u2mamba.runtime.environment import choose_device
 
 PASSES = ("forward", "input gradient", "weight gradient")
 CALLS = 20  # of a convolution in one graph

@@ -26,9 +26,18 @@ from torch.utils.data import DataLoader
 import data_loader
 from benchmarks.hardware import lines
 from benchmarks.scan import gpu_ms, replay
-from data_check import DataError
-from data_loader import Changes, RandomCrop, RescaleT, SalObjDataset, ToTensorLab, batches, epoch_plan, open_data
-from data_reference import Sample
+from data_loader import (
+    Changes,
+    RandomCrop,
+    RescaleT,
+    SalObjDataset,
+    Sample,
+    ToTensorLab,
+    batches,
+    epoch_plan,
+    open_data,
+)
+from u2mamba.dataset.pairs import DataError
 from u2mamba_train import FAST
 
 BATCH = 12

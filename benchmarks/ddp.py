@@ -18,8 +18,8 @@ import tyro
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from benchmarks.train_step import Options as StepOptions
 from benchmarks.train_step import make_step
-from engine.device import choose_device
-from engine.distributed import World, joined
+from u2mamba.engine.distributed import World, joined
+from u2mamba.runtime.environment import choose_device
 
 ROOT = Path(__file__).parents[1]
 MARK = "measured: "  # begins the line by which the first process answers

@@ -18,7 +18,7 @@ import tyro
 from benchmarks.hardware import lines, wait
 from benchmarks.train_step import Options as StepOptions
 from benchmarks.train_step import make_step
-from engine.device import choose_device, seed_everything
+from u2mamba.runtime.environment import choose_device, seed_everything
 
 WARM_UP = 6  # steps that are not timed: kernels are chosen, the graph is captured
 

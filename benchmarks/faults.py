@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from benchmarks.hardware import lines
-from train_data.make_demo import make_demo
+from u2mamba.dataset.demo import make_demo
 
 ROOT = Path(__file__).parents[1]
 SAVE_FRQ = 3  # iterations

@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
-from engine.run import one_line_errors
-from u2mamba_test import Options as Cut
-from u2mamba_test import run
+from u2mamba.runtime.errors import one_line_errors
+from u2mamba_predict import Options as Cut
+from u2mamba_predict import run
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 WIDTH = 900  # pixels of the figure
@@ -39,7 +39,7 @@ def side_by_side(parts: list[Image.Image]) -> Image.Image:
 
 
 def main(options: Options) -> int:
-    """Writes the figure; returns the exit code of `u2mamba_test.py`."""
+    """Writes the figure; returns the exit code of `u2mamba_predict.py`."""
     folder = Path(find_spec("skimage").origin).parent / "data"
     inputs = tuple(str(folder / name) for name in PHOTOGRAPHS)
     rows: list[list[Image.Image]] = [[] for _ in PHOTOGRAPHS]  # of each photograph: a sheet by each network

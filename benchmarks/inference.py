@@ -1,4 +1,4 @@
-"""How long does one image take: the published way, and a prepared network (engine/inference.py), in one run?
+"""How long does one image take: the published way, and a prepared network (u2mamba/inference/predictor.py), in one run?
 
     python -m benchmarks.inference                       U2MAMBA, one 320x320 image, on the device at hand
     python -m benchmarks.inference --arch u2net --batches 1 8
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.hardware import lines, median_and_spread
 from data_loader import normalise
-from engine.device import choose_device, choose_precision, choose_scan
-from engine.inference import Predictor
 from model import ARCHS
+from u2mamba.inference.predictor import Predictor
+from u2mamba.runtime.environment import choose_device, choose_precision, choose_scan
 
 
 @dataclass

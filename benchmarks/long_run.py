@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import u2mamba_train
 from benchmarks.hardware import lines
-from engine.device import choose_device, memory_in_use
 from model import U2NET
 from model.u2net import RSU_TABLE_SMALL
+from u2mamba.runtime.environment import choose_device, memory_in_use
 
 # RSS: what the allocator keeps for later and log.csv in the page cache move it by some MiB either way
 MOST_GROWTH = {"RSS, MiB": 24.0, "GPU, MiB": 8.0, "files": 2.0, "threads": 2.0}

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from engine.run import UserError, one_line_errors
+from u2mamba.runtime.errors import UserError, one_line_errors
 
 PANELS = {  # title: {label: column of log.csv}
     "loss, mean since the last checkpoint": {"d0": "tar"} | {f"d{i}": f"d{i}" for i in range(1, 7)},

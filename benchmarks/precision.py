@@ -17,7 +17,7 @@ from benchmarks.hardware import lines
 from benchmarks.train_step import Options as StepOptions
 from benchmarks.train_step import make_step
 from data_loader import Batch, DataSource, batches, epoch_plan, open_data
-from engine.device import choose_device
+from u2mamba.runtime.environment import choose_device
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Do reading and writing cost u2mamba_test.py anything? Images a second of the network alone and of the whole, in turn.
+"""Do reading and writing cost u2mamba_predict.py anything? Images a second of network and whole, in turn.
 
     python -m benchmarks.predict                              200 made photographs, maps and cut-outs
     python -m benchmarks.predict --images FOLDER --checkpoint saved_models/u2net/best.pth
@@ -20,15 +20,15 @@ import torch
 import tyro
 from PIL import Image
 
-import u2mamba_test
+import u2mamba_predict
 from benchmarks.hardware import lines, median_and_spread, wait
-from data_check import IMAGE_TYPES
-from engine.device import choose_device, choose_precision, choose_scan, memory_in_use
-from engine.inference import Predictor, trained_network
-from engine.predict import THREADS, compute_maps, read
-from engine.workers import in_order
 from model import ARCHS
-from train_data.make_demo import PHOTOGRAPHS
+from u2mamba.dataset.demo import PHOTOGRAPHS
+from u2mamba.dataset.pairs import IMAGE_TYPES
+from u2mamba.inference.pipeline import THREADS, compute_maps, read
+from u2mamba.inference.predictor import Predictor, trained_network
+from u2mamba.runtime.environment import choose_device, choose_precision, choose_scan, memory_in_use
+from u2mamba.runtime.workers import in_order
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Options:
     images: str = ""  # folder
     count: int = 200  # images that are made where no folder is given: 400x300 JPEGs, as those of DUTS
     mode: tuple[str, ...] = ("soft", "rgba")
-    batch: int = 0  # 0: as u2mamba_test.py chooses
+    batch: int = 0  # 0: as u2mamba_predict.py chooses
     size: int = 320
     runs: int = 3
     device: str = "auto"
@@ -67,17 +67,19 @@ def large(options: Options, predict: Predictor, folder: Path) -> None:
         image.resize(size).save(folder / f"{name}.jpg")
         if name == "large":
             del image
-        work(options, predict, [u2mamba_test.Source(folder / f"{name}.jpg", Path(name))], folder, 1)
+        work(options, predict, [u2mamba_predict.Source(folder / f"{name}.jpg", Path(name))], folder, 1)
         print(f"{name}, {size[0]}x{size[1]}: {gib('VmRSS'):.2f} GiB now, peak {gib('VmHWM'):.2f} GiB")
 
 
 def work(options: Options, predict: Predictor, sources: list, out: Path, batch: int) -> None:
-    """What u2mamba_test.run does between its start and its last line."""
-    targets = {s: {m: out / m / f"{s.name}{u2mamba_test.MODES[m]}" for m in options.mode} for s in sources}
+    """What u2mamba_predict.run does between its start and its last line."""
+    targets = {s: {m: out / m / f"{s.name}{u2mamba_predict.MODES[m]}" for m in options.mode} for s in sources}
     with ThreadPoolExecutor(THREADS) as pool:
         maps = compute_maps(predict, targets, pool, options.size, batch)
         how = {mode: {} for mode in options.mode}
-        written = in_order(pool, lambda found: u2mamba_test.write(found, targets, 0.5, how), maps, 2 * batch + THREADS)
+        written = in_order(
+            pool, lambda found: u2mamba_predict.write(found, targets, 0.5, how), maps, 2 * batch + THREADS
+        )
         for _, failure in written:
             if failure:
                 sys.exit(f"error: {failure}")
@@ -102,7 +104,7 @@ def main(options: Options) -> None:
             make_images(folder, options.count)
         paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
         paths = paths[: len(paths) // batch * batch]
-        sources = [u2mamba_test.Source(p, p.relative_to(folder).with_suffix("")) for p in paths]
+        sources = [u2mamba_predict.Source(p, p.relative_to(folder).with_suffix("")) for p in paths]
         if not sources:
             sys.exit(f"error: {folder}: fewer images than a batch of {batch}")
         ready = torch.from_numpy(np.stack([read(source, options.size)[1] for source in sources])).to(device)

@@ -24,9 +24,9 @@ import tyro
 
 from benchmarks import data, inference, scan, train_step
 from benchmarks.hardware import lines
-from engine.device import choose_device
 from model.selective_scan import choose_backend
-from train_data.make_demo import make_demo
+from u2mamba.dataset.demo import make_demo
+from u2mamba.runtime.environment import choose_device
 from u2mamba_train import FAST
 
 ROOT = Path(__file__).parents[1]

@@ -15,12 +15,12 @@ import torch
 import tyro
 
 from benchmarks.hardware import lines, median_and_spread, time_calls
-from engine.device import choose_device, choose_kernels, choose_layout, choose_precision
-from engine.distributed import World
-from engine.parameters import decayed_and_not
-from engine.step import TrainStep
 from model import ARCHS
 from model.selective_scan import choose_backend
+from u2mamba.engine.distributed import World
+from u2mamba.engine.parameters import decayed_and_not
+from u2mamba.engine.step import TrainStep
+from u2mamba.runtime.environment import choose_device, choose_kernels, choose_layout, choose_precision
 from u2mamba_train import FAST, total_loss
 
 KINDS = {  # kind of kernel: words in its name; the first that fits counts

@@ -1,5 +1,5 @@
 """The operations between U²-Net's convolutions and before Mamba's scan: plain PyTorch, or inside `fused()` the kernels
-of model/kernels.
+of u2mamba/fast.
 
 Both compute the same; the plain form is the definition, and what runs on everything but the fast training step.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import kernels
+from u2mamba import fast as kernels
 
 _fused = False
 

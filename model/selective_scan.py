@@ -79,7 +79,7 @@ def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def _triton_scan(*inputs) -> Tensor:
-    from model.kernels.selective_scan import selective_scan_triton
+    from u2mamba.fast.selective_scan import selective_scan_triton
 
     return selective_scan_triton(*inputs)
 

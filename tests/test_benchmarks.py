@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.run import UserError
-from engine.settings import LIMITS, check_settings, differences
+from u2mamba.runtime.config import LIMITS, check_settings, differences
+from u2mamba.runtime.errors import UserError
 
 NAMES = sorted(p.stem for p in (Path(__file__).parents[1] / "benchmarks").glob("*.py") if p.stem != "__init__")
 

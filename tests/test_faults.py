@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import faults
-from train_data.make_demo import make_demo
+from u2mamba.dataset.demo import make_demo
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 

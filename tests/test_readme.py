@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.settings import LIMITS, check_together, read_settings
+from u2mamba.runtime.config import LIMITS, check_together, read_settings
 from u2mamba_train import PRESETS, Config
 
 ROOT = Path(__file__).parents[1]

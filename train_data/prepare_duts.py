@@ -23,10 +23,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the modules are one folder up
-import engine.start  # noqa: F401  # isort: skip
+import u2mamba.runtime.start  # noqa: F401  # isort: skip
 from PIL import Image
 
-from data_check import MIRROR_SUFFIX, BadFile, DataError, Pair, Unpaired, pair_names, read_pair
+from u2mamba.dataset.pairs import MIRROR_SUFFIX, BadFile, DataError, Pair, Unpaired, pair_names, read_pair
 
 IMAGE_FOLDER, MASK_FOLDER = "DUTS-TR-Image", "DUTS-TR-Mask"
 MAX_TOTAL = 20 << 30  # bytes that a zip may declare; DUTS-TR unpacks to 0.3 GB

@@ -1,0 +1,489 @@
+"""Odd and damaged image files made from real photographs, each with what reading it must give.
+
+Pillow writes the common ones, tifffile the TIFFs that Pillow cannot, and the rest is put together from bytes. What is
+expected is the photograph itself, never another reading of the file, except where a lossy coder stands between.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import socket
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import skimage.data
+import tifffile
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from u2mamba.dataset.decode import BadFile, read_image
+
+ORIENTATION = 0x0112  # EXIF
+LOSSY = 45  # largest step between a photograph and a lossy file of it at quality 95 without subsampling; mean below 3
+
+
+class Case(NamedTuple):
+    """A file's name and content. `pixels` (H, W, 3) uint8: what it shows, to `step`; None: not known.
+
+    `outcome`: "read" (as pixels), "aside", "whole" (aside, or read as pixels) or "either" (aside, or any picture).
+    """
+
+    name: str
+    content: bytes
+    pixels: np.ndarray | None = None
+    step: int = 0
+    outcome: str = "read"
+
+
+def photographs() -> list[np.ndarray]:
+    """Pieces (96, 120, 3) uint8 of photographs in scikit-image's wheel, and of 20 in DUTS_DIR where that is set."""
+    wheel = Path(skimage.data.__file__).parent
+    paths = [wheel / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
+    if os.environ.get("DUTS_DIR"):
+        paths += sorted(Path(os.environ["DUTS_DIR"], "im_aug").iterdir())[:20]
+    pieces = []
+    for path in paths:
+        with Image.open(path) as file:
+            pieces.append(np.asarray(ImageOps.fit(file.convert("RGB"), (120, 96))))
+    return pieces
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    """What Pillow writes for `image` as a file of this kind."""
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def _grey3(photo: np.ndarray) -> np.ndarray:
+    return np.repeat(photo[..., 1:2], 3, axis=2)
+
+
+# ------------------------------------------------------------------------------------------------- sound but odd
+
+
+def modes(photo: np.ndarray) -> Iterator[Case]:
+    """Every mode that Pillow has and a file can hold."""
+    rgb, grey = Image.fromarray(photo), np.ascontiguousarray(photo[..., 1])
+    alpha = Image.fromarray(np.where(grey > 99, np.uint8(255), np.uint8(0)))
+    on_white = np.where(np.asarray(alpha)[..., None] > 0, photo, np.uint8(255))
+    grey_on_white = np.where(np.asarray(alpha)[..., None] > 0, _grey3(photo), np.uint8(255))
+    black_white = np.where(_grey3(photo) > 127, np.uint8(255), np.uint8(0))
+    palette = rgb.quantize(64)
+    few = np.asarray(palette.convert("RGB"))
+    bits, light = Image.fromarray(grey).point(lambda v: 255 * (v > 127), "1"), Image.fromarray(grey)
+    rgba, la = rgb.copy(), Image.merge("LA", (light, alpha))
+    rgba.putalpha(alpha)
+    cmyk = Image.fromarray(255 - np.dstack([photo, np.full_like(grey, 255)]), "CMYK")
+    for kind in ("png", "tiff", "bmp", "webp", "gif", "jpeg"):
+        name = "gif.png" if kind == "gif" else kind  # .gif is not looked for
+        exact = {"lossless": True} if kind == "webp" else {}
+        if kind == "jpeg":
+            exact = {"quality": 95, "subsampling": 0}
+        step = LOSSY if kind == "jpeg" else 0
+        yield Case(f"mode_L.{name}", encode(light, kind, **exact), _grey3(photo), step)
+        if kind != "webp":
+            yield Case(f"mode_1.{name}", encode(bits, kind, **exact), black_white, step)
+        if kind != "gif":
+            yield Case(f"mode_RGB.{name}", encode(rgb, kind, **exact), photo, step)
+        if kind in ("png", "tiff", "bmp", "gif"):
+            yield Case(f"mode_P.{name}", encode(palette, kind), few)
+        if kind in ("png", "tiff", "webp"):
+            yield Case(f"mode_RGBA.{name}", encode(rgba, kind, **exact), on_white)
+        if kind in ("png", "tiff"):
+            yield Case(f"mode_LA.{name}", encode(la, kind), grey_on_white)
+        if kind in ("tiff", "jpeg"):
+            yield Case(f"mode_CMYK.{name}", encode(cmyk, kind, **exact), photo, step)
+    yield Case("mode_RGBX.tiff", encode(rgb.convert("RGBX"), "tiff"), photo)
+    yield Case("mode_YCbCr.tiff", encode(rgb.convert("YCbCr"), "tiff"), photo, 4)
+    lab = ImageCms.applyTransform(
+        rgb,
+        ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"),
+    )
+    yield Case("mode_LAB.tiff", encode(lab, "tiff"), photo, 20)  # by steps of 1 in a and b, and of colours out of range
+    yield Case("mode_PA.tiff", encode(rgb.quantize(64).convert("PA"), "tiff"), few)
+    for order, name in (("<", "little"), (">", "big")):
+        wide = grey.astype(np.uint16) * 257
+        yield Case(f"mode_I16_{name}.tiff", tiff(wide, byteorder=order), _grey3(photo))
+    yield Case("mode_I16.png", encode(Image.fromarray(grey.astype(np.uint16) * 257), "png"), _grey3(photo))
+    yield Case("mode_I.tiff", encode(Image.fromarray(grey.astype(np.int32) * 257), "tiff"), _grey3(photo))
+    yield Case("mode_F.tiff", encode(Image.fromarray(grey / np.float32(255)), "tiff"), _grey3(photo))
+
+
+def orientations(photo: np.ndarray) -> Iterator[Case]:
+    """EXIF orientations 1 to 8 in every kind of file that has them, and values and blocks that mean nothing."""
+    stored = Image.fromarray(photo)
+    upright = {  # by the EXIF standard: where row 0 and column 0 of the file lie in the scene
+        1: photo, 2: photo[:, ::-1], 3: photo[::-1, ::-1], 4: photo[::-1], 5: photo.swapaxes(0, 1),
+        6: np.rot90(photo, -1), 7: np.rot90(photo, 2).swapaxes(0, 1), 8: np.rot90(photo),
+    }  # fmt: skip
+    for kind, options in (
+        ("png", {}), ("tiff", {}), ("webp", {"lossless": True}), ("jpeg", {"quality": 95, "subsampling": 0}),
+    ):  # fmt: skip
+        for value in (*range(1, 9), 0, 9, 65535):
+            exif = Image.Exif()
+            exif[ORIENTATION] = value
+            content = encode(stored, kind, exif=exif, **options)
+            yield Case(f"exif_{value}.{kind}", content, upright.get(value, photo), LOSSY * (kind == "jpeg"))
+    for name, exif in (("short", b"Exif\0\0II*\0"), ("junk", b"Exif\0\0" + bytes(range(256)) * 4)):
+        yield Case(f"exif_{name}.jpg", encode(stored, "jpeg", exif=exif, quality=95, subsampling=0), photo, LOSSY)
+        yield Case(f"exif_{name}.png", encode(stored, "png", exif=exif), photo)
+
+
+def ycck(photo: np.ndarray) -> bytes:
+    """An Adobe YCCK JPEG: Y, Cb, Cr of the inverted inks C, M, Y, and K beside them."""
+    black = (255 - photo.max(axis=2)) // 2
+    inks = 255 - photo.astype(int) - black[..., None]
+    inks = np.rint(inks * 255 / (255 - black[..., None])).clip(0, 255).astype(np.uint8)  # r = (255 - c)(255 - k) / 255
+    light = np.asarray(Image.fromarray(inks).convert("YCbCr"))
+    content = encode(Image.fromarray(np.dstack([255 - light, black]), "CMYK"), "jpeg", quality=95)
+    at = content.index(b"Adobe")
+    return content[: at + 11] + b"\x02" + content[at + 12 :]  # the byte that names the transform
+
+
+def jpegs(photo: np.ndarray) -> Iterator[Case]:
+    """Sound JPEGs of the kinds that cameras, printers and the web make."""
+    image, best = Image.fromarray(photo), {"quality": 95, "subsampling": 0}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, options in {
+        "progressive": {"progressive": True}, "optimised": {"optimize": True}, "restarts": {"restart_marker_rows": 1},
+        "icc": {"icc_profile": profile}, "icc_junk": {"icc_profile": b"no profile" * 9},
+        "icc_large": {"icc_profile": bytes(1 << 22)}, "comment": {"comment": b"c" * 65_000},
+        "xmp": {"xmp": b"x" * 60_000},
+    }.items():  # fmt: skip
+        yield Case(f"jpeg_{name}.jpg", encode(image, "jpeg", **best, **options), photo, LOSSY)
+    for name, options in {"420": {"subsampling": 2}, "422": {"subsampling": 1}, "quality_5": {"quality": 5}}.items():
+        yield Case(f"jpeg_{name}.jpg", encode(image, "jpeg", **options), photo, 255)
+    yield Case("jpeg_ycck.jpg", ycck(photo), photo, LOSSY + 15)
+    yield Case("jpeg_tail.jpg", encode(image, "jpeg", **best) + b"\xff\xda" * 5000, photo, LOSSY)
+    two = encode(image, "mpo", save_all=True, append_images=[Image.fromarray(255 - photo)], **best)
+    yield Case("jpeg_two_pictures.jpg", two, photo, LOSSY)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(
+    width: int, height: int, depth: int, colour: int, rows: bytes, *, interlace: int = 0, before=(), idat=0
+) -> bytes:
+    """A PNG of these filtered rows; `before`: chunks ahead of the pixels; `idat`: bytes in one pixel chunk, 0 = all."""
+    pixels = zlib.compress(rows)
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    parts = [pixels[at : at + idat] for at in range(0, len(pixels), idat)] if idat else [pixels]
+    chunks = [_chunk(b"IHDR", head), *before, *(_chunk(b"IDAT", part) for part in parts), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _rows(pixels: np.ndarray) -> bytes:
+    """(H, W[, C]) -> rows of a PNG, filter 0."""
+    flat = np.ascontiguousarray(pixels).view(np.uint8).reshape(len(pixels), -1)
+    return np.pad(flat, ((0, 0), (1, 0))).tobytes()
+
+
+def pngs(photo: np.ndarray) -> Iterator[Case]:
+    """Sound PNGs: depths, interlacing, transparency, profiles, text, pixels in small pieces, animation."""
+    (height, width), grey = photo.shape[:2], photo[..., 1]
+    size = width, height
+    for depth in (1, 2, 4):
+        few = grey >> (8 - depth)
+        bits = np.unpackbits(few[..., None], axis=2)[..., 8 - depth :].reshape(height, -1)
+        shown = np.rint(few * (255 / (2**depth - 1))).astype(np.uint8)
+        yield Case(
+            f"png_{depth}_bit.png",
+            png(*size, depth, 0, _rows(np.packbits(bits, axis=1))),
+            _grey3(np.dstack([shown] * 3)),
+        )
+    wide = photo.astype(">u2") * 257
+    yield Case("png_rgb16.png", png(*size, 16, 2, _rows(wide.astype(">u2"))), photo, 1)
+    opaque = np.full_like(grey, 255)[..., None]
+    yield Case(
+        "png_rgba16.png",
+        png(*size, 16, 6, _rows((np.dstack([photo, opaque]).astype(">u2") * 257).astype(">u2"))),
+        photo,
+        1,
+    )
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    adam7 = b"".join(_rows(photo[y::down, x::across]) for y, x, down, across in passes)
+    yield Case("png_interlaced.png", png(*size, 8, 2, adam7, interlace=1), photo)
+    yield Case("png_small_chunks.png", png(*size, 8, 2, _rows(photo), idat=50), photo)
+    see_through = np.where((photo == photo[0, 0]).all(axis=2, keepdims=True), np.uint8(255), photo)
+    key = struct.pack(">HHH", *photo[0, 0].tolist())
+    yield Case("png_colour_key.png", png(*size, 8, 2, _rows(photo), before=[_chunk(b"tRNS", key)]), see_through)
+    palette = Image.fromarray(photo).quantize(32)
+    shown = np.where(np.asarray(palette)[..., None] == 3, np.uint8(255), np.asarray(palette.convert("RGB")))
+    yield Case("png_palette_key.png", encode(palette, "png", transparency=3), shown)
+    yield Case("png_palette_alphas.png", encode(palette, "png", transparency=b"\xff" * 3 + b"\0"), shown)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "c" * 500_000, zip=True)
+    yield Case("png_text.png", encode(Image.fromarray(photo), "png", pnginfo=text), photo)
+    for name, chunk in {
+        "icc_junk": _chunk(b"iCCP", b"name\0\0" + zlib.compress(b"no profile")), "gamma": _chunk(b"gAMA", bytes(4)),
+        "icc_broken": _chunk(b"iCCP", b"name\0\0broken"), "unknown": _chunk(b"abCd", bytes(100_000)),
+    }.items():  # fmt: skip
+        yield Case(f"png_{name}.png", png(*size, 8, 2, _rows(photo), before=[chunk]), photo, outcome="whole")
+    for name, kind in (("ztxt", b"zTXt"), ("iccp", b"iCCP")):  # 100 MB of zeros in 100 kB
+        bomb = _chunk(kind, b"name\0\0" + zlib.compress(bytes(100_000_000)))
+        yield Case(f"png_bomb_{name}.png", png(*size, 8, 2, _rows(photo), before=[bomb]), photo, outcome="whole")
+    many = [_chunk(b"zTXt", b"name\0\0" + zlib.compress(bytes(1_000_000)))] * 200
+    yield Case("png_bomb_texts.png", png(*size, 8, 2, _rows(photo), before=many), photo, outcome="whole")
+    yield Case("png_bomb_idat.png", png(*size, 8, 2, _rows(photo) + bytes(100_000_000)), photo, outcome="whole")
+
+
+def tiff(pixels: np.ndarray, **options) -> bytes:
+    """What tifffile writes."""
+    out = io.BytesIO()
+    with tifffile.TiffWriter(
+        out, bigtiff=options.pop("bigtiff", False), byteorder=options.pop("byteorder", None)
+    ) as file:
+        file.write(pixels, metadata=None, **options)
+    return out.getvalue()
+
+
+def tiffs(photo: np.ndarray) -> Iterator[Case]:
+    """Sound TIFFs: compressions, tiles, planes, several pages, number types."""
+    image, grey = Image.fromarray(photo), np.ascontiguousarray(photo[..., 1])
+    for name in ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd"):
+        yield Case(f"tiff_{name}.tif", encode(image, "tiff", compression=name), photo, outcome="whole")
+    yield Case("tiff_jpeg.tif", encode(image, "tiff", compression="jpeg", quality=95), photo, 255)
+    bits = Image.fromarray(grey).point(lambda v: 255 * (v > 127), "1")
+    black_white = np.where(_grey3(photo) > 127, np.uint8(255), np.uint8(0))
+    for name in ("tiff_ccitt", "group3", "group4"):
+        yield Case(f"tiff_{name}.tif", encode(bits, "tiff", compression=name), black_white)
+    yield Case(
+        "tiff_pages.tif", encode(image, "tiff", save_all=True, append_images=[Image.new("RGB", (9, 9))] * 5), photo
+    )
+    yield Case("tiff_big.tif", tiff(photo, photometric="rgb", bigtiff=True), photo)
+    yield Case("tiff_big_endian.tif", tiff(photo, photometric="rgb", byteorder=">"), photo)
+    yield Case("tiff_tiles.tif", tiff(photo, photometric="rgb", tile=(32, 32)), photo)
+    planes = np.ascontiguousarray(photo.transpose(2, 0, 1))
+    yield Case("tiff_planes.tif", tiff(planes, photometric="rgb", planarconfig="separate"), photo)
+    yield Case("tiff_strips.tif", tiff(photo, photometric="rgb", rowsperstrip=1), photo)
+    yield Case("tiff_rgb16.tif", tiff(photo.astype(np.uint16) * 257, photometric="rgb"), photo, 1)
+    white_is_zero = tiff(255 - grey, photometric="miniswhite")
+    yield Case("tiff_white_is_zero.tif", white_is_zero, _grey3(photo))
+    for dtype in (np.int8, np.int16, np.uint32, np.float16, np.float64, np.complex64):
+        yield Case(f"tiff_{np.dtype(dtype)}.tif", tiff((grey >> 1).astype(dtype)), None, outcome="either")
+    yield Case(
+        "tiff_five_channels.tif", tiff(np.dstack([photo, grey, grey]), photometric="rgb"), None, outcome="either"
+    )
+
+
+def animations(photo: np.ndarray) -> Iterator[Case]:
+    """Several frames, of which the first counts, under right and wrong names."""
+    first, second = Image.fromarray(photo), Image.fromarray(255 - photo)
+    more = {"save_all": True, "append_images": [second, first, second], "duration": 40}
+    palettes = first.quantize(64), second.quantize(64)
+    gif = encode(palettes[0], "gif", save_all=True, append_images=[palettes[1]], duration=40)
+    shown = np.asarray(palettes[0].convert("RGB"))
+    yield Case("animated.webp", encode(first, "webp", lossless=True, **more), photo)
+    yield Case("animated.png", encode(first, "png", **more), photo)
+    for name in ("animated_gif.png", "animated_gif.jpg"):
+        yield Case(name, gif, shown)
+    contents = {"png": encode(first, "png"), "webp": encode(first, "webp", lossless=True), "bmp": encode(first, "bmp")}
+    for kind, content in contents.items():
+        for other in {"jpg", "png", "tif"} - {kind}:
+            yield Case(f"renamed_{kind}.{other}", content, photo)
+
+
+# --------------------------------------------------------------------------------------------------------- damaged
+
+
+def not_images(photo: np.ndarray) -> Iterator[Case]:
+    """Everything that is called .jpg and is none."""
+    image = Image.fromarray(photo)
+    archive = io.BytesIO()
+    np.savez(archive, photo)
+    for name, content in {
+        "empty": b"", "one_byte": b"\xff", "text": b"not a picture\n" * 99, "zeros": bytes(4096),
+        "npz": archive.getvalue(),
+        "html": b"<!DOCTYPE html><html><body>404</body></html>", "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "script": b"#!/bin/sh\necho ran\n", "pdf": encode(image, "pdf"), "postscript": encode(image, "eps"),
+        "ppm": encode(image, "ppm"), "tga": encode(image, "tga"), "ico": encode(image, "ico"),
+        "jpeg_start": b"\xff\xd8\xff", "png_start": b"\x89PNG\r\n\x1a\n", "gif_start": b"GIF89a", "bmp_start": b"BM",
+        "tiff_start": b"II*\0", "webp_start": b"RIFF\0\0\0\0WEBP",
+        "heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99),
+    }.items():  # fmt: skip
+        yield Case(f"not_{name}.jpg", content, outcome="aside")
+
+
+def declared(photo: np.ndarray) -> Iterator[Case]:
+    """Headers that declare too much, too little or nonsense."""
+    rows = _rows(photo[:2])
+    for width, height in ((30_000, 30_000), (70_000, 2), (2, 70_000), (0, 9), (9, 0), (2**31 - 1, 2**31 - 1)):
+        yield Case(f"declared_{width}x{height}.png", png(width, height, 8, 2, rows), outcome="aside")
+    for depth, colour in ((3, 0), (16, 3), (8, 5), (0, 0)):
+        yield Case(f"declared_depth_{depth}_{colour}.png", png(120, 2, depth, colour, rows), outcome="aside")
+    image = Image.fromarray(photo)
+    jpeg, bmp, gif, webp = (encode(image, kind) for kind in ("jpeg", "bmp", "gif", "webp"))
+    frame = jpeg.index(b"\xff\xc0") + 5
+    for height, width in ((30_000, 30_000), (65_535, 65_535), (0, 120), (96, 0)):
+        content = jpeg[:frame] + struct.pack(">HH", height, width) + jpeg[frame + 4 :]
+        yield Case(f"declared_{width}x{height}.jpg", content, outcome="aside")
+    for width, height in ((30_000, 30_000), (0, 0), (-5, 5), (120, -(2**31)), (2**31 - 1, 1)):
+        content = bmp[:18] + struct.pack("<ii", width, height) + bmp[26:]
+        yield Case(f"declared_{width}x{height}.bmp", content, outcome="aside")
+    yield Case("declared_65535x65535.gif.png", gif[:6] + b"\xff" * 4 + gif[10:], outcome="aside")
+    yield Case("declared_16383x16383.webp", webp[:26] + b"\xff\x3f\xff\x3f" + webp[30:], outcome="aside")
+    whole = encode(image, "tiff", compression="raw")
+    for tag, name in (
+        (256, "width"),
+        (257, "height"),
+        (273, "offset"),
+        (278, "rows"),
+        (279, "count"),
+        (258, "bits"),
+        (277, "samples"),
+    ):
+        at = whole.index(struct.pack("<H", tag), int.from_bytes(whole[4:8], "little") + 2)
+        for value in (0, 30_000, 2**31 - 1):
+            content = whole[: at + 8] + struct.pack("<I", value) + whole[at + 12 :]
+            yield Case(f"declared_{name}_{value}.tif", content, outcome="either")
+    circle = bytearray(encode(image, "tiff", compression="raw"))
+    directory = int.from_bytes(circle[4:8], "little")
+    after = directory + 2 + 12 * int.from_bytes(circle[directory : directory + 2], "little")
+    circle[after : after + 4] = struct.pack("<I", directory)
+    yield Case("tiff_circle.tif", bytes(circle), photo)
+
+
+def broken_pngs(photo: np.ndarray) -> Iterator[Case]:
+    """Chunks lost, doubled or with a wrong check sum."""
+    whole = encode(Image.fromarray(photo), "png")
+    idat, end = whole.index(b"IDAT"), len(whole) - 12
+    length = int.from_bytes(whole[idat - 4 : idat], "big")
+    flipped = whole[: idat + 40] + bytes([whole[idat + 40] ^ 1]) + whole[idat + 41 :]
+    for name, content in {
+        "pixels_crc": whole[: idat + 4 + length] + b"\0\0\0\0" + whole[idat + 8 + length :], "one_bit": flipped,
+        "head_crc": whole[:29] + b"\0\0\0\0" + whole[33:], "no_pixels": whole[: idat - 4] + whole[end:],
+        "no_end": whole[:end], "length": whole[: idat - 4] + b"\x7f" + whole[idat - 3 :],
+        "short_rows": png(120, 96, 8, 2, _rows(photo)[:5000]),
+    }.items():  # fmt: skip
+        yield Case(f"broken_{name}.png", content, outcome="aside")
+    yield Case("broken_no_palette.png", png(120, 96, 8, 3, _rows(photo[..., 1])), outcome="either")
+
+
+WHOLE = ("jpg", "progressive.jpg", "png", "webp", "lossless.webp", "bmp", "tif", "lzw.tif", "gif.png")
+
+
+def whole_file(photo: np.ndarray, kind: str) -> Case:
+    """A sound file to damage; `kind` of WHOLE. A lossy one shows what Pillow reads from it undamaged."""
+    image, coder = Image.fromarray(photo), {"jpg": "jpeg", "tif": "tiff"}.get(kind.split(".")[-1], kind.split(".")[-1])
+    options = {
+        "progressive.jpg": {"progressive": True},
+        "lossless.webp": {"lossless": True},
+        "lzw.tif": {"compression": "tiff_lzw"},
+    }
+    content = encode(
+        image.quantize(64) if kind == "gif.png" else image,
+        "gif" if kind == "gif.png" else coder,
+        **options.get(kind, {}),
+    )
+    with Image.open(io.BytesIO(content)) as file:
+        return Case(f"whole.{kind}", content, np.asarray(file.convert("RGB")))
+
+
+def cuts(photo: np.ndarray) -> Iterator[Case]:
+    """Each kind of file cut at every tenth of its length and just before its end."""
+    for kind in WHOLE:
+        whole = whole_file(photo, kind)
+        for at in [len(whole.content) * tenth // 10 for tenth in range(1, 10)] + [
+            len(whole.content) - n for n in (2, 1)
+        ]:
+            outcome = "either" if kind == "progressive.jpg" else "whole"
+            yield Case(f"cut_{at}_{whole.name}", whole.content[:at], whole.pixels, outcome=outcome)
+
+
+def flips(photo: np.ndarray, seed: int = 0) -> Iterator[Case]:
+    """Each kind of file with 1 to 64 bytes changed; a PNG's check sums find every one."""
+    rng = np.random.default_rng(seed)
+    for kind in WHOLE:
+        whole = whole_file(photo, kind)
+        for count in (1, 1, 2, 4, 16, 64):
+            content = np.frombuffer(whole.content, np.uint8).copy()
+            at = rng.choice(len(content), count, replace=False)
+            content[at] ^= rng.integers(1, 256, count, dtype=np.uint8)
+            outcome = "whole" if kind == "png" else "either"
+            yield Case(f"flip_{count}_{at[0]}_{whole.name}", content.tobytes(), whole.pixels, outcome=outcome)
+
+
+@functools.cache
+def all_cases() -> list[Case]:
+    """Every case, once for every four photographs, which take turns; names are unique."""
+    makers = (
+        modes, orientations, jpegs, pngs, tiffs, animations, not_images, declared, broken_pngs, cuts, flips,
+    )  # fmt: skip
+    photos, cases = photographs(), []
+    for first in range(0, len(photos), 4):
+        for turn, maker in enumerate(makers, first):
+            cases += [case._replace(name=f"{first}_{case.name}") for case in maker(photos[turn % len(photos)])]
+    assert len({case.name for case in cases}) == len(cases)
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------- large
+
+
+def many_scans(size: int, scans: int) -> bytes:
+    """A progressive JPEG of size x size whose last scan is there `scans` times: each costs a pass over all pixels."""
+    content = encode(Image.new("L", (size, size), 90), "jpeg", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * scans + b"\xff\xd9"
+
+
+def odd_entries(folder: Path) -> list[str]:
+    """Puts what is called like an image and is no file into `folder` -> the names."""
+    (folder / "folder.jpg").mkdir()
+    names = ["folder.jpg"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.jpg")
+        here = os.getcwd()
+        os.chdir(folder)  # a socket's path has room for some 100 characters
+        try:
+            with socket.socket(socket.AF_UNIX) as end:
+                end.bind("socket.jpg")
+        finally:
+            os.chdir(here)
+        for name, target in (("loop.jpg", "loop.jpg"), ("nowhere.jpg", "gone"), ("device.jpg", "/dev/zero")):
+            (folder / name).symlink_to(target)
+            names.append(name)
+        names += ["pipe.jpg", "socket.jpg"]
+    return sorted(names)
+
+
+# ----------------------------------------------------------------------------------------- reading in another process
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held; 0 where the system does not tell."""
+    if sys.platform == "linux":  # getrusage would count what the parent held when it forked
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
+
+
+def measured(read: Callable[[Path], np.ndarray], path: Path) -> tuple[np.ndarray | str, float, int]:
+    """(array, or why not; processor seconds; bytes by which the peak of memory grew)."""
+    memory, started = peak_memory(), time.process_time()
+    try:
+        got = read(path)
+    except BadFile as error:
+        assert error.path == path
+        assert str(error).isprintable()
+        got = error.reason
+    return got, time.process_time() - started, peak_memory() - memory
+
+
+def shape_of(path: Path) -> np.ndarray:
+    """Instead of 200 MB through a pipe."""
+    return np.array(read_image(path).shape)

@@ -1,0 +1,209 @@
+"""make_demo: layout, pairs, binary masks, the same seed the same bytes, no network, nobody's files lost."""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from u2mamba.dataset import demo as module
+from u2mamba.dataset.demo import COUNT, DemoError, is_complete, make_demo
+
+SCRIPT = Path(module.__file__)
+N = 20
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("make_demo opened a socket")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    return make_demo(tmp_path_factory.mktemp("data") / "demo", N, 0)
+
+
+def names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name != ".make_demo.lock"]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".make_demo.lock")
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_layout(demo):
+    stems = [f"demo_{i:04d}" for i in range(N)]
+    folder = demo / "DUTS-TR" / "DUTS-TR"
+    assert sorted(p.name for p in (folder / "im_aug").iterdir()) == [f"{s}.jpg" for s in stems]
+    assert sorted(p.name for p in (folder / "gt_aug").iterdir()) == [f"{s}.png" for s in stems]
+    assert names(demo) == ["DUTS-TR"]  # no working folder stays behind
+
+
+def test_pictures_and_masks(demo):
+    folder = demo / "DUTS-TR" / "DUTS-TR"
+    for path in (folder / "im_aug").iterdir():
+        with Image.open(path) as image, Image.open(folder / "gt_aug" / f"{path.stem}.png") as mask:
+            assert (image.mode, mask.mode, image.size) == ("RGB", "L", mask.size)
+            assert all(200 <= side <= 304 for side in image.size)
+            pixels, truth = np.asarray(image, np.float32), np.asarray(mask)
+        assert set(np.unique(truth)) == {0, 255}
+        assert 0.02 <= truth.mean() / 255 <= 0.8
+        # The objects differ from what surrounds them (drawn again below a Lab distance of 30), and neither is plain.
+        inside, outside = pixels[truth == 255], pixels[truth == 0]
+        assert np.abs(inside.mean(0) - outside.mean(0)).max() > 20
+        assert inside.std(0).max() > 3
+        assert outside.std(0).max() > 2
+
+
+def test_mask_is_where_the_object_is(monkeypatch):
+    # White objects on black, unlit: the mask must be the white pixels, up to the soft edge.
+    monkeypatch.setattr(module.Composer, "draw_background", lambda self, size, rng: ("", Image.new("RGB", size)))
+    original = module.Composer.draw_object
+
+    def white(self, kind, rng):
+        name, pixels, *rest = original(self, kind, rng)
+        return (name, Image.new("RGB", pixels.size, "white"), *rest)
+
+    monkeypatch.setattr(module.Composer, "draw_object", white)
+    composer = module.Composer()
+    for i in range(12):
+        image, mask = composer.pair(0, i)
+        bright, truth = np.asarray(image.convert("L")) > 100, np.asarray(mask) > 0
+        assert (bright & truth).sum() / (bright | truth).sum() > 0.97
+
+
+def test_same_seed_same_bytes(demo, tmp_path):
+    same, other = make_demo(tmp_path / "same", 6, 0), make_demo(tmp_path / "other", 6, 1)
+    first = {k: v for k, v in digest(demo).items() if k in digest(same) and "demo.json" not in k}
+    assert len(first) == 12  # pair i does not depend on how many are made
+    assert {k: v for k, v in digest(same).items() if "demo.json" not in k} == first
+    assert not set(digest(other).values()) & set(first.values())
+
+
+def test_enough_are_held_out():
+    assert 20 <= sum(zlib.crc32(f"demo_{i:04d}".encode()) % 20 == 0 for i in range(COUNT)) <= 30
+
+
+def test_second_run_is_quick_and_changes_nothing(demo):
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*")}
+    start = time.perf_counter()
+    assert make_demo(str(demo), N, 0) == demo
+    assert time.perf_counter() - start < 1
+    assert {p: p.stat().st_mtime_ns for p in demo.rglob("*")} == before
+
+
+def test_incomplete_or_other_set_is_made_again(tmp_path):
+    make_demo(tmp_path, 3, 0)
+    whole = digest(tmp_path)
+    (tmp_path / "DUTS-TR/DUTS-TR/gt_aug/demo_0001.png").unlink()
+    (tmp_path / "DUTS-TR/DUTS-TR/im_aug/demo_0002.jpg").write_bytes(b"")
+    make_demo(tmp_path, 3, 0)
+    assert digest(tmp_path) == whole
+    make_demo(tmp_path, 2, 5)
+    assert len(list((tmp_path / "DUTS-TR/DUTS-TR/im_aug").iterdir())) == 2
+
+
+def test_data_of_others_is_not_touched(tmp_path):
+    photo = tmp_path / "DUTS-TR" / "DUTS-TR" / "im_aug" / "mine.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"mine")
+    with pytest.raises(DemoError, match=r"did not write \(im_aug/mine.jpg\): move them away, or name another folder"):
+        make_demo(tmp_path, 2)
+    assert photo.read_bytes() == b"mine"
+    assert names(tmp_path) == ["DUTS-TR"]
+
+
+def test_a_set_of_others_by_the_same_names_is_not_touched(tmp_path):
+    make_demo(tmp_path, 2)
+    (tmp_path / "DUTS-TR/DUTS-TR/demo.json").unlink()
+    before = digest(tmp_path)
+    with pytest.raises(DemoError, match="holds 4 files"):
+        make_demo(tmp_path, 2)
+    assert digest(tmp_path) == before
+
+
+def test_files_put_into_a_set_are_left_alone(tmp_path):
+    make_demo(tmp_path, 2)
+    before = digest(tmp_path)
+    mine = {"im_aug/mine.jpg": b"1", "gt_aug/mine.png": b"2", "notes.txt": b"3"}
+    for name, content in mine.items():
+        (tmp_path / "DUTS-TR/DUTS-TR" / name).write_bytes(content)
+    make_demo(tmp_path, 2)
+    assert before.items() <= digest(tmp_path).items()
+    with pytest.raises(DemoError, match=r"holds 3 files that make_demo\.py did not write"):
+        make_demo(tmp_path, 3)
+    for name, content in mine.items():
+        assert (tmp_path / "DUTS-TR/DUTS-TR" / name).read_bytes() == content
+
+
+def test_starts_at_once_make_one_set(tmp_path, monkeypatch):
+    monkeypatch.undo()  # subprocess may use sockets of its own
+    (tmp_path / ".make_demo-killed" / "new").mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        assert set(pool.map(lambda i: run("--out", str(tmp_path), "--count", "3").returncode, range(3))) == {0}
+    assert names(tmp_path) == ["DUTS-TR"]
+    assert is_complete(tmp_path / "DUTS-TR/DUTS-TR", json.loads((tmp_path / "DUTS-TR/DUTS-TR/demo.json").read_text()))
+
+
+def test_disk_full_leaves_nothing_half_made(tmp_path, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(DemoError, match=r"No space left on device.*20 MB free") as caught:
+        make_demo(tmp_path / "demo", 4)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path / "demo") == []
+
+
+def test_absent_photograph_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS", tmp_path)
+    with pytest.raises(DemoError, match=r"astronaut\.png.*pip install --force-reinstall scikit-image"):
+        make_demo(tmp_path / "demo", 1)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.undo()  # subprocess may use sockets of its own
+    made = run("--out", str(tmp_path / "demo"), "--count", "2", "--seed", "3")
+    assert (made.returncode, made.stdout.split(" in ")[0]) == (0, "2 pairs")
+    (tmp_path / "file").write_text("in the way")
+    for arguments in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path), "--count", "0"]):
+        failed = run(*arguments)
+        assert failed.returncode == 2
+        assert "Traceback" not in failed.stderr
+        assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe's reader that has gone is told otherwise there")
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, SCRIPT, "--out", str(tmp_path), "--count", "1"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (143, "")
+    assert (tmp_path / "DUTS-TR" / "DUTS-TR" / "demo.json").exists()

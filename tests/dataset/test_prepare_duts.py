@@ -1,0 +1,171 @@
+"""prepare_duts.py, run as a user runs it or through its `main`: layout, mirrored copies, twice, hostile zips."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from u2mamba.dataset import pairs as pairs_module
+
+SCRIPT = Path(__file__).parents[2] / "train_data" / "prepare_duts.py"
+spec = importlib.util.spec_from_file_location("prepare_duts", SCRIPT)
+prepare_duts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare_duts)
+
+
+def encoded(array: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pair(seed: int) -> tuple[bytes, bytes]:
+    y, x = np.mgrid[0:32, 0:48]
+    waves = np.stack([127 + 120 * np.sin(x / (2 + k) + y / 5 + seed) for k in range(3)], axis=2).astype(np.uint8)
+    mask = np.zeros((32, 48), np.uint8)
+    mask[8:20, 4 : 14 + seed] = 255
+    return encoded(waves, "JPEG"), encoded(mask, "PNG")
+
+
+def members(count: int = 3, root: str = "DUTS-TR/") -> dict[str, bytes]:
+    out = {}
+    for k in range(count):
+        out[f"{root}DUTS-TR-Image/n{k}.jpg"], out[f"{root}DUTS-TR-Mask/n{k}.png"] = pair(k)
+    return out
+
+
+def make_zip(path: Path, content: dict) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in content.items():
+            file.writestr(name, data)
+    return path
+
+
+def files(root: Path) -> dict[str, int]:
+    return {p.relative_to(root).as_posix(): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+def test_zip_to_layout_with_mirrored_copies_twice(tmp_path, capsys):
+    source, out = make_zip(tmp_path / "DUTS-TR.zip", members()), tmp_path / "out"
+    assert prepare_duts.main([str(source), "--out", str(out), "--mirror"]) == 0
+    made = files(out)
+    expected = {f"DUTS-TR/DUTS-TR/im_aug/n{k}{m}.jpg" for k in range(3) for m in ("", "_mirror")}
+    expected |= {f"DUTS-TR/DUTS-TR/gt_aug/n{k}{m}.png" for k in range(3) for m in ("", "_mirror")}
+    assert set(made) == expected
+    root = out / "DUTS-TR" / "DUTS-TR"
+    assert (root / "im_aug/n1.jpg").read_bytes() == members()["DUTS-TR/DUTS-TR-Image/n1.jpg"]
+    image, mirrored = (pairs_module.read_image(root / f"im_aug/n1{m}.jpg").astype(int) for m in ("", "_mirror"))
+    assert np.abs(image[:, ::-1] - mirrored).mean() < 4  # stored as JPEG again; the waves unmirrored: 90
+    mask, turned = (pairs_module.read_mask(root / f"gt_aug/n1{m}.png") for m in ("", "_mirror"))
+    np.testing.assert_array_equal(mask[:, ::-1], turned)
+    pairs, unpaired = pairs_module.find_pairs(root / "im_aug", root / "gt_aug")
+    assert len(pairs) == 6
+    assert not any(unpaired)
+
+    (root / "im_aug/n0.jpg").write_bytes(b"half")  # what an interruption without our renaming would leave
+    (root / "gt_aug/n2_mirror.png").unlink()
+    again = files(out)
+    assert prepare_duts.main([str(source), "--out", str(out), "--mirror"]) == 0
+    assert "3 of 3 pairs, 4 files written" in capsys.readouterr().out
+    after = files(out)
+    assert set(after) == expected
+    untouched = {n for n in again if "n1" in n}
+    assert {n: after[n] for n in untouched} == {n: again[n] for n in untouched}
+    assert prepare_duts.main([str(source), "--out", str(out), "--mirror"]) == 0
+    assert "3 of 3 pairs, 0 files written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["", "DUTS-TR"])
+def test_folder_as_source(tmp_path, below):
+    for name, data in members(root="").items():
+        (tmp_path / "in" / below / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / below / name).write_bytes(data)
+    assert prepare_duts.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert len(files(tmp_path / "out")) == 6
+
+
+def test_files_set_aside(tmp_path, capsys):
+    content = members(4)
+    content["DUTS-TR/DUTS-TR-Image/n0.jpg"] = content["DUTS-TR/DUTS-TR-Image/n0.jpg"][:-200]
+    content["DUTS-TR/DUTS-TR-Mask/n1.png"] = encoded(np.zeros((32, 32), np.uint8), "PNG")
+    content["DUTS-TR/DUTS-TR-Image/alone.jpg"] = b"x"
+    content["__MACOSX/DUTS-TR/DUTS-TR-Image/._n2.jpg"] = b"x"
+    source = make_zip(tmp_path / "a.zip", content)
+    with open(source, "r+b") as file:  # n2's image: damaged inside the zip
+        at = source.read_bytes().index(content["DUTS-TR/DUTS-TR-Image/n2.jpg"]) + 200
+        file.seek(at)
+        file.write(b"\0\1\2\3\4")
+    out = tmp_path / "out"
+    assert prepare_duts.main([str(source), "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "set aside: DUTS-TR-Image/n0.jpg: image file is truncated" in said
+    assert "DUTS-TR-Mask/n1.png: mask is 32x32, its image 48x32" in said
+    assert "DUTS-TR-Image/n2.jpg: damaged in the zip" in said
+    assert "without a partner: 1 files, alone.jpg" in said
+    assert set(files(out)) == {f"DUTS-TR/DUTS-TR/{n}" for n in ("im_aug/n3.jpg", "gt_aug/n3.png")}
+
+
+def test_a_zip_that_leaves_the_folder_is_refused_before_writing(tmp_path, capsys):
+    names = [
+        "../n9.jpg",
+        "/n9.jpg",
+        "C:/n9.jpg",
+        "DUTS-TR/DUTS-TR-Image/../../n9.jpg",
+        "DUTS-TR\\DUTS-TR-Image\\n9.jpg",
+    ]
+    link = zipfile.ZipInfo("DUTS-TR/DUTS-TR-Image/n9.jpg")
+    link.external_attr = 0o120777 << 16
+    for k, name in enumerate([*names, link]):
+        source = tmp_path / f"{k}.zip"
+        make_zip(source, members())
+        with zipfile.ZipFile(source, "a") as file:
+            file.writestr(name, b"/etc/passwd")
+        out = tmp_path / "out"
+        assert prepare_duts.main([str(source), "--out", str(out)]) == 2
+        assert "nothing was written" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_bombs_and_a_full_disk(tmp_path, capsys, monkeypatch):
+    source, out = make_zip(tmp_path / "a.zip", members()), tmp_path / "out"
+    for limit in ("MAX_FILE", "MAX_TOTAL"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_duts, limit, 500)
+            assert prepare_duts.main([str(source), "--out", str(out)]) == 2
+        assert "refused" in capsys.readouterr().err
+        assert not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_duts, "MARGIN", 1 << 62)
+        assert prepare_duts.main([str(source), "--out", str(out)]) == 2
+    assert "GB free" in capsys.readouterr().err
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device", str(out))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_duts.shutil, "copyfileobj", full)
+        assert prepare_duts.main([str(source), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.strip() == f"{out}: No space left on device; mend that and run it again"
+    assert not files(out)
+    assert prepare_duts.main([str(source), "--out", str(out)]) == 0
+
+
+def test_unusable_sources_as_a_user_runs_it(tmp_path):
+    (tmp_path / "text.zip").write_text("hello")
+    make_zip(tmp_path / "other.zip", {"a/b.txt": b"x"})
+    (tmp_path / "empty").mkdir()
+    for name in ("text.zip", "other.zip", "empty", "missing.zip"):
+        assert prepare_duts.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "missing.zip"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["missing.zip: not there; DUTS-TR.zip is at http://saliencydetection.net/duts/"]

@@ -1,0 +1,436 @@
+"""The real script, tiny, as a process: its lines, its files, stopping and going on, and what a user can do wrong."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import U2NETP
+from tests.engine.forked import SCRIPT, run_script
+from u2mamba.runtime.config import CONSTANTS, input_size
+
+TINY = (
+    "--arch u2mambap --rescale 48 --crop 40 --batch_size_train 4 --epoch_num 2 --log_frq 1 --save_frq 3 --device cpu "
+    "--model_name tiny"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 pairs: a bright disc on a dark, noisy ground; d27 is held out by its name."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:60, :70]
+    for i in range(10, 34):
+        cy, cx, r = rng.integers(15, 45), rng.integers(15, 55), rng.integers(8, 15)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < r * r
+        image = rng.integers(0, 90, (60, 70, 3)) + 150 * disc[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"d{i}.png")
+        Image.fromarray((disc * 255).astype(np.uint8)).save(root / "masks" / f"d{i}.png")
+    return root
+
+
+def words(data, saved, *more):
+    folders = [
+        "--data_dir",
+        str(data),
+        "--tra_image_dir",
+        "images",
+        "--tra_label_dir",
+        "masks",
+        "--saved_models",
+        str(saved),
+    ]
+    return [*TINY, *folders, *more]
+
+
+def start(data, saved, *more, stderr=subprocess.PIPE):
+    """The script itself, to be sent signals."""
+    command = [sys.executable, "-u", str(SCRIPT), *words(data, saved, *more)]
+    return subprocess.Popen(command, cwd=data, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def train(data, saved, *more):
+    return run(data, *words(data, saved, *more))
+
+
+def run(cwd, *words):
+    with tempfile.TemporaryDirectory() as outputs:
+        done = run_script(list(words), cwd, Path(outputs))
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    saved = tmp_path_factory.mktemp("saved")
+    done = train(data, saved)
+    assert done.returncode == 0, done.stderr
+    return saved / "tiny", done.stdout
+
+
+def weights(folder):
+    return torch.load(folder / "last.pth", weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    assert list(a) == list(b)
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+LINE = re.compile(
+    r"\[epoch: (\d+)/2, batch: (\d+)/(\d+), ite: (\d+)\] "
+    r"train loss: (\d+\.\d{3}), tar: (\d+\.\d{3}), IoU: (\d\.\d{3}) \| "
+)
+
+
+def test_lines_and_csv(finished):
+    folder, out = finished
+    lines = [m.groups() for m in LINE.finditer(out)]
+    pairs = int(lines[0][2])
+    per_epoch = -(-pairs // 4)
+    assert [int(m[3]) for m in lines] == list(range(1, 2 * per_epoch + 1))
+    assert [int(m[1]) for m in lines] == [min(4 * (i + 1), pairs) for i in range(per_epoch)] * 2
+    assert float(lines[-1][4]) < float(lines[0][4])  # the loss falls
+    assert abs(float(lines[0][4]) - 7 * 0.69) < 1.5  # seven outputs that know nothing yet: log 2 each
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    training = [r for r in rows if r["loss"]]
+    assert [r["ite"] for r in training] == [m[3] for m in lines]
+    for row, line in zip(training, lines, strict=True):
+        assert f"{float(row['loss']):.3f}" == line[4] and f"{float(row['IoU']):.3f}" == line[6]
+        assert float(row["loss"]) == pytest.approx(
+            sum(float(row[k]) for k in ("tar", *(f"d{i}" for i in range(1, 7)))), rel=1e-4
+        )
+    held_out = [r for r in rows if r["val_IoU"]]
+    assert [r["epoch"] for r in held_out] == ["1", "2"]
+    assert all(0 <= float(r[k]) <= 1 for r in held_out for k in ("val_IoU", "val_MAE", "val_maxF"))
+    for said in ("device: CPU", "selective scan: ", "precision: fp32", "network: u2mambap, "):
+        assert said in out
+
+
+def test_files(finished):
+    folder, _ = finished
+    names = {p.name for p in folder.iterdir()}
+    assert {"last.pth", "last_before.pth", "best.pth", "preview.png", "log.csv", "tensorboard"} <= names
+    assert not any(n.startswith(".") for n in names), names
+    periodic = sorted(n for n in names if re.fullmatch(r"tiny_bce_itr_\d+_train_\d+\.\d{6}_tar_\d+\.\d{6}\.pth", n))
+    assert sorted(int(n.split("_")[3]) for n in periodic) == [3, 6, 9, 12]
+    assert len(list(folder.glob("*.pth"))) == len(periodic) + 3
+    for name in (*periodic, "best.pth"):
+        torch.nn.Module.load_state_dict(_fresh(), torch.load(folder / name, weights_only=True))
+    with Image.open(folder / "preview.png") as sheet:
+        assert sheet.size[0] == 3 * 48 + 4 * 4
+
+
+def _fresh():
+    from model import U2MAMBAP
+
+    return U2MAMBAP()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_not(finished, data, tmp_path):
+    train(data, tmp_path, "--epoch_num", "1")
+    train(data, tmp_path, "--epoch_num", "1", "--seed", "1", "--model_name", "other")
+    again = train(data, tmp_path)  # the constant schedule lets a finished run be continued with more epochs
+    assert again.returncode == 0 and "going on from" in again.stdout
+    assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
+    a, b = weights(tmp_path / "tiny"), weights(tmp_path / "other")
+    assert not torch.equal(a["side1.weight"], b["side1.weight"])
+
+
+def test_the_constants_are_kept_beside_the_weights(finished, data):
+    assert input_size(0, finished[0] / "best.pth") == 48
+    kept = json.loads((finished[0] / CONSTANTS).read_text())
+    assert (kept["arch"], kept["lr"], kept["data_dir"]) == ("u2mambap", 1e-4, str(data))
+
+
+def test_a_run_does_not_go_on_with_other_pairs(finished, data, tmp_path):
+    """As many, one of another name: refused. The same names in another folder: told."""
+    other = shutil.copytree(data, tmp_path / "other")
+    moved = train(other, finished[0].parent)
+    assert moved.returncode == 0 and f"in other folders: data_dir: '{data}' -> '{other}'" in moved.stdout
+    for folder in ("images", "masks"):
+        (other / folder / "d10.png").rename(other / folder / "e10.png")
+    done = train(other, finished[0].parent)
+    assert done.returncode == 2 and "other pairs, by their names" in done.stderr
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, data):
+    before, files = weights(finished[0]), sorted(p.name for p in finished[0].iterdir())
+    done = train(data, finished[0].parent)
+    assert done.returncode == 0 and "holds a finished run of 2 epochs" in done.stdout
+    assert_same_weights(before, weights(finished[0]))
+    assert sorted(p.name for p in finished[0].iterdir()) == files
+
+
+def test_going_on_with_other_constants_when_asked_to(finished, data, tmp_path):
+    """From Adam without an average to AdamW with one: nothing of the old run is in the way."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "last.pth").write_bytes((finished[0] / "last.pth").read_bytes())
+    more = "--resume anyway --ema_decay 0.5 --lr 1e-3 --optimizer adamw --channels_last --epoch_num 3".split()
+    done = train(data, tmp_path, *more)
+    assert done.returncode == 0, done.stderr
+    assert "iteration 12" in done.stdout and "[epoch: 3/3, batch: 4/" in done.stdout
+    assert (tmp_path / "tiny" / "best.pth").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_run_stopped_in_the_middle_of_an_epoch_ends_as_if_it_never_was(number, code, finished, data, tmp_path):
+    process = start(data, tmp_path)
+    for line in process.stdout:
+        if "ite: 4]" in line:
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    kept = torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["progress"]["iteration"]
+    if number == signal.SIGKILL:
+        assert kept % 3 == 0  # the last save_frq: 3, or a later one when this process was slow to read
+    else:
+        assert kept >= 4
+        assert f"stopped at iteration {kept}" in out
+    again = train(data, tmp_path)
+    assert again.returncode == 0 and f"iteration {kept}" in again.stdout
+    assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
+    rows = [list(csv.DictReader((f / "log.csv").open(newline=""))) for f in (tmp_path / "tiny", finished[0])]
+    same = ("ite", "loss", "tar", "IoU", "lr", "val_IoU", "val_MAE", "val_maxF")
+    assert [[r[k] for k in same] for r in rows[0]] == [[r[k] for k in same] for r in rows[1]]
+
+
+def test_other_constants_are_not_mixed_into_a_run(finished, data, tmp_path):
+    done = train(data, finished[0].parent, "--lr", "0.5")
+    assert done.returncode == 2
+    assert "lr: 0.0001 -> 0.5" in done.stderr and "--resume" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--lr", "-1"], "lr = -1.0: must be from 0 to 10"),
+        (["--crop", "64"], "crop = 64: cannot be larger than rescale = 48"),
+        (["fats"], "no preset"),
+        (["--tra_image_dir", "nowhere"], "nowhere"),
+        (["--tra_image_dir", "nowhere", "--tra_label_dir", "nowhere"], "u2mamba_train.py demo"),
+        (["--device", "cuda"], 'device = "cuda"'),
+        (["--scan_backend", "mamba_ssm"], "mamba"),
+        (["--model_name", "../up"], "model_name = '../up'"),
+        (["--saved_models", "images/d10.png"], "cannot be written"),
+    ],
+)
+def test_unusable_input_is_one_line_and_code_2(more, says, data, tmp_path):
+    if more == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = train(data, tmp_path, *more) if more[0].startswith("-") else run(data, *more)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize("content", ["truncated", "other network", "not a run", "odd progress", "odd step"])
+def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, data, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    last = folder / "last.pth"
+    good = (finished[0] / "last.pth").read_bytes()
+    if content == "truncated":
+        last.write_bytes(good[: len(good) // 2])
+    elif content == "not a run":
+        torch.save({"a": torch.ones(1)}, last)
+    else:
+        run = torch.load(finished[0] / "last.pth", weights_only=True)
+        odd = {"other network": {"model": U2NETP().state_dict()}, "odd progress": {"progress": {"epoch": "x"}}}
+        torch.save(run | odd.get(content, {"step": {}}), last)
+    before = last.read_bytes()
+    done = train(data, tmp_path)
+    assert done.returncode == 2
+    assert str(last) in done.stderr
+    assert last.read_bytes() == before
+
+
+def test_fewer_pairs_than_a_batch_and_no_held_out_pair(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in (11, 12):
+            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
+    assert done.returncode == 0, done.stderr
+    assert "batch: 2/2, ite: 1]" in done.stdout
+    assert (tmp_path / "saved" / "tiny" / "preview.png").exists()
+
+
+def test_damaged_files_are_set_aside_and_the_exit_code_tells(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(10, 16):
+            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+    (tmp_path / "images" / "d11.png").write_bytes(b"not an image")
+    (tmp_path / "masks" / "d12.png").unlink()
+    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
+    assert done.returncode == 1, done.stderr
+    assert "d11.png" in done.stdout and "d12" in done.stdout
+
+
+def test_streaming_gives_what_the_cache_gives(finished, data, tmp_path):
+    done = train(data, tmp_path, "--no-cache")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
+
+
+def test_averaged_mixed_precision_run_with_cosine_goes_on_exactly(data, tmp_path):
+    more = "--ema_decay 0.9 --precision bf16 --channels_last --lr_schedule cosine --optimizer adamw --clip 1".split()
+    assert train(data, tmp_path / "whole", *more).returncode == 0
+    process = start(data, tmp_path / "cut", *more)
+    for line in process.stdout:
+        if "ite: 4]" in line:
+            process.kill()
+            break
+    process.communicate(timeout=60)
+    time.sleep(0.1)
+    assert train(data, tmp_path / "cut", *more).returncode == 0
+    assert_same_weights(weights(tmp_path / "whole" / "tiny"), weights(tmp_path / "cut" / "tiny"))
+    best = [torch.load(tmp_path / w / "tiny" / "best.pth", weights_only=True) for w in ("whole", "cut")]
+    assert_same_weights(*best)
+
+
+def test_starting_anew_puts_the_old_run_aside(data, tmp_path):
+    train(data, tmp_path, "--epoch_num", "1")
+    folder = tmp_path / "tiny"
+    old = {name: (folder / name).read_bytes() for name in ("last.pth", "best.pth", "log.csv")}
+    done = train(data, tmp_path, "--epoch_num", "1", "--resume", "never", "--seed", "7")
+    assert done.returncode == 0 and "_1" in done.stdout
+    for name, content in old.items():
+        aside = folder / f"{Path(name).stem}_1{Path(name).suffix}"
+        assert aside.read_bytes() == content
+        assert (folder / name).read_bytes() != content
+
+
+def test_two_runs_do_not_share_a_folder(data, tmp_path):
+    first = start(data, tmp_path, "--epoch_num", "200")
+    try:
+        for line in first.stdout:
+            if "ite: 1]" in line:
+                break
+        second = train(data, tmp_path, "--epoch_num", "200")
+    finally:
+        first.kill()
+        first.communicate(timeout=60)
+    assert second.returncode == 2 and "in use by another run" in second.stderr
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00 not a log", b"1,2,3\n"])
+def test_a_damaged_log_is_put_aside_and_the_run_goes_on(damage, finished, data, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "last.pth").write_bytes((finished[0] / "last.pth").read_bytes())
+    (folder / "log.csv").write_bytes(damage)
+    done = train(data, tmp_path, "--epoch_num", "3")
+    assert done.returncode == 0, done.stderr
+    assert "log_damaged_12.csv" in done.stdout
+    assert (folder / "log_damaged_12.csv").read_bytes() == damage
+    assert (folder / "log.csv").read_text().startswith("ite,")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_names_that_are_not_text_are_used(data, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(10, 14):
+            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+        (tmp_path / kind / "\udcff.png").write_bytes((data / kind / "d14.png").read_bytes())
+    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
+    assert done.returncode == 0, done.stderr
+    assert "5 pairs" in done.stdout
+
+
+def test_whole_batches_leave_out_the_pairs_that_do_not_fill_one(data, tmp_path):
+    done = train(data, tmp_path, "--whole_batches")
+    assert done.returncode == 0, done.stderr
+    assert "batch: 20/23, ite: 5]" in done.stdout and "done: 10 iterations" in done.stdout
+
+
+def test_whole_batches_of_fewer_pairs_than_a_batch_takes_them_all(data, tmp_path):
+    done = train(data, tmp_path, "--whole_batches", "--batch_size_train", "32")
+    assert "batch: 23/23, ite: 1]" in done.stdout, done.stderr
+
+
+def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
+    """As `python u2mamba_train.py 2>&1 | tee log` and Ctrl-C, which ends tee as well."""
+    more = ("--epoch_num", "500", "--save_frq", "100000", "--val_frq", "1000")
+    process = start(data, tmp_path, *more, stderr=subprocess.STDOUT)
+    assert any("ite: 2]" in line for line in process.stdout)
+    process.stdout.close()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) in (130, 143)  # by what came first
+    assert torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["progress"]["iteration"] >= 2
+
+
+def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, tmp_path, monkeypatch, capsys):
+    import u2mamba_train
+    from u2mamba.engine import checkpoint
+    from u2mamba.engine.distributed import World
+
+    def killed(last, content):
+        if content["progress"]["epoch"] == 2:
+            assert [ite for ite, _ in checkpoint.weight_files(tmp_path / "tiny")][-1] == content["progress"][
+                "iteration"
+            ]
+            raise MemoryError("killed here")
+
+    monkeypatch.setattr(checkpoint.LastFile, "write", killed)
+    cfg = u2mamba_train.Config(
+        model_name="tiny", saved_models=str(tmp_path), data_dir=str(data), tra_image_dir="images", device="cpu",
+        tra_label_dir="masks", arch="u2mambap", rescale=48, crop=40, batch_size_train=4, epoch_num=2, save_frq=1000,
+    )  # fmt: skip
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(MemoryError, match="killed here"):
+            u2mamba_train.run(cfg, World())
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--model_name", ".."], "model_name = '..'"),
+        (["--crop_early", "16"], "crop_early = 16"),
+        (["--crop", "32"], "crop = 32"),
+        (["--mamba_zero", "--no-mamba_residual"], "mamba_zero"),
+    ],
+)
+def test_constants_that_would_fail_later_are_refused(data, tmp_path, more, said):
+    done = train(data, tmp_path, *more)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rows_of_an_epoch_that_is_done_again_go(tmp_path):
+    from u2mamba.engine.logger import RunReport
+
+    figures = {"IoU": 0.5, "MAE": 0.1, "maxF": 0.6}
+    report = RunReport(tmp_path, 3, ["a"], 30)
+    report.validation_line(1, 10, figures, True, 0.1)
+    report.validation_line(2, 20, figures, True, 0.1)
+    report.close()
+    RunReport(tmp_path, 3, ["a"], 30, iteration=20, epoch=1).close()
+    with (tmp_path / "log.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]

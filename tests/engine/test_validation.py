@@ -1,0 +1,67 @@
+"""The figures of the run equal hand-computed ones and the libraries'."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from py_sod_metrics import MAE, Fmeasure
+from torchmetrics.classification import BinaryJaccardIndex
+
+from u2mamba.engine.metrics import ValidationMetrics, iou_per_image
+
+
+def test_iou_by_hand():
+    prediction = torch.tensor([[0.9, 0.6], [0.4, 0.1]]).view(1, 1, 2, 2)
+    target = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
+    # predicted 2 pixels, true 2, common 1: 1 / 3
+    assert iou_per_image(prediction, target).tolist() == pytest.approx([1 / 3])
+
+
+def test_iou_of_an_empty_mask():
+    nothing, something = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    assert iou_per_image(nothing, nothing).item() == 1.0
+    assert iou_per_image(something, nothing).item() == 0.0
+    assert iou_per_image(nothing, something).item() == 0.0
+
+
+def test_iou_is_the_mean_over_images_and_not_over_the_batch_of_pixels():
+    torch.manual_seed(0)
+    prediction, target = torch.rand(5, 1, 17, 13), (torch.rand(5, 1, 17, 13) > 0.3).float()
+    library = BinaryJaccardIndex()
+    expected = [library(p, t.int()).item() for p, t in zip(prediction, target, strict=True)]
+    assert iou_per_image(prediction, target).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:This class will be removed")
+def test_validation_equals_pysodmetrics():
+    """MAE and maxF (mean precision and recall over the images, then the best F) as PySODMetrics computes them."""
+    rng = np.random.default_rng(1)
+    predictions = [rng.random((24, 31)).astype(np.float32) for _ in range(7)]
+    masks = [rng.random((24, 31)) > q for q in (0.2, 0.5, 0.8, 0.9, 0.5, 0.99, 0.4)]
+    predictions = [0.6 * p + 0.35 * m for p, m in zip(predictions, masks, strict=True)]
+    mae, fmeasure = MAE(), Fmeasure(beta=0.3)
+    ours = ValidationMetrics(torch.device("cpu"))
+    for p, m in zip(predictions, masks, strict=True):
+        mae.step(p, m, normalize=False)
+        fmeasure.step(p, m, normalize=False)
+    for part in (slice(0, 3), slice(3, 7)):  # in two batches
+        stack = [torch.from_numpy(np.stack(x[part]).astype(np.float32))[:, None] for x in (predictions, masks)]
+        ours.update(*stack)
+    result = ours.result()
+    precision, recall = (fmeasure.get_results()["pr"][k] for k in ("p", "r"))
+    best = (1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-12)).max()
+    assert result["MAE"] == pytest.approx(mae.get_results()["mae"], abs=1e-6)
+    assert result["maxF"] == pytest.approx(best, abs=1e-6)
+
+
+def test_perfect_and_inverted_predictions():
+    target = torch.zeros(2, 1, 8, 8)
+    target[:, :, 2:6, 2:6] = 1
+    perfect, inverted = ValidationMetrics(torch.device("cpu")), ValidationMetrics(torch.device("cpu"))
+    perfect.update(target, target)
+    inverted.update(1 - target, target)
+    assert perfect.result() == pytest.approx({"IoU": 1.0, "MAE": 0.0, "maxF": 1.0})
+    # everything is predicted at the lowest threshold: precision 16 / 64, recall 1
+    assert inverted.result() == pytest.approx({"IoU": 0.0, "MAE": 1.0, "maxF": 1.3 * 0.25 / (0.3 * 0.25 + 1)})
+    assert not math.isnan(inverted.result()["maxF"])

@@ -1,0 +1,565 @@
+"""u2mamba_eval.py: the numbers of PySODMetrics whatever the processes, its files, and what a user can do wrong."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import py_sod_metrics as psm
+import pytest
+import torch
+from PIL import Image
+from skimage import data as photographs
+from torch.nn import functional as F
+
+from benchmarks.evaluation import make_set, pysodmetrics_alone
+from model import U2NETP
+from u2mamba.dataset.cache import rescale_image
+from u2mamba.dataset.pairs import BadFile, read_map
+from u2mamba.inference.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, score_item, score_map
+from u2mamba.inference.plots import GAP, LINE, TILE, contact_sheet
+from u2mamba.inference.predictor import Predictor
+from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.workers import worker_pool
+from u2mamba_eval import Config, names_of, run
+
+SCRIPT = Path(__file__).parents[2] / "u2mamba_eval.py"
+GOLDEN = Path(__file__).with_name("golden_scores.json")
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+def start(*words, **more) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    return make_set(tmp_path_factory.mktemp("set"), 14, (72, 96), seed=3)
+
+
+@pytest.fixture
+def three(folders, tmp_path) -> tuple[Path, Path]:
+    """A copy of three pairs, to be spoiled."""
+    for kind, source in zip(("maps", "masks"), folders, strict=True):
+        (tmp_path / kind).mkdir()
+        for name in ("00000.png", "00001.png", "00002.png"):
+            (tmp_path / kind / name).write_bytes((source / name).read_bytes())
+    return tmp_path / "maps", tmp_path / "masks"
+
+
+def scores_of(pred: Path, gt: Path, **more) -> SetScores:
+    scores = SetScores("set")
+    for item, result in evaluate(items_of(gt, pred)[0], **more):
+        scores.add(item.stem, result)
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+def test_scores_are_those_of_pysodmetrics(folders):
+    one = scores_of(*folders).summary()
+    assert one["n"] == 14 and list(one) == ["name", "n", *METRICS]
+    for key, value in pysodmetrics_alone(*folders).items():
+        assert one[key] == pytest.approx(value, abs=1e-9), key
+    assert 0.3 < one["maxf_a"] < 0.99  # maps neither perfect nor useless, where the definitions differ
+    assert abs(one["maxf_a"] - one["maxf_b"]) > 1e-3
+
+
+def test_golden_scores():
+    """Figures of PySODMetrics 1.6.2 on maps and masks made of integers: a later version that differs shows here."""
+    y, x = np.mgrid[:60, :80]
+    scores = SetScores("golden")
+    for i in range(5):
+        distance = (y - 20 - 5 * i) ** 2 + (x - 30 - 4 * i) ** 2
+        found = np.clip(300 - distance // (i + 1) + (7 * x + 13 * y) % 64, 0, 255)
+        scores.add(str(i), score_map(found / 255, distance < 150 + 40 * i))
+    expected = json.loads(GOLDEN.read_text())
+    assert scores.summary() == {k: pytest.approx(v, abs=1e-9) for k, v in expected.items()}
+
+
+def test_stretching_is_pysodmetrics_default(folders):
+    stretched = scores_of(*folders, stretch=True)
+    mae, wf, em = psm.MAE(), psm.WeightedFmeasure(), psm.Emeasure()
+    for path in sorted(folders[1].iterdir()):
+        for metric in (mae, wf, em):
+            metric.step(np.array(Image.open(folders[0] / path.name)) // 2, np.array(Image.open(path)))
+    halved = SetScores("halved")
+    for path in sorted(folders[1].iterdir()):
+        found = np.asarray(Image.open(folders[0] / path.name)) // 2 / 255
+        item = Item(path.stem, None, path, found)
+        halved.add(path.stem, score_item(item, stretch=True))
+    assert halved.summary()["mae"] == pytest.approx(mae.get_results()["mae"], abs=1e-9)
+    assert halved.summary()["wf"] == pytest.approx(wf.get_results()["wfm"], abs=1e-9)
+    assert halved.summary()["em_max"] == pytest.approx(em.get_results()["em"]["curve"].max(), abs=1e-9)
+    assert stretched.summary()["mae"] == pytest.approx(halved.summary()["mae"], abs=0.01)  # a byte halved
+
+
+def test_both_definitions_of_f_and_of_iou_by_hand():
+    mask = np.zeros((4, 8), bool)
+    mask[:, :4] = True
+    half, twice = np.zeros((4, 8)), np.ones((4, 8))
+    half[:2, :4] = 1  # precision 1, recall 1/2; `twice` finds everything: precision 1/2, recall 1
+    scores = SetScores("hand")
+    for name, found in (("half", half), ("twice", twice)):
+        scores.add(name, score_map(found, mask))
+    got = scores.summary()
+    f = (1.3 * 0.5 / (0.3 + 0.5), 1.3 * 0.5 / (0.15 + 1))
+    everything = 1.3 * 0.5 / (0.15 + 1)  # what both maps give at threshold 0, where each pixel is found
+    assert got["maxf_a"] == pytest.approx(0.75)  # precision and recall are 3/4 on average
+    assert got["maxf_b"] == pytest.approx(sum(f) / 2)
+    assert got["meanf_a"] == pytest.approx((255 * 0.75 + everything) / 256)
+    assert got["meanf_b"] == pytest.approx((255 * sum(f) / 2 + everything) / 256)
+    assert got["iou_mean"] == pytest.approx((8 / 16 + 16 / 32) / 2)
+    assert got["iou_set"] == pytest.approx((8 + 16) / (16 + 32))
+    assert got["mae"] == pytest.approx((8 / 32 + 16 / 32) / 2)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.25, 0.75])
+def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
+    n = 6 * 9
+    got = score_map(np.full((6, 9), level), np.zeros((6, 9), bool))
+    assert got.empty and got.constant and not got.resized
+    assert got.mae == pytest.approx(level)
+    assert got.sm == pytest.approx(1 - level)
+    assert got.wf == 0
+    precision, recall, f, e = got.curves
+    assert not precision.any() and not recall.any() and not f.any()
+    below = np.arange(255, -1, -1) > int(level * 255)
+    assert e == pytest.approx(np.where(below, n / (n - 1), 0))
+    assert got.iou == (1.0 if level <= 0.5 else 0.0)
+
+
+@pytest.mark.parametrize("truth", [np.ones((9, 7), bool), np.zeros((9, 7), bool), np.arange(63).reshape(9, 7) % 5 > 2])
+def test_masks_full_empty_and_scattered_as_pysodmetrics_counts_them(truth):
+    found = np.random.default_rng(2).random(truth.shape)
+    em, fm = psm.Emeasure(), psm.FmeasureV2({"f": psm.FmeasureHandler(True, False, beta=0.3)})
+    for metric in (em, fm):
+        metric.step(found, truth, normalize=False)
+    got = score_map(found, truth).curves
+    assert got[3] == pytest.approx(em.get_results()["em"]["curve"], abs=1e-12)
+    assert got[2] == pytest.approx(fm.get_results()["f"]["dynamic"], abs=1e-12)
+
+
+def test_an_object_on_the_border_has_an_s_measure():
+    """PySODMetrics answers NaN: three of the four quadrants around its centre hold no pixel."""
+    mask, found = np.zeros((30, 40), bool), np.full((30, 40), 0.3)
+    mask[-1, -1], found[-1, -1] = True, 0.9
+    direct = psm.Smeasure()
+    expected = 0.5 * direct.object(found, mask) + 0.5 * direct.ssim(found, mask)
+    assert score_map(found, mask).sm == pytest.approx(expected, abs=1e-12)
+    with pytest.warns(RuntimeWarning):
+        direct.step(found, mask, normalize=False)
+    assert np.isnan(direct.get_results()["sm"])  # once it does not, our own ssim can go
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (23, 17)])
+def test_maps_are_resized_as_pytorch_does(shape):
+    found = np.random.default_rng(0).random((32, 32)).astype(np.float32)
+    expected = F.interpolate(torch.from_numpy(found)[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
+    got = map_at(found, shape)
+    assert got.dtype == np.float32
+    assert np.abs(got - expected.numpy()).max() < 32 * 2**-23  # both round the places in the map, 0 to 32, to fp32
+
+
+# ---------------------------------------------------------------------------------------------- files of maps
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "expected"),
+    [
+        ("a.png", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
+        ("a.png", np.array([[0, 13107], [65535, 1]], np.uint16), [[0, 0.2], [1, 1 / 65535]]),
+        ("a.tif", np.array([[0, 0.2], [1, 0.5]], np.float32), [[0, 0.2], [1, 0.5]]),
+        ("a.npy", np.array([[[[0, 0.2], [1, 0.5]]]], np.float32), [[0, 0.2], [1, 0.5]]),
+        ("a.npy", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
+        ("a.npy", np.array([[0, 1 + 1e-7], [1, -1e-8]]), [[0, 1], [1, 0]]),
+    ],
+)
+def test_maps_of_any_depth(name, array, expected, tmp_path):
+    got = read_map(save(tmp_path / name, array))
+    assert got.dtype == np.float64
+    assert got == pytest.approx(np.array(expected), abs=1e-7 if array.dtype == np.float32 else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.npy", np.array([[0, np.nan]]), "not numbers (NaN or infinite)"),
+        ("a.tif", np.array([[0, np.inf]], np.float32), "not numbers (NaN or infinite)"),
+        ("a.npy", np.array([[0, 255.0]]), "holds values from 0 to 255"),
+        ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
+        ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
+        ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
+        ("a.npy", b"", "not an array that numpy reads"),
+        ("a.npy", b"no array", "not an array that numpy reads"),
+        ("a.png", b"no picture", "not an image"),
+        ("a.png", b"", "empty file"),
+    ],
+)
+def test_maps_that_cannot_be_used(name, content, says, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        save(tmp_path / name, content)
+    with pytest.raises(BadFile) as error:
+        read_map(tmp_path / name)
+    assert says in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------- the script
+
+
+def test_two_sets_in_one_call(folders, tmp_path):
+    """As a process: table, JSON, CSV, curves, scores of each image, sheet. Two workers give what one process gives."""
+    again = make_set(tmp_path / "again", 3, (40, 50), seed=5)
+    report = tmp_path / "new" / "report"
+    words = ["--pred", folders[0], again[0], "--gt", folders[1], again[1], "--name", "first", "second"]
+    process = start(*words, "--workers", 2, "--json", report / "s.json", "--csv", report / "s.csv", "--out", report)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""
+    expected = [scores_of(*folders).summary() | {"name": "first"}, scores_of(*again).summary() | {"name": "second"}]
+    assert json.loads((report / "s.json").read_text()) == expected  # to the last bit: added up in the order of names
+    with (report / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{k: v if k == "name" else float(v) for k, v in row.items()} for row in rows] == expected
+    assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
+    names = {p.name for p in report.iterdir()}
+    assert names == {"s.json", "s.csv", "precision_recall.png", "f_threshold.png"} | {
+        f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")
+    }
+    with (report / "first_images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"{i:05}" for i in range(14)]
+    assert np.mean([float(row["mae"]) for row in rows]) == pytest.approx(expected[0]["mae"])
+    with Image.open(report / "first_worst.png") as sheet:  # two columns of mask | map
+        assert sheet.size == (2 * (2 * (TILE[0] + GAP) + GAP), 7 * (TILE[1] + LINE + GAP) + GAP)
+    with Image.open(report / "precision_recall.png") as curves:
+        assert curves.size == (720, 600)
+
+
+def test_the_sheet_keeps_its_order():
+    red, green = (np.full((30, 40, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 255, 0)))
+    content = contact_sheet([("a", [red, green]), ("b", [green, red])], columns=1)
+    with Image.open(io.BytesIO(content)) as sheet:
+        middle = GAP + LINE + TILE[1] // 2
+        places = [(GAP + TILE[0] // 2, middle), (2 * GAP + 3 * TILE[0] // 2, middle)]
+        assert [sheet.getpixel(p) for p in places] == [(255, 0, 0), (0, 255, 0)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("net") / "best.pth"
+    torch.save(U2NETP().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> tuple[Path, Path]:
+    """Photographs of different sizes, and masks of their bright parts."""
+    root = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "cat", "coffee"):
+        image = getattr(photographs, name)()[::3, ::4]
+        save(root / "images" / f"{name}.png", np.ascontiguousarray(image))
+        save(root / "masks" / f"{name}.png", ((image.mean(-1) > 128) * 255).astype(np.uint8))
+    return root / "images", root / "masks"
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_checkpoint_is_scored_on_fp32_maps_at_the_masks_size(tta, checkpoint, photos, tmp_path, capsys):
+    images, masks = photos
+    cfg = Config(
+        gt=(str(masks),), image=(str(images),), checkpoint=str(checkpoint), size=64, batch=2, workers=1, device="cpu",
+        tta=tta, speed=True, json=str(tmp_path / "s.json"), out=str(tmp_path),
+    )  # fmt: skip
+    assert run(cfg) == 0
+    out = capsys.readouterr().out
+    assert "U2NETP" in out and ("mirrored" in out) == tta
+    net = U2NETP()
+    net.load_state_dict(torch.load(checkpoint, weights_only=True))
+    predict = Predictor(net, torch.device("cpu"))
+    mae, sm = psm.MAE(), psm.Smeasure()
+    for path in sorted(masks.iterdir()):
+        mask = np.asarray(Image.open(path)) > 128
+        image = rescale_image(np.asarray(Image.open(images / path.name)), 64)
+        ways = [predict(torch.from_numpy(image)[None])]
+        if tta:
+            ways.append(predict(torch.from_numpy(image[:, ::-1].copy())[None]).flip(3))
+        d0 = F.interpolate(sum(ways) / len(ways), mask.shape, mode="bilinear", align_corners=False)
+        for metric in (mae, sm):
+            metric.step(d0[0, 0].double().numpy(), mask, normalize=False)
+    (got,) = json.loads((tmp_path / "s.json").read_text())
+    assert got["n"] == 3
+    assert got["mae"] == pytest.approx(mae.get_results()["mae"], abs=1e-6)  # fp32, batches of another size
+    assert got["sm"] == pytest.approx(sm.get_results()["sm"], abs=1e-6)
+    assert got["img_s"] > 0 and got["memory_GiB"] > 0
+    with Image.open(tmp_path / f"{got['name']}_worst.png") as sheet:  # image | mask | map
+        assert sheet.size[0] == 2 * (3 * (TILE[0] + GAP) + GAP)
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def test_names_without_a_partner_are_named_and_the_exit_code_tells(three, capsys):
+    pred, gt = three
+    (pred / "00001.png").unlink()
+    (gt / "00002.png").unlink()
+    assert run(Config(gt=(str(gt),), pred=(str(pred),), workers=1)) == 1
+    out = capsys.readouterr().out
+    assert "1 maps without a mask, set aside: 00002.png" in out
+    assert "1 masks without a map, set aside: 00001.png" in out
+
+
+@pytest.mark.parametrize("spoil", ["map", "mask", "nan"])
+def test_files_that_cannot_be_used_are_named_and_the_exit_code_tells(spoil, three, tmp_path, capsys):
+    pred, gt = three
+    bad = {"map": pred / "00001.png", "mask": gt / "00001.png", "nan": pred / "00001.npy"}[spoil]
+    if spoil == "nan":
+        (pred / "00001.png").unlink()
+        save(bad, np.full((72, 96), np.nan))
+    else:
+        bad.write_bytes(b"not an image")
+    assert run(Config(gt=(str(gt),), pred=(str(pred),), workers=1, json=str(tmp_path / "s.json"))) == 1
+    assert f"1 that cannot be used, set aside: {bad}: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())[0]["n"] == 2
+
+
+def test_images_that_cannot_be_used_with_a_checkpoint(checkpoint, photos, tmp_path, capsys):
+    for kind, source in zip(("images", "masks"), photos, strict=True):
+        (tmp_path / kind).mkdir()
+        for path in source.iterdir():
+            (tmp_path / kind / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images" / "cat.png").write_bytes(b"not an image")
+    save(tmp_path / "masks" / "coffee.png", np.zeros((40, 40), np.uint8))  # another shape than its image
+    cfg = Config(
+        gt=(str(tmp_path / "masks"),), image=(str(tmp_path / "images"),), checkpoint=str(checkpoint), size=32,
+        workers=1, device="cpu",
+    )  # fmt: skip
+    assert run(cfg) == 1
+    out = capsys.readouterr().out
+    assert "2 that cannot be used, set aside: " in out and "cat.png: not an image" in out
+    assert "coffee.png: mask is 40x40" in out
+
+
+def test_odd_maps_are_used_and_counted(three, tmp_path, capsys):
+    pred, gt = three
+    save(pred / "00000.png", np.full((72, 96), 90, np.uint8))
+    save(pred / "00001.png", np.asarray(Image.open(pred / "00001.png").resize((48, 48))))
+    save(gt / "00002.png", np.zeros((72, 96), np.uint8))
+    assert run(Config(gt=(str(gt),), pred=(str(pred),), workers=1, csv=str(tmp_path / "s.csv"))) == 0
+    out = capsys.readouterr().out
+    assert "1 maps of another size than their mask, resized to it: 00001" in out
+    assert "1 maps of one value everywhere, used: 00000" in out
+    assert "1 masks without an object, used: 00002" in out
+    with (tmp_path / "s.csv").open(newline="") as file:
+        assert all(np.isfinite(float(v)) for k, v in next(csv.DictReader(file)).items() if k != "name")
+
+
+def test_a_network_of_nan_scores_nothing(photos, tmp_path):
+    state = {
+        k: torch.full_like(v, float("nan")) if v.is_floating_point() else v for k, v in U2NETP().state_dict().items()
+    }
+    torch.save(state, tmp_path / "nan.pth")
+    images, masks = map(str, photos)
+    cfg = Config(gt=(masks,), image=(images,), checkpoint=str(tmp_path / "nan.pth"), size=32, workers=1, device="cpu")
+    with pytest.raises(UserError, match=r"no image could be evaluated.*not numbers"):
+        run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pred": ()}, "either --checkpoint with --image"),
+        ({"checkpoint": "x.pth"}, "either --checkpoint with --image"),
+        ({"checkpoint": "x.pth", "pred": ()}, "--image names no folder"),
+        ({"gt": ()}, "--gt names no folder"),
+        ({"gt": ("masks", "masks")}, "--pred has 1 entries, --gt 2"),
+        ({"name": ("a", "b")}, "--name has 2 entries, --gt 1"),
+        ({"name": ("../a",)}, "without a path"),
+        ({"gt": ("nowhere",)}, "nowhere: No such file"),
+        ({"pred": ("masks",)}, "give two folders"),
+        ({"gt": ("empty",)}, "maps has 3 maps, empty 0 masks, and no two have the same name"),
+        ({"speed": True}, "wants --checkpoint"),
+        ({"tta": True}, "wants --checkpoint"),
+        ({"size": 8}, "size = 8: must be from 32"),
+        ({"json": "masks/00000.png/s.json"}, "cannot be written"),
+        ({"out": "masks/00000.png"}, "cannot be written"),
+        ({"csv": "masks"}, "is a folder"),
+        ({"checkpoint": "nothing.pth", "pred": (), "image": ("maps",)}, "nothing.pth: there is no such checkpoint"),
+        (
+            {"checkpoint": "other.pth", "pred": (), "image": ("maps",)},
+            "other.pth: holds the weights of another",
+        ),
+    ],
+)
+def test_unusable_input_is_one_line_before_any_work(change, says, three, monkeypatch, capsys):
+    folder = three[0].parent
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    torch.save({"weight": torch.ones(1)}, folder / "other.pth")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError) as error:
+        run(Config(**{"gt": ("masks",), "pred": ("maps",), "workers": 1} | change))
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root and Windows may write there")
+def test_a_read_only_folder_is_refused_before_any_work(three, capsys):
+    three[0].parent.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            run(Config(gt=(str(three[1]),), pred=(str(three[0]),), out=str(three[0].parent)))
+    finally:
+        three[0].parent.chmod(0o700)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_mask_drawn_on_the_photograph_as_stored_is_turned_with_it(three, tmp_path, capsys):
+    """Without the photograph nobody can know, and maps of one odd size for all images are resized."""
+    photo, exif = np.zeros((72, 96, 3), np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{i:05}.png", exif=exif if i == 1 else None)
+    with Image.open(three[1] / "00001.png") as mask:
+        mask.transpose(Image.Transpose.ROTATE_270).save(three[0] / "00001.png")
+    scores = []
+    for image in ((), (str(tmp_path / "photos"),)):
+        folders = {"gt": (str(three[1]),), "pred": (str(three[0]),), "image": image}
+        assert run(Config(**folders, workers=1, csv=str(tmp_path / "s"))) == 0
+        capsys.readouterr()
+        with (tmp_path / "s").open(newline="") as file:
+            scores.append(float(next(csv.DictReader(file))["iou_mean"]))
+    assert scores[1] > scores[0] + 0.1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_costs_one_line_and_leaves_no_part_of_a_file(three, tmp_path):
+    import resource
+
+    report = tmp_path / "report"
+    process = start(
+        "--pred", three[0], "--gt", three[1], "--workers", 1, "--json", report / "s.json",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)),
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith(f"error: {report / 's.json'} could not be written") and err.count("\n") == 1
+    assert "S-measure" in out  # the scores are not lost
+    assert list(report.iterdir()) == []
+
+
+def children_of(process: subprocess.Popen) -> list[str]:
+    """Of a process that starts two workers: them, and Python's tracker of their resources."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(found := children.read_text().split()) < 3:
+        time.sleep(0.05)
+    assert len(found) == 3, "it ended before"
+    return found
+
+
+def assert_gone(processes: list[str]) -> None:
+    def alive(process: str) -> bool:
+        try:
+            return "zombie" not in Path(f"/proc/{process}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + 20  # the tracker goes when it finds its pipe closed
+    while left := [p for p in processes if alive(p)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
+    """Ctrl-C comes to all its processes at once, while they start; SIGTERM to the first one, while it works."""
+    pred, gt = make_set(tmp_path, 4, (40, 50))
+    for i in range(4, 3000):
+        for folder in (pred, gt):
+            os.link(folder / f"{i % 4:05}.png", folder / f"{i:05}.png")
+    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json", start_new_session=True)
+    workers = children_of(process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        time.sleep(2)
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err in ("", "interrupted\n")
+    assert not (tmp_path / "s.json").exists()
+    assert_gone(workers)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
+def test_ctrl_c_while_processes_start_is_not_lost_and_does_not_reach_them():
+    program = (
+        "import os, signal, subprocess, sys, u2mamba.runtime.workers as w\n"
+        "stop = 'import os, signal; os.kill(os.getpid(), signal.SIGINT)'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n"
+        "    with w._deaf_to_ctrl_c():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print(subprocess.run([sys.executable, '-c', stop]).returncode)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.stdout.split() == ["0", "interrupted"], done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+def test_workers_end_with_a_killed_parent():
+    program = (
+        "import time, u2mamba.runtime.workers as w\nwith worker_pool(2) as pool: pool.submit(time.sleep, 600).result()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=SCRIPT.parent, stderr=subprocess.DEVNULL)
+    workers = children_of(process)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    assert_gone(workers)
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(UserError, match="--workers 1"), worker_pool(2) as pool:
+        pool.submit(os._exit, 1).result()
+
+
+def test_names_of_sets():
+    assert names_of(Config(gt=("a/DUTS-TE/masks", "b/ECSSD"))) == ["DUTS-TE", "ECSSD"]
+    assert names_of(Config(gt=("a/x",), name=("y",))) == ["y"]
+    with pytest.raises(UserError, match="give --name"):
+        names_of(Config(gt=("a/x", "b/x")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_names_that_are_not_text_are_used(three, tmp_path):
+    for folder in three:
+        (folder / "00001.png").rename(folder / "$\udcff.png")
+        (folder / "00002.png").rename(folder / "船.png")
+    assert run(Config(gt=(str(three[1]),), pred=(str(three[0]),), workers=1, out=str(tmp_path / "o"))) == 0
+    rows = (tmp_path / "o" / f"{tmp_path.name}_images.csv").read_text(errors="surrogateescape").splitlines()
+    assert [row.split(",")[0] for row in rows] == ["image", "$\udcff", "00000", "船"]

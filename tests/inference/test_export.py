@@ -1,0 +1,302 @@
+"""u2mamba_export.py: ONNX Runtime computes from its files what PyTorch computes, and rembg cuts out with them."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import u2mamba_export
+from data_loader import MEAN, STD, normalise
+from model import U2MAMBAP
+from model.mamba import MambaLayer
+from u2mamba.dataset.cache import rescale_image, rescale_mask
+from u2mamba.dataset.demo import PHOTOGRAPHS
+from u2mamba.dataset.pairs import find_pairs, read_image, read_pair
+from u2mamba.runtime.config import CONSTANTS
+from u2mamba.runtime.errors import UserError
+from u2mamba_export import Options, gather, run
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SIZE = 96  # pixels: up to 36 tokens, three chunks of the exported scan
+REMBG = os.environ.get("REMBG_PYTHON", "")  # the Python of an environment with rembg, which wants one of its own
+
+
+NAMES = ("astronaut", "chelsea", "coffee")
+
+
+def photograph(name: str) -> Image.Image:
+    return Image.fromarray(read_image(PHOTOGRAPHS / f"{name}.png")).resize((90, 70))
+
+
+def prepared(name: str) -> torch.Tensor:
+    return normalise(torch.from_numpy(rescale_image(np.asarray(photograph(name)), SIZE))[None])
+
+
+@functools.cache
+def network() -> torch.nn.Module:
+    """As initialised, but batch norm has the statistics of the photographs: no layer is far from 1, as if trained."""
+    torch.manual_seed(0)
+    net = U2MAMBAP()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.momentum = 1.0
+    with torch.no_grad():
+        net(torch.cat([prepared(name) for name in NAMES]))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder with the checkpoint and the files made from it, and what was printed."""
+    folder = tmp_path_factory.mktemp("export")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for name in NAMES:
+        image = photograph(name)
+        image.save(folder / "images" / f"{name}.png")
+        image.convert("L").point(lambda v: 255 * (v > 128)).save(folder / "masks" / f"{name}.png")
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    (folder / "masks" / "broken.png").write_bytes(b"no image")
+    torch.save(network().state_dict(), folder / "net.pth")
+    (folder / CONSTANTS).write_text(json.dumps({"rescale": SIZE}))  # the size it was trained at, and is exported at
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+        patch.setattr(u2mamba_export, "RUNS", 1)
+        code = run(
+            Options(
+                checkpoint=str(folder / "net.pth"), out=str(folder / "out" / "net.onnx"),
+                images=str(folder / "images"), gt=str(folder / "masks"), variants=("fp16", "int8"),
+            )
+        )  # fmt: skip
+    assert code == 1  # the broken one
+    return folder, "\n".join(lines)
+
+
+def run_onnx(path: Path, x: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"image": x})[0]
+
+
+def test_the_file_is_one_and_plain(exported):
+    folder, _ = exported
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["net.onnx", "net_fp16.onnx", "net_int8.onnx"]
+    model = onnx.load(folder / "out/net.onnx", load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not {node.op_type for node in model.graph.node} & {"Scan", "Loop", "If", "BatchNormalization"}
+    assert not any(t.HasField("data_location") and t.data_location for t in model.graph.initializer)
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {"image": ["N", 3, SIZE, SIZE], "d0": ["N", 1, SIZE, SIZE]}
+    assert not any(n.doc_string for n in model.graph.node)  # no paths of the machine it was made on
+    assert {p.key: p.value for p in model.metadata_props}["network"] == "U2MAMBAP"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_gives_what_pytorch_gives(batch, exported):
+    x = torch.cat([prepared(name) for name in NAMES[:batch]])
+    with torch.no_grad():
+        expected = network()(x)[0].numpy()
+    found = run_onnx(exported[0] / "out/net.onnx", x.numpy())
+    assert np.ptp(expected) > 0.2  # else the test says nothing
+    assert found.shape == (batch, 1, SIZE, SIZE) and found.dtype == np.float32
+    assert found.min() >= 0 and found.max() <= 1
+    assert np.abs(found - expected).max() <= 2e-5  # fp32, 60 layers: 1e-6 seen
+
+
+def test_variants_and_the_figures_that_are_printed(exported):
+    folder, said = exported
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith("net")}
+    assert list(rows) == ["net.onnx", "net_fp16.onnx", "net_int8.onnx"]
+    x, masks = [prepared(name) for name in NAMES], []
+    for name in NAMES:
+        mask = np.asarray(Image.open(folder / "masks" / f"{name}.png"))
+        masks.append(rescale_mask(mask, SIZE) / 255)
+    with torch.no_grad():
+        expected = network()(torch.cat(x))[0][:, 0].numpy()
+    for name, (megabytes, mae, largest, mae_masks) in rows.items():
+        path = folder / "out" / name
+        found = run_onnx(path, torch.cat(x).numpy())[:, 0]
+        apart = np.abs(found - expected)
+        assert float(megabytes) == pytest.approx(path.stat().st_size / 1e6, abs=0.06)
+        if name != "net.onnx":  # whose differences are roundings
+            assert float(mae) == pytest.approx(apart.mean(), rel=0.06)
+            assert float(largest) == pytest.approx(apart.max(), rel=0.06)
+        assert float(mae_masks) == pytest.approx(np.abs(found - np.stack(masks)).mean(), abs=6e-5)
+    assert float(rows["net.onnx"][1]) < 1e-6 < float(rows["net_fp16.onnx"][1]) < 0.01
+    assert float(rows["net_int8.onnx"][1]) < 0.1
+    half, bytes8 = (onnx.load(folder / "out" / f"net_{kind}.onnx") for kind in ("fp16", "int8"))
+    assert {t.data_type for t in half.graph.initializer if len(t.dims) == 4} == {onnx.TensorProto.FLOAT16}
+    convolved = {n.input[1] for n in bytes8.graph.node if n.op_type == "Conv"}
+    as_they_were = {name for name in convolved if "DequantizeLinear" not in name}
+    assert len(convolved) == 130 and len(as_they_were) == 1 + 11  # the first and those of the Mamba layers
+    assert re.search(r"largest difference to PyTorch: \d\.\de-0[5-9]", said)
+    for way in ("ONNX Runtime, net.onnx", "PyTorch, eager, fp32, NCHW", "PyTorch, Predictor"):
+        assert re.search(rf"\d ms \+- [\d.]+  {way}", said)
+
+
+class OneLayer(torch.nn.Module):
+    """A convolution, a Mamba layer of which the scan gives more than half precision can hold, and a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 1, 1)
+        self.mamba = MambaLayer(16, norm_at="gate", backend="torch")
+        with torch.no_grad():
+            self.mamba.mamba.in_proj.weight *= 1e3
+
+    def forward(self, x):
+        x = self.before(x)
+        return (torch.sigmoid(self.after(x + self.mamba(x))),)
+
+
+def test_mamba_layers_stay_in_float32_in_the_half_file(tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    torch.manual_seed(0)
+    net, x = OneLayer().eval(), torch.randn(1, 3, 8, 8)
+    expected = net(x)[0].detach().numpy()
+    u2mamba_export.export(net, tmp_path / "net.onnx", 8, 17)
+    onnx.save(convert_float_to_float16(onnx.load(tmp_path / "net.onnx"), keep_io_types=True), tmp_path / "all.onnx")
+    assert np.ptp(expected) > 0.2 and np.isnan(run_onnx(tmp_path / "all.onnx", x.numpy())).any()
+    u2mamba_export.to_fp16(tmp_path / "net.onnx", tmp_path / "half.onnx")
+    half = onnx.load(tmp_path / "half.onnx")
+    onnx.checker.check_model(half, full_check=True)
+    casts = [node for node in half.graph.node if node.op_type == "Cast"]
+    assert len(casts) == 4  # of the input, of the output, into the layer and out of it
+    types = {t.name: t.data_type for t in half.graph.initializer}
+    assert {types[node.input[1]] for node in half.graph.node if node.op_type == "Conv"} == {1, 10}  # float32, float16
+    assert np.abs(run_onnx(tmp_path / "half.onnx", x.numpy()) - expected).max() < 5e-3
+
+
+def test_a_file_that_computes_something_else_is_not_written(exported, tmp_path, monkeypatch):
+    folder, _ = exported
+    monkeypatch.setattr(u2mamba_export, "export", lambda net, path, *_: path.write_bytes(broken))
+    model = onnx.load(folder / "out/net.onnx")
+    last = next(n for n in model.graph.node if "d0" in n.output)
+    assert last.op_type == "Sigmoid"
+    last.op_type = "HardSigmoid"
+    broken = model.SerializeToString()
+    with pytest.raises(UserError, match=r"differs from PyTorch .* by \d\.\de-0[12], more than 1e-04; .* try another"):
+        run(Options(checkpoint=str(folder / "net.pth"), out=str(tmp_path / "net.onnx"), size=SIZE))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_amplify_rounding_are_told_from_a_wrong_file(exported, tmp_path, monkeypatch):
+    """The last convolution such that fp32 has no digit left at the sigmoid."""
+    right = (exported[0] / "out/net.onnx").read_bytes()  # of the weights before; the difference is seen all the same
+    monkeypatch.setattr(u2mamba_export, "export", lambda net, path, *_: path.write_bytes(right))
+    state = torch.load(exported[0] / "net.pth", weights_only=True)
+    for part in ("weight", "bias"):
+        state[f"outconv.{part}"] *= 1e6
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(UserError, match="nothing is written; these weights amplify rounding"):
+        run(Options(checkpoint=str(tmp_path / "net.pth"), out=str(tmp_path / "net.onnx"), size=SIZE))
+    assert not (tmp_path / "net.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"out": "net.pt"}, "--out net.pt: must be called something.onnx"),
+        ({"out": "net.pth/net.onnx"}, "cannot be written"),
+        ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
+        ({"gt": "masks"}, "--gt: give the images of these masks too"),
+        ({"images": "out"}, "--images out: there is no such folder, or no image in it"),
+        ({"images": "images", "gt": "nowhere"}, "nowhere: there is no such folder"),
+        ({"size": 20}, "size = 20: must be from 32"),
+        ({"opset": 99}, "opset = 99: must be from 13 to 20"),
+        ({"variants": ("int4",)}, "variants = ('int4',)"),
+    ],
+)
+def test_unusable_input_is_one_line(more, says, exported, monkeypatch):
+    monkeypatch.chdir(exported[0])
+    with pytest.raises(UserError) as caught:
+        run(Options(**{"checkpoint": "net.pth", "out": "made.onnx"} | more))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path("made.onnx").exists()
+
+
+def test_masks_are_turned_as_the_trainer_turns_them(tmp_path):
+    image = photograph(NAMES[0]).resize((60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    image.save(tmp_path / "images" / "a.jpg", exif=exif)
+    image.convert("L").point(lambda v: 255 * (v > 128)).save(tmp_path / "masks" / "a.png")  # as stored
+    _, masks, aside = gather(Options(images=str(tmp_path / "images"), gt=str(tmp_path / "masks")), SIZE)
+    mask = read_pair(find_pairs(tmp_path / "images", tmp_path / "masks")[0][0]).mask
+    assert aside == 0 and mask.shape == (60, 40)
+    assert np.array_equal(masks[0].numpy(), rescale_mask(mask, SIZE) / np.float32(255))
+
+
+def test_without_onnx_runtime(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-export\.txt"):
+        run(Options())
+
+
+CUT_OUT = """
+import sys
+from PIL import Image
+from rembg import new_session, remove
+model, *images = sys.argv[1:]
+session = new_session("u2net_custom", model_path=model)
+for path in images:
+    image = Image.open(path)
+    session.predict(image)[0].save(path + ".map.png")
+    remove(image, session=session).save(path + ".cut.png")
+"""
+
+
+def map_as_rembg_makes_it(net: torch.nn.Module, image: Image.Image) -> np.ndarray:
+    """rembg 2's preparation and stretching, around our network in PyTorch."""
+    squashed = np.asarray(image.convert("RGB").resize((320, 320), Image.Resampling.LANCZOS))
+    x = (squashed / squashed.max() - MEAN) / STD
+    with torch.no_grad():
+        d0 = net(torch.from_numpy(x.transpose(2, 0, 1)[None]).float())[0][0, 0].numpy()
+    d0 = (d0 - d0.min()) / (d0.max() - d0.min())
+    return np.asarray(Image.fromarray((d0 * 255).astype(np.uint8)).resize(image.size, Image.Resampling.LANCZOS))
+
+
+@pytest.mark.skipif(not REMBG, reason="REMBG_PYTHON does not name the Python of an environment with rembg")
+def test_rembg_takes_the_file_and_gives_our_maps(exported, tmp_path):
+    """A person, an animal, things; REMBG_CHECKPOINT and REMBG_IMAGES (a folder) put others in their place."""
+    checkpoint = os.environ.get("REMBG_CHECKPOINT", str(exported[0] / "net.pth"))
+    names = [PHOTOGRAPHS / n for n in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
+    if "REMBG_IMAGES" in os.environ:
+        names = sorted(Path(os.environ["REMBG_IMAGES"]).iterdir())
+    images = []
+    for name in names:
+        images.append(tmp_path / f"{name.stem}.png")
+        Image.fromarray(read_image(name)).save(images[-1])
+    net, _ = u2mamba_export.trained_network(checkpoint, "torch")
+    (tmp_path / "models").mkdir()
+    u2mamba_export.export(net, tmp_path / "models" / "ours.onnx", 320, 17)
+    words = [REMBG, "-c", CUT_OUT, str(tmp_path / "models" / "ours.onnx"), *map(str, images)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"REMBG_HOME": str(tmp_path)}
+    environment.pop("U2NET_HOME", None)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in images:
+        image, found = Image.open(path), np.asarray(Image.open(f"{path}.map.png"))
+        expected = map_as_rembg_makes_it(net, image)
+        apart = np.abs(found.astype(int) - expected)
+        print(f"{path.name}: {np.ptp(expected)} levels, largest difference {apart.max()}, mean {apart.mean():.4f}")
+        assert np.ptp(expected) > 100 and apart.max() <= 2 and apart.mean() < 0.05  # a level where 8 bits are cut off
+        cut = np.asarray(Image.open(f"{path}.cut.png"))
+        assert cut.shape == (*found.shape, 4) and np.array_equal(cut[..., 3], found)

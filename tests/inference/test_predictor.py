@@ -1,0 +1,92 @@
+"""u2mamba/inference/predictor.py: the prepared network computes what the network computes."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import skimage.data
+import torch
+
+from data_loader import normalise
+from model import U2MAMBAP, U2NETP
+from u2mamba.dataset.cache import rescale_image
+from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
+
+
+def trained(net: torch.nn.Module) -> torch.nn.Module:
+    """With batch norm statistics and weights as a run leaves them: all of them different from their start."""
+    generator = torch.Generator().manual_seed(0)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for t, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 2.0), (m.weight.data, 0.5, 1.5)):
+                t.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(256, (2, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("network", [U2NETP, U2MAMBAP])
+def test_folded_batch_norm_changes_rounding_only(network, images):
+    net = trained(network())
+    x = normalise(images)
+    with torch.no_grad():
+        for a, b in zip(net(x, logits=True), fold_batch_norm(net)(x, logits=True), strict=True):
+            assert (a - b).abs().max() <= 1e-4 * a.abs().max()
+    assert net.stage1.rebnconvin.bn_s1.training is False and hasattr(net.stage1.rebnconvin.bn_s1, "running_var")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])  # bf16 has 8 bits: 2^-8 a layer
+def test_predictor_gives_the_networks_d0(precision, tolerance, images):
+    net = trained(U2MAMBAP())
+    with torch.no_grad():
+        expected = net(normalise(images))[0]
+    d0 = Predictor(net, torch.device("cpu"), precision)(images)
+    assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
+    assert (d0 - expected).abs().max() <= tolerance
+    assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes what glibc does")
+@pytest.mark.parametrize("kept", [True, False])
+def test_later_maps_use_the_memory_of_earlier_ones_where_there_is_enough(kept):
+    """In a process of its own: how many pages the system had to bring for the fourth map; without it some 50,000."""
+    code = f"""
+import resource, torch
+from u2mamba.inference import predictor as inference
+    from u2mamba.runtime import environment as device
+from model import U2NETP
+device.available_memory = lambda: {2**40 if kept else 0}
+predict = inference.Predictor(U2NETP(), torch.device("cpu"))
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    predict(torch.zeros(1, 320, 320, 3, dtype=torch.uint8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 20_000) == kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA GPU")
+def test_graph_and_eager_predictor_agree(images):
+    net, device = trained(U2MAMBAP()), torch.device("cuda")
+    graph, eager = Predictor(net, device), Predictor(net, device, graph=False)
+    first = graph(images)
+    kept = first.clone()
+    assert (first - eager(images)).abs().max() <= 1e-5
+    other = images.flip(1)
+    assert (graph(other) - eager(other)).abs().max() <= 1e-5
+    assert torch.equal(first, kept)  # a later call does not write into an earlier result
+
+
+def test_the_weights_that_ship_find_the_cup_and_not_the_table():
+    """On scikit-image's photograph of a cup of coffee, which they have not seen."""
+    net, path = trained_network()
+    assert path.stat().st_size < 6e6
+    picture = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
+    d0 = Predictor(net, torch.device("cpu"))(picture[None])[0, 0]
+    assert d0[80:160, 130:190].mean() > 0.9  # the coffee
+    assert max(d0[:40, :40].max(), d0[-40:, -40:].max(), d0[-40:, :40].max()) < 0.1  # corners of the table

@@ -1,0 +1,270 @@
+"""The networks equal the published ones: counts, keys, shapes, function."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import U2MAMBA, U2MAMBAP, U2NET, U2NETP, load_u2net_weights
+from model.layers import fused
+from model.u2net import RSU
+from u2mamba.engine.checkpoint import build_network
+
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        (U2NET, 44_009_869),
+        (U2NETP, 1_131_181),
+        (U2MAMBA, 45_657_037),
+        (lambda: U2MAMBA(mamba_at="encoder"), 48_877_773),
+        (lambda: U2MAMBA(mamba_at="none"), 44_009_869),
+    ],
+)
+def test_parameter_counts(network, count):
+    with torch.device("meta"):
+        assert parameters(network()) == count
+
+
+@pytest.mark.parametrize(("network", "name"), [(U2NET, "u2net"), (U2NETP, "u2netp")])
+def test_keys_and_shapes_are_the_published_ones(network, name):
+    lines = (Path(__file__).parent / "reference" / f"{name}_keys.txt").read_text().splitlines()
+    with torch.device("meta"):
+        own = [f"{key} {tuple(value.shape)}" for key, value in network().state_dict().items()]
+    assert own == [line.strip() for line in lines if line.strip()]
+
+
+def small(network=U2MAMBAP, **options):
+    torch.manual_seed(3)
+    net = network(**options).eval()
+    for module in net.modules():  # statistics of a trained network, so that batch norm is not the identity
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+def test_without_mamba_it_is_u2net_to_the_last_bit():
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        plain, ours = small(U2NETP), small(U2MAMBAP, mamba_at="none")
+        ours.load_state_dict(plain.state_dict())
+        for a, b in zip(plain(x), ours(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 95), (71, 32)])
+def test_outputs_have_the_size_of_the_image_and_are_probabilities(size):
+    with torch.no_grad():
+        outputs = small()(torch.rand(2, 3, *size))
+    assert len(outputs) == 7
+    for d in outputs:
+        assert d.shape == (2, 1, *size)
+        assert d.min() >= 0 and d.max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 3, 64, 16), (3, 64, 64)])
+def test_too_small_or_misshapen_images_are_refused_with_their_shape(shape):
+    with pytest.raises(ValueError, match=str(shape[-1])):
+        small()(torch.rand(*shape))
+
+
+def test_logits_are_the_logits_of_the_probabilities():
+    with torch.no_grad():
+        x = torch.rand(1, 3, 48, 64)
+        net = small()
+        for probability, logit in zip(net(x), net(x, logits=True), strict=True):
+            assert torch.allclose(probability, torch.sigmoid(logit), atol=0, rtol=0)
+            assert torch.allclose(torch.logit(probability.double()), logit.double(), atol=1e-4)
+
+
+def test_batched_equals_single():
+    with torch.no_grad():
+        x = torch.rand(3, 3, 64, 64)
+        net = small()
+        single = torch.cat([net(image[None])[0] for image in x])
+        assert (net(x)[0] - single).abs().max() < 1e-5  # fp32 convolutions sum in another order for another batch
+
+
+def test_an_rsu_equals_its_definition_written_out():
+    """RSU-4(8, 4, 6) step by step, from figure 3 of the paper."""
+    torch.manual_seed(0)
+    rsu = RSU(4, False, 8, 4, 6).eval()
+
+    def conv(name, x, dilation=1):
+        m = getattr(rsu, name)
+        y = F.conv2d(x, m.conv_s1.weight, m.conv_s1.bias, padding=dilation, dilation=dilation)
+        return F.relu(y / math.sqrt(1 + 1e-5))  # batch norm of a new network in eval mode: mean 0, variance 1
+
+    def pool(x):
+        return F.max_pool2d(x, 2, 2, ceil_mode=True)
+
+    def up(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+    x = torch.randn(2, 8, 13, 10)
+    with torch.no_grad():
+        hxin = conv("rebnconvin", x)
+        h1 = conv("rebnconv1", hxin)
+        h2 = conv("rebnconv2", pool(h1))
+        h3 = conv("rebnconv3", pool(h2))
+        h4 = conv("rebnconv4", h3, dilation=2)
+        h3d = conv("rebnconv3d", torch.cat((h4, h3), 1))
+        h2d = conv("rebnconv2d", torch.cat((up(h3d, h2), h2), 1))
+        h1d = conv("rebnconv1d", torch.cat((up(h2d, h1), h1), 1))
+        assert torch.allclose(rsu(x), h1d + hxin, atol=1e-6)
+
+
+def test_mamba_stands_where_it_should():
+    with torch.device("meta"):
+        bottleneck = {
+            k.split(".mamba")[0] + ".mamba" + k.split(".mamba")[1][0] for k in U2MAMBAP().state_dict() if ".mamba" in k
+        }
+        encoder = {
+            k.split(".mamba")[0] + ".mamba" + k.split(".mamba")[1][0]
+            for k in U2MAMBAP(mamba_at="encoder").state_dict()
+            if ".mamba" in k
+        }
+    heights = {"stage1": 7, "stage2": 6, "stage3": 5, "stage4": 4, "stage5": 4, "stage6": 4}
+    decoders = {"stage5d": 4, "stage4d": 4, "stage3d": 5, "stage2d": 6, "stage1d": 7}
+    deepest = {f"{s}.mamba{h}" for s, h in (heights | decoders).items()}
+    assert bottleneck == deepest
+    assert encoder == deepest | {f"{s}.mamba{i}" for s, h in heights.items() for i in range(1, h + 1)}
+
+
+def test_unknown_place_for_mamba_is_refused():
+    with pytest.raises(ValueError, match="mamba_at"):
+        U2MAMBAP(mamba_at="decoder")
+
+
+@pytest.mark.parametrize("mamba_at", ["bottleneck", "encoder"])
+def test_public_weights_keep_their_function(mamba_at):
+    plain, net = small(U2NETP), U2MAMBAP(mamba_at=mamba_at).eval()
+    report = load_u2net_weights(net, {f"module.{k}": v for k, v in plain.state_dict().items()})
+    assert len(report.matched) == len(plain.state_dict())
+    assert report.unfit == []
+    assert report.new and all(".mamba" in k for k in report.new)
+    x = torch.rand(1, 3, 64, 80)
+    with torch.no_grad():
+        for a, b in zip(plain(x), net(x), strict=True):
+            assert (a - b).abs().max() < 1e-6
+    net(x)[0].sum().backward()  # and it can still learn: out_proj is zero, but its gradient is not
+    assert net.stage1.mamba7.mamba.out_proj.weight.grad.abs().sum() > 0
+
+
+def test_weights_of_our_own_network_are_all_kept():
+    source, net = small(), U2MAMBAP()
+    report = load_u2net_weights(net, source.state_dict())
+    assert report.new == [] and report.unfit == []
+    for key, value in source.state_dict().items():
+        assert torch.equal(net.state_dict()[key], value)
+
+
+def test_weights_of_another_network_leave_it_as_it_was():
+    net = small()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"u2netp\.pth"):
+        load_u2net_weights(net, {k: v + 1 for k, v in before.items() if "stage3d" not in k})
+    for key, value in net.state_dict().items():
+        assert torch.equal(before[key], value)
+
+
+def test_the_fused_layers_give_the_same_outputs_gradients_and_statistics_layer_by_layer():
+    """In fp64, because an untrained network multiplies rounding: in fp32 3 % of a gradient. The kernels themselves
+    are compared with these definitions one by one in test_kernels_layers."""
+    generator = torch.Generator().manual_seed(1)
+    masks = F.interpolate((torch.rand(3, 1, 9, 9, generator=generator) > 0.5).double(), (70, 74))
+    images = F.interpolate(torch.randn(3, 3, 9, 9, generator=generator).double(), (70, 74), mode="bilinear") + masks
+    nets = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = U2MAMBAP().double().to(memory_format=torch.channels_last).train()
+        with fused(on):
+            outputs = net(images.to(memory_format=torch.channels_last), logits=True)
+        sum(F.binary_cross_entropy_with_logits(d, masks) for d in outputs).backward()
+        nets.append((net, outputs[0]))
+    (plain, d0), (fast, d0_fast) = nets
+    assert torch.allclose(d0, d0_fast, atol=1e-9)
+    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        if name.endswith("conv_s1.bias"):  # batch norm cancels it: rounding in one network, no gradient in the other
+            assert q[1].grad is None
+        else:
+            assert (p.grad - q[1].grad).norm() <= 1e-6 * p.grad.norm() + 1e-12, name
+    for (name, p), q in zip(plain.named_buffers(), fast.buffers(), strict=True):
+        if "num_batches" not in name:
+            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
+
+
+VARIANTS = [
+    {"directions": 2},
+    {"residual": False},
+    {"out_proj_zero": True},
+    {"norm_at": "scan"},
+    {"norm_at": "gate"},
+    {"norm_at": "gate", "directions": 2, "mamba_at": "encoder"},
+    {"directions": 2, "mamba_at": "encoder"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_variant_is_told_by_its_state_dict(options, tmp_path):
+    torch.manual_seed(0)
+    net = U2MAMBAP(**options).eval()
+    again = build_network(net.state_dict(), tmp_path)
+    x = torch.rand(1, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(net(x), again(x), strict=True))
+
+
+def test_the_default_variant_is_the_network_without_options():
+    torch.manual_seed(0)
+    one = U2MAMBAP().state_dict()
+    torch.manual_seed(0)
+    other = U2MAMBAP(residual=True, directions=1, out_proj_zero=False).state_dict()
+    assert list(one) == list(other)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not any("back" in k or "no_residual" in k or "layernorm" in k for k in one)
+
+
+def test_out_proj_at_zero_starts_as_plain_u2net():
+    net = U2MAMBAP(out_proj_zero=True).eval()
+    plain = U2NETP().eval()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if ".mamba" not in k})
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(net(x)[0], plain(x)[0])
+    bare = U2MAMBAP(out_proj_zero=True, residual=False).eval()
+    bare.load_state_dict({**bare.state_dict(), **net.state_dict()})
+    assert not torch.equal(bare(x)[0], plain(x)[0])
+
+
+def test_public_weights_silence_both_directions():
+    plain = U2NETP().eval()
+    net = U2MAMBAP(directions=2).eval()
+    load_u2net_weights(net, plain.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(net(x)[0], plain(x)[0])
+
+
+def test_public_weights_and_mamba_without_a_residual_do_not_go_together():
+    net = U2MAMBAP(residual=False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match="mamba_residual"):
+        load_u2net_weights(net, U2NETP().state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    load_u2net_weights(net, U2MAMBAP(residual=False).state_dict())
+
+
+@pytest.mark.parametrize("norm_at, theirs", [("none", "scan"), ("scan", "gate"), ("gate", "none")])
+def test_weights_with_other_norms_in_their_mamba_layers_are_refused(norm_at, theirs):
+    net = U2MAMBAP(norm_at=norm_at)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=f'mamba_norm = "{theirs}"'):
+        load_u2net_weights(net, U2MAMBAP(norm_at=theirs).state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    report = load_u2net_weights(net, U2NETP().state_dict())
+    assert len(report.new) == sum(".mamba" in k for k in before)

@@ -1,0 +1,158 @@
+"""What the run computes on falls back one step at a time, and says so."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data_loader import Batch
+from u2mamba import fast as kernels
+from u2mamba.engine.validation import preview, validate
+from u2mamba.runtime import environment as choices
+from u2mamba.runtime.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_is_named_and_a_missing_gpu_is_refused():
+    device, line = choices.choose_device("cpu")
+    assert device == CPU and line.startswith("CPU, ")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match='device = "cuda"'):
+            choices.choose_device("cuda")
+        assert choices.choose_device("auto")[0].type in ("cpu", "mps")
+
+
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes what glibc does")
+
+
+def in_a_process(code: str) -> int:
+    """What `code` prints, a whole number, in a process of its own."""
+    code = f"""
+import resource, torch
+from u2mamba.runtime import environment as device
+{code}
+"""
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@glibc_only
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_where_there_is_enough(kept):
+    """How many pages the system had to bring for a tensor of 64 MB, made again and again.
+
+    Each is smaller by 16 KB than the last: glibc keeps a few bytes of a block it aligned, and one as large may not fit.
+    """
+    pages = in_a_process(f"""
+device.available_memory = lambda: {2**40 if kept else 0}
+memory = device.FreedMemoryKept(torch.device("cpu"))
+for i in range(7):
+    before = before if i > 2 else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with memory:
+        torch.ones(2**24 - i * 2**12)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+""")
+    assert (pages < 5 * 2**26 // os.sysconf("SC_PAGE_SIZE") / 20) == kept
+
+
+def test_memory_is_kept_from_the_second_time_on_and_let_go_when_it_becomes_short(monkeypatch):
+    memory, calls, free = choices.FreedMemoryKept(CPU), [], iter([0, 2**40, 0, 0])
+    monkeypatch.setattr(choices, "available_memory", lambda: next(free))
+    memory.mallopt = lambda *what: calls.append(what)
+    told = []
+    for _ in range(5):
+        with memory:
+            told.append(tuple(calls))
+            calls.clear()
+    trim, blocks = choices.M_TRIM_THRESHOLD, choices.M_MMAP_MAX
+    normal = ((blocks, 65536), (choices.M_MMAP_THRESHOLD, choices.LARGE))
+    assert told == [(), (), ((trim, -1), (blocks, 0)), (*normal, (trim, choices.LARGE)), ()]
+
+
+@glibc_only
+def test_kept_memory_does_not_make_other_work_grow():
+    """Large tensors come and go, and each leaves a small one: by 2 GiB, were large blocks kept there too."""
+    grown = in_a_process("""
+device.available_memory = lambda: 2**40
+memory = device.FreedMemoryKept(torch.device("cpu"))
+for _ in range(3):
+    with memory:
+        torch.ones(2**24)
+large, left = torch.rand(60, 320, 320), []
+before = device.peak_memory(torch.device("cpu"))
+for i in range(50):
+    found = large >= i / 50
+    left.append((found & (large > 0.5)).sum((1, 2)).float().mean() / found.sum((1, 2)).float().mean())
+print(round(1024 * (device.peak_memory(torch.device("cpu")) - before)))
+""")
+    assert grown < 100  # MiB
+
+
+def test_bf16_falls_back_with_the_reason(monkeypatch):
+    monkeypatch.setattr(choices, "_cpu_has_bf16", lambda: False)
+    assert choices.choose_precision("bf16", CPU) == ("fp32", "fp32 (this CPU has no bf16 instructions)")
+    monkeypatch.setattr(choices, "_cpu_has_bf16", lambda: True)
+    assert choices.choose_precision("bf16", CPU) == ("bf16", "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    precision, line = choices.choose_precision("bf16", torch.device("cuda", 0))
+    assert precision == "fp32" and "8.0" in line
+
+
+def test_channels_last_is_left_where_it_is_slower():
+    assert choices.choose_layout(True, CPU, "fp32") == (False, "NCHW (in fp32 a CPU is faster so)")
+    assert choices.choose_layout(False, CPU, "fp32") == (False, "NCHW")
+    for device, precision in ((CPU, "bf16"), (torch.device("cuda", 0), "fp32")):
+        assert choices.choose_layout(True, device, precision) == (True, "channels_last")
+
+
+def test_fused_kernels_say_what_they_miss():
+    on, line = choices.choose_kernels(True, CPU, "fp32", False, sync_batch_norm=True)
+    assert not on
+    for missing in ("a CUDA GPU", 'precision = "bf16"', "channels_last = True", "sync_batch_norm = False"):
+        assert missing in line
+    assert choices.choose_kernels(False, CPU, "bf16", True) == (False, "plain PyTorch layers")
+
+
+def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch):
+    """The trial itself, with the kernel broken in two ways; on the CPU the unbroken one is its own definition."""
+    assert choices._trouble_with_kernels(CPU) == ""
+
+    def no_compiler(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(kernels, "batch_norm_relu", no_compiler)
+    assert choices._trouble_with_kernels(CPU) == "RuntimeError: Failed to find C compiler. Please specify via CC"
+    monkeypatch.setattr(kernels, "batch_norm_relu", lambda x, *_: x)
+    assert choices._trouble_with_kernels(CPU) == "its results are wrong"
+
+
+def test_scan_backends_that_cannot_run_name_the_constant():
+    with pytest.raises(UserError, match="scan_backend"):
+        choices.choose_scan(CPU, "mamba_ssm")
+    assert choices.choose_scan(CPU, "auto")[0] == "torch"
+
+
+def test_validation_leaves_the_search_of_convolutions_as_it_was(monkeypatch):
+    seen = []
+
+    def net(x):
+        seen.append(torch.backends.cudnn.benchmark)
+        return [x[:, :1].sigmoid()]
+
+    class Quiet:  # no signal came
+        exit_code = 0
+
+        def __bool__(self):
+            return False
+
+    class Net(torch.nn.Conv2d):
+        forward = staticmethod(net)
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    batch = Batch(torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), None, 0.0)
+    assert validate(Net(1, 1, 1), [batch], Quiet())["IoU"] >= 0
+    preview(Net(1, 1, 1), batch.x, batch.y)
+    assert seen == [False, False] and torch.backends.cudnn.benchmark

@@ -1,0 +1,160 @@
+"""2x2 max pooling (Triton, channels_last), as PyTorch's `max_pool2d(2, 2, ceil_mode=True)`.
+
+Each kernel works on tiles of windows, and gathers: an output is written once, so gradients need no atomic adds and are
+the same in every run.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from u2mamba.fast.launch import constexpr, jit, on_device, rows_of, tl, triton_runs
+from u2mamba.fast.upsample import _channels_last, _launch, _tile
+
+
+@jit()
+def _windows(program, blocks, H, W, C, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+    """A program's 2x2 windows: pixels and pooled pixels of the images before (64 bits wide, what follows is not), the
+    first pixel of each window, its pooled pixel, channels, and which of the four pixels there are."""
+    Hp = (H + 1) // 2
+    Wp = (W + 1) // 2
+    image, h, w, inside, cols = _tile(program, blocks, Hp, Wp, TH, TW, BLOCK_C)
+    cols = cols[None, :]
+    ok00 = inside[:, None] & (cols < C)
+    ok01 = ok00 & (2 * w + 1 < W)[:, None]
+    ok10 = ok00 & (2 * h + 1 < H)[:, None]
+    pixel = (2 * h * W + 2 * w)[:, None]
+    place = (h * Wp + w)[:, None]
+    return image * H * W, image * Hp * Wp, pixel, place, cols, ok00, ok01, ok10, ok01 & ok10
+
+
+@jit()
+def _load_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, other):
+    """The four pixels of each window from an image whose pixels are S apart."""
+    at = x + pixel * S + cols
+    v00 = tl.load(at, mask=ok00, other=other).to(tl.float32)
+    v01 = tl.load(at + S, mask=ok01, other=other).to(tl.float32)
+    v10 = tl.load(at + W * S, mask=ok10, other=other).to(tl.float32)
+    v11 = tl.load(at + W * S + S, mask=ok11, other=other).to(tl.float32)
+    return v00, v01, v10, v11
+
+
+@jit()
+def _store_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, v00, v01, v10, v11):
+    at = x + pixel * S + cols
+    tl.store(at, v00, mask=ok00)
+    tl.store(at + S, v01, mask=ok01)
+    tl.store(at + W * S, v10, mask=ok10)
+    tl.store(at + W * S + S, v11, mask=ok11)
+
+
+@jit()
+def _later(best, which, value, k: constexpr):
+    """The maximum so far and its place, and one value more."""
+    wins = (value > best) | (value != value)
+    return tl.where(wins, value, best), tl.where(wins, k, which)
+
+
+@jit()
+def _largest(v00, v01, v10, v11):
+    """The maximum of each window and its place, as PyTorch takes it: the first of equals, the last NaN."""
+    best, which = _later(v00, tl.zeros_like(v00).to(tl.int32), v01, 1)
+    best, which = _later(best, which, v10, 2)
+    return _later(best, which, v11, 3)
+
+
+@jit("H", "W", "blocks")
+def _max_pool(
+    x, y, dy, dskip, dx, H, W, C, SX, S, blocks,
+    TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
+):  # fmt: skip
+    """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip.
+
+    Pixels are SX apart in x and S in dskip."""
+    before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _windows(
+        tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
+    )
+    v00, v01, v10, v11 = _load_windows(x + before * SX, pixel, cols, W, SX, ok00, ok01, ok10, ok11, float("-inf"))
+    best, which = _largest(v00, v01, v10, v11)
+    pooled = place * C + cols
+    if BACKWARD:
+        g = tl.load(dy + pooled_before * C + pooled, mask=ok00, other=0.0).to(tl.float32)
+        g00 = tl.where(which == 0, g, 0.0)
+        g01 = tl.where(which == 1, g, 0.0)
+        g10 = tl.where(which == 2, g, 0.0)
+        g11 = tl.where(which == 3, g, 0.0)
+        if SKIP:
+            s00, s01, s10, s11 = _load_windows(dskip + before * S, pixel, cols, W, S, ok00, ok01, ok10, ok11, 0.0)
+            g00 += s00
+            g01 += s01
+            g10 += s10
+            g11 += s11
+        _store_windows(dx + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, g00, g01, g10, g11)
+    else:
+        tl.store(y + pooled_before * C + pooled, best, mask=ok00)
+
+
+@torch.library.custom_op("u2mamba::max_pool2x2", mutates_args=())
+def _pool(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y = torch.empty((n, c, -(-h // 2), -(-w // 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grid, blocks, sizes = _launch(x, c, *y.shape[2:])
+    with on_device(x):
+        _max_pool[grid](x, y, x, x, x, h, w, c, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
+    return y
+
+
+@_pool.register_fake
+def _(x):
+    n, c, h, w = x.shape
+    shape = (n, c, (h + 1) // 2, (w + 1) // 2)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("u2mamba::max_pool2x2_backward", mutates_args=())
+def _pool_backward(x: Tensor, dy: Tensor, dskip: Tensor | None) -> Tensor:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    x, x_stride = rows_of(x)
+    other, stride = rows_of(dx if dskip is None else dskip)
+    _, c, h, w = x.shape
+    grid, blocks, sizes = _launch(x, c, *dy.shape[2:])
+    with on_device(x):
+        _max_pool[grid](
+            x, x, dy, other, dx, h, w, c, x_stride, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
+        )
+    return dx
+
+
+@_pool_backward.register_fake
+def _(x, dy, dskip):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+class _PoolSkip(torch.autograd.Function):
+    """(pooled, x): returning x as well lets backward add its gradient in the pooling's own kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return _pool(x), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dskip):
+        return dskip if dy is None else _pool_backward(*ctx.saved_tensors, dy, dskip)
+
+
+def max_pool2x2_reference(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)): maximum of 2x2 windows, odd sizes end in half a window."""
+    return F.max_pool2d(x, 2, 2, ceil_mode=True)
+
+
+def max_pool2x2_skip(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(`max_pool2x2_reference`(x), x), where x goes on into a skip connection.
+
+    Using the x returned instead of x makes one kernel of the pooling's gradient and the sum of the two gradients. The
+    gradient goes to the first maximum of a window, as in PyTorch; no indices are kept.
+    """
+    return _PoolSkip.apply(x) if triton_runs(x) and _channels_last(x) else (max_pool2x2_reference(x), x)
