@@ -63,10 +63,7 @@ class Config:
     # the network
     arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # without or with Mamba; p: the small one
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in each block
-    mamba_residual: bool = True  # h + mamba(h), or mamba(h) alone
-    mamba_directions: int = 1  # 2: a second Mamba reads the tokens from the end
-    mamba_norm: Literal["none", "scan", "gate"] = "none"  # RMSNorm of Δ, B, C (as Jamba) or the result (as Mamba-2)
-    mamba_zero: bool = False  # Mamba layers start by adding nothing, and so the network as plain U²-Net
+    mamba_norm: Literal["none", "gate"] = "none"  # gate: RMSNorm of the gated result before out_proj, as in Mamba-2
     scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"  # of Mamba; auto: the fastest
     pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
     # the data
@@ -221,8 +218,7 @@ def run(cfg: Config, world: World) -> int:
 
     # ------- 4. model --------
 
-    mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "directions": cfg.mamba_directions}
-    mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero, "norm_at": cfg.mamba_norm}
+    mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "mamba_norm": cfg.mamba_norm}
     net = ARCHS[cfg.arch](**mamba if cfg.arch.startswith("u2mamba") else {})
     net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     world.prepare(net, cfg.sync_batch_norm)

@@ -145,7 +145,7 @@ def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, norm_at="gate"), False)]
+    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, mamba_norm="gate"), False)]
 )
 def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
     net = arch()
