@@ -81,9 +81,9 @@ class MambaLayer(nn.Module):
     """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
 
     norm_at: see `Mamba`. With `channel_token` the C channels are the tokens and a token's H·W pixels its features:
-    `dim` is then H·W, which ties the layer to one image size. Works in fp32 inside any autocast, but in the fused training step: there, as
-    mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the input's dtype and memory
-    format, so that `h + mamba(h)` is one pass over memory.
+    `dim` is then H·W, which ties the layer to one image size. Works in fp32 inside any autocast, but in the fused
+    training step: there, as mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the
+    input's dtype and memory format, so that `h + mamba(h)` is one pass over memory.
     """
 
     def __init__(
