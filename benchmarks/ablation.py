@@ -25,10 +25,10 @@ import tyro
 
 from benchmarks.hardware import lines
 from benchmarks.trials import TRIALS
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import LIMITS, check_settings
 from u2mamba.runtime.environment import choose_device
-from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba_train import PRESETS, Config, run
 
 # what the tables of benchmarks/LOG.md and docs/results.md were measured with
@@ -103,10 +103,10 @@ def config_of(variant: str, options: Options) -> Config:
 def trained(config: Config) -> dict[str, float]:
     """Trains silently; the held-out figures at the end, and seconds and img/s of the training itself."""
     with contextlib.redirect_stdout(io.StringIO()):
-        code = run(config, World())
+        code = run(config, DistContext())
     with Path(config.saved_models, config.model_name, "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if code not in (EXIT_DONE, EXIT_SET_ASIDE) or not rows:
+    if code not in (EXIT_OK, EXIT_SKIPPED) or not rows:
         raise UserError(f"{config.model_name}: was stopped before its end; the variants before it are written")
     figures = {k: float(rows[-1][k] or "nan") for k in FIGURES} if rows[-1]["val_maxF"] else {}
     speeds = [float(r["img_s"]) for r in rows if r["img_s"]] or [math.nan]  # none in a run shorter than log_frq

@@ -18,7 +18,7 @@ import tyro
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from benchmarks.train_step import Options as StepOptions
 from benchmarks.train_step import make_step
-from u2mamba.engine.distributed import World, joined
+from u2mamba.engine.distributed import DistContext, init_distributed
 from u2mamba.runtime.environment import choose_device
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ class Options:
     worker: bool = False  # what torchrun starts
 
 
-def measure(options: Options, world: World) -> None:
+def measure(options: Options, world: DistContext) -> None:
     """Prints a line of JSON for each batch size: [batch, seconds a step, spread, seconds of the all-reduce, words]."""
     device, _ = choose_device(options.device, world.local_rank)
     torch.backends.cudnn.benchmark = True
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     chosen = tyro.cli(Options, description=__doc__, use_underscores=True)
     if chosen.worker:
-        with joined() as joined_world:
+        with init_distributed() as joined_world:
             measure(chosen, joined_world)
     else:
         main(chosen)

@@ -88,7 +88,7 @@ def measure(iterations: int, device: str, network: str, **constants) -> list[dic
             channels_last=False, epoch_num=-(-iterations // 228), save_frq=iterations // 50, keep_checkpoints=3,
             log_frq=iterations // 100, save_minutes=0.25, device=device,
         )  # fmt: skip
-        u2mamba_train.run(dataclasses.replace(cfg, **constants), u2mamba_train.World())
+        u2mamba_train.run(dataclasses.replace(cfg, **constants), u2mamba_train.DistContext())
     return looks[:10]
 
 

@@ -17,7 +17,7 @@ import tyro
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from model import ARCHS
 from model.selective_scan import choose_backend
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.parameters import decayed_and_not
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import choose_device, choose_kernels, choose_layout, choose_precision
@@ -56,7 +56,7 @@ def make_step(
     device: torch.device,
     published: bool,
     reference_graph: bool = False,
-    world: World = World(),  # noqa: B008 - immutable
+    world: DistContext = DistContext(),  # noqa: B008 - immutable
 ):
     """A TrainStep, the line that describes it, its memory format. reference_graph: capture the published way too."""
     torch.manual_seed(0)
