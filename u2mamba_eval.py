@@ -34,8 +34,8 @@ from tqdm import tqdm
 from u2mamba.dataset.pairs import BadFile, Unpaired, read_image, some_of
 from u2mamba.inference.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, mask_and_map
 from u2mamba.runtime.config import check_input_size, check_settings, input_size
-from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, EXIT_TERMINATED, UserError, one_line_errors
-from u2mamba.runtime.files import check_folder, write_whole
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_TERMINATED, UserError, one_line_errors
+from u2mamba.runtime.files import atomic_write, check_folder
 from u2mamba.runtime.workers import worker_pool
 
 WORST = 20  # images on the sheet
@@ -230,23 +230,23 @@ def run(cfg: Config) -> int:
     print("\n".join([*lines, table(summaries)]), flush=True)
 
     if cfg.json:
-        write_whole(Path(cfg.json), (json.dumps(summaries, indent=1) + "\n").encode())
+        atomic_write(Path(cfg.json), (json.dumps(summaries, indent=1) + "\n").encode())
     if cfg.csv:
-        write_whole(Path(cfg.csv), as_csv(summaries))
+        atomic_write(Path(cfg.csv), as_csv(summaries))
     if cfg.out:
         from u2mamba.inference import plots  # matplotlib: half a second
 
         out = Path(cfg.out)
         curves = {scores.name: scores.curves() for scores, *_ in results}
-        write_whole(out / "precision_recall.png", plots.precision_recall(curves))
-        write_whole(out / "f_threshold.png", plots.f_against_threshold(curves))
+        atomic_write(out / "precision_recall.png", plots.precision_recall(curves))
+        atomic_write(out / "f_threshold.png", plots.f_against_threshold(curves))
         for scores, _, worst, _ in results:
             keys = ("mae", "wf", "sm", "iou", "empty", "constant", "resized")
             of_images = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in scores.images]
-            write_whole(out / f"{scores.name}_images.csv", as_csv(of_images))
-            write_whole(out / f"{scores.name}_worst.png", plots.contact_sheet(sheet_rows(scores, worst)))
+            atomic_write(out / f"{scores.name}_images.csv", as_csv(of_images))
+            atomic_write(out / f"{scores.name}_worst.png", plots.contact_sheet(sheet_rows(scores, worst)))
     set_aside = any(scores.bad or any(unpaired) for scores, unpaired, *_ in results)
-    return EXIT_SET_ASIDE if set_aside else EXIT_DONE
+    return EXIT_SKIPPED if set_aside else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from u2mamba.dataset.pairs import IMAGE_TYPES, BadFile, find_pairs, read_image, 
 from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
 from u2mamba.runtime.config import check_input_size, check_settings, input_size
 from u2mamba.runtime.environment import choose_precision, choose_scan
-from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from u2mamba.runtime.files import check_folder, write_whole
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
+from u2mamba.runtime.files import atomic_write, check_folder
 
 TOLERANCE = 1e-4  # largest difference to PyTorch of a probability, fp32
 MOST_IMAGES = 100  # of --images, evenly over the folder: for the comparison, and to calibrate int8
@@ -251,7 +251,7 @@ def run(options: Options) -> int:
                 + (unsettled if rounding > TOLERANCE else "try another --opset")
             )
         print(f"largest difference to PyTorch: {largest:.1e} (allowed {TOLERANCE:.0e})")
-        write_whole(out, work.read_bytes())
+        atomic_write(out, work.read_bytes())
         rows.append((out, found))
         make = {"fp16": to_fp16, "int8": lambda source, target: to_int8(source, target, images[::2])}
         for kind in options.variants:
@@ -263,7 +263,7 @@ def run(options: Options) -> int:
                 aside += 1
                 print(f"set aside: {target}: its maps are not finite, the weights are too large for {kind}")
                 continue
-            write_whole(target, made.read_bytes())
+            atomic_write(target, made.read_bytes())
             rows.append((target, found))
             sessions[target.name] = running
 
@@ -282,7 +282,7 @@ def run(options: Options) -> int:
     predictor = Predictor(net, cpu, precision)
     ways[f"PyTorch, Predictor, {precision}"] = lambda: predictor(one)
     print_times(ways)
-    return EXIT_SET_ASIDE if aside else EXIT_DONE
+    return EXIT_SKIPPED if aside else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from u2mamba.inference.pipeline import THREADS, Map, Source, at_size, budget, co
 from u2mamba.inference.predictor import Predictor, trained_network, weights_path
 from u2mamba.runtime.config import check_input_size, check_settings, input_size
 from u2mamba.runtime.environment import choose_device, choose_precision, choose_scan
-from u2mamba.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_SET_ASIDE, UserError, one_line_errors
-from u2mamba.runtime.files import check_folder, write_whole
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
+from u2mamba.runtime.files import atomic_write, check_folder
 from u2mamba.runtime.workers import in_order
 
 # soft: 8-bit grey; binary: 0 and 255; rgba: the image with the map as alpha; overlay: what is not the object goes grey
@@ -178,7 +178,7 @@ def write(
                 else:
                     kind = {"format": "JPEG", "quality": 90, "comment": about}
                 render(mode, found, image, threshold).save(encoded, **kind, icc_profile=profile)
-                write_whole(target, encoded.getbuffer(), flush=False)
+                atomic_write(target, encoded.getbuffer(), flush=False)
     except BadFile as error:
         return error
     except UserError as error:
@@ -281,7 +281,7 @@ def run(options: Options) -> int:
     if others:
         print(f"passed by, of another type: {len(others):,} ({some_of(others)})")
     if not targets:
-        return EXIT_DONE
+        return EXIT_OK
     check_folder(out)
 
     device, device_line = choose_device(options.device)
@@ -306,8 +306,8 @@ def run(options: Options) -> int:
     done, seconds = len(targets) - aside, time.monotonic() - begun
     print(f"done: {done:,} images in {seconds:.1f} s, {aside:,} set aside, {', '.join(options.mode)} in {out}")
     if aside == len(sources):
-        return EXIT_BAD_INPUT  # each is named above
-    return EXIT_SET_ASIDE if aside else EXIT_DONE
+        return EXIT_USAGE  # each is named above
+    return EXIT_SKIPPED if aside else EXIT_OK
 
 
 if __name__ == "__main__":

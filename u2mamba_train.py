@@ -28,8 +28,8 @@ from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data
 from model import ARCHS
 from u2mamba.dataset.demo import make_demo
 from u2mamba.engine import checkpoint, resume
-from u2mamba.engine.distributed import World, joined
-from u2mamba.engine.logger import RunReport
+from u2mamba.engine.distributed import DistContext, init_distributed
+from u2mamba.engine.logger import TrainLogger
 from u2mamba.engine.overfit import overfit
 from u2mamba.engine.parameters import decayed_and_not
 from u2mamba.engine.resume import Progress
@@ -45,7 +45,7 @@ from u2mamba.runtime.environment import (
     choose_scan,
     seed_everything,
 )
-from u2mamba.runtime.errors import EXIT_DONE, EXIT_SET_ASIDE, StopSignal, UserError, one_line_errors
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, StopSignal, UserError, one_line_errors
 
 # ------- 1. constants --------
 
@@ -63,10 +63,7 @@ class Config:
     # the network
     arch: Literal["u2net", "u2netp", "u2mamba", "u2mambap"] = "u2mamba"  # without or with Mamba; p: the small one
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers stand in each block
-    mamba_residual: bool = True  # h + mamba(h), or mamba(h) alone
-    mamba_directions: int = 1  # 2: a second Mamba reads the tokens from the end
-    mamba_norm: Literal["none", "scan", "gate"] = "none"  # RMSNorm of Δ, B, C (as Jamba) or the result (as Mamba-2)
-    mamba_zero: bool = False  # Mamba layers start by adding nothing, and so the network as plain U²-Net
+    mamba_norm: Literal["none", "gate"] = "none"  # gate: RMSNorm of the gated result before out_proj, as in Mamba-2
     scan_backend: Literal["auto", "reference", "torch", "triton", "mamba_ssm"] = "auto"  # of Mamba; auto: the fastest
     pretrained: str = ""  # file of weights to start from: public u2net.pth or u2netp.pth, or ours
     # the data
@@ -184,9 +181,9 @@ def learning_rate(cfg: Config, iteration: int, done: float) -> float:
 
 
 @checkpoint.folders_released()
-def run(cfg: Config, world: World) -> int:
+def run(cfg: Config, world: DistContext) -> int:
     """The whole run, from the constants to the last checkpoint, in every process of `world`; returns the exit code."""
-    check_together(cfg, files=world.is_first)
+    check_together(cfg, files=world.is_main)
     seed_everything(cfg.seed, cfg.deterministic)
     device, device_line = choose_device(cfg.device, cfg.gpu + world.local_rank)
     precision, precision_line = choose_precision(cfg.precision, device)
@@ -201,13 +198,13 @@ def run(cfg: Config, world: World) -> int:
 
     # ------- 3. data --------
 
-    with world.one_before_the_others():  # it decodes the pairs and leaves the others a file of them
+    with world.main_process_first():  # it decodes the pairs and leaves the others a file of them
         if cfg.data_dir == PRESETS["demo"].data_dir:
             make_demo(cfg.data_dir)
         image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
         if not image_dir.is_dir() and not mask_dir.is_dir():
             raise UserError(f"data_dir and tra_image_dir: there is no folder {image_dir}\n{HOW_TO_GET_DATA}")
-        if world.is_first:
+        if world.is_main:
             checkpoint.open_folder(folder)
         data = open_data(
             image_dir, mask_dir, cfg.cache, size=cfg.rescale, need=world.size, workers=cfg.num_workers,
@@ -221,8 +218,7 @@ def run(cfg: Config, world: World) -> int:
 
     # ------- 4. model --------
 
-    mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "directions": cfg.mamba_directions}
-    mamba |= {"residual": cfg.mamba_residual, "out_proj_zero": cfg.mamba_zero, "norm_at": cfg.mamba_norm}
+    mamba = {"mamba_at": cfg.mamba_at, "backend": backend, "mamba_norm": cfg.mamba_norm}
     net = ARCHS[cfg.arch](**mamba if cfg.arch.startswith("u2mamba") else {})
     net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     world.prepare(net, cfg.sync_batch_norm)
@@ -245,30 +241,30 @@ def run(cfg: Config, world: World) -> int:
     if cfg.overfit:
         return overfit(step, source, cfg.overfit, cfg.batch_size_train, channels_last, folder, stop)
     progress = Progress()
-    saved, found = world.from_first(lambda: resume.find_last(folder, cfg.resume, constants))
+    saved, found = world.broadcast_object(lambda: resume.find_last(folder, cfg.resume, constants))
     if saved:
         progress = resume.go_on(saved, found, net, step, constants)
         if progress.epoch >= cfg.epoch_num:
             more = "" if resume.knows_no_end(cfg.lr_schedule, cfg.crop_early) else ", with --resume anyway,"
             print(f"{found} holds a finished run of {progress.epoch} epochs; a larger epoch_num{more} goes on from it")
-            return EXIT_DONE
+            return EXIT_OK
         print(f"going on from {found}: epoch {progress.epoch + 1}, iteration {progress.iteration}")
     elif cfg.pretrained:
         print(checkpoint.start_from(net, Path(cfg.pretrained), cfg.rescale))
-    if world.is_first:
+    if world.is_main:
         resume.keep_constants(folder, constants, anew=not saved)
     used = len(source) - cfg.whole_batches * (len(source) % (cfg.batch_size_train * world.size)) or len(source)
     total = progress.iteration + world.steps(used - progress.position, cfg.batch_size_train)
     total += (cfg.epoch_num - progress.epoch - 1) * world.steps(used, cfg.batch_size_train)
     tell_odd_sizes(cfg, len(source), world.size, total)
-    report = RunReport(
+    report = TrainLogger(
         folder, cfg.epoch_num, [pair.image.name for pair in source.pairs], total, progress.iteration, progress.seconds,
-        world.is_first, progress.epoch,
+        world.is_main, progress.epoch,
     )  # fmt: skip
     last = checkpoint.LastFile(folder, cfg.save_minutes, report.say, found.name == "last.pth")
 
     def save_last() -> None:
-        if world.is_first:
+        if world.is_main:
             progress.seconds = report.seconds
             last.write({
                 "config": constants, "progress": asdict(progress), "model": checkpoint.plain_state(net),
@@ -276,7 +272,7 @@ def run(cfg: Config, world: World) -> int:
             })  # fmt: skip
 
     def save_weights() -> None:
-        if world.is_first:
+        if world.is_main:
             means, kept = step.read(), step.averaged()
             name = checkpoint.weight_file(cfg.model_name, progress.iteration, means.loss, means.losses[0])
             if checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / name, report.say):
@@ -288,7 +284,7 @@ def run(cfg: Config, world: World) -> int:
     for epoch in range(progress.epoch, cfg.epoch_num):
         crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop
         plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
-        own = world.share(plan[progress.position :])
+        own = world.shard(plan[progress.position :])
         for batch in resume.saving(save_last, batches(source, own, cfg.batch_size_train, crop, channels_last, changes)):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
@@ -297,7 +293,7 @@ def run(cfg: Config, world: World) -> int:
             rate = learning_rate(cfg, progress.iteration, done)
             step.set_learning_rate(rate)
             step(batch.x, batch.y)
-            stopped = world.largest(stop.exit_code)  # a signal to one process ends all at the same iteration
+            stopped = world.all_reduce_max(stop.exit_code)  # a signal to one process ends all at the same iteration
             report.count(rows, batch.wait)
 
             if progress.iteration % cfg.log_frq == 0 or progress.iteration in (1, total):
@@ -322,13 +318,13 @@ def run(cfg: Config, world: World) -> int:
             own = range(world.rank, len(held_out), world.size)
             own = validation_batches(held_out, own, cfg.batch_size_val, channels_last)
             figures = validate(kept, own, stop, world)
-            stopped = world.largest(stop.exit_code)
+            stopped = world.all_reduce_max(stop.exit_code)
             if figures:
                 best = math.isfinite(figures["MAE"]) and figures["maxF"] > progress.best
                 report.validation_line(epoch + 1, progress.iteration, figures, best, time.monotonic() - started)
                 report.name_grown_layers(kept)
                 if best and (
-                    not world.is_first
+                    not world.is_main
                     or checkpoint.save_or_warn(checkpoint.plain_state(kept), folder / "best.pth", report.say)
                 ):
                     progress.best = figures["maxF"]
@@ -348,9 +344,9 @@ def run(cfg: Config, world: World) -> int:
     took = timedelta(seconds=round(report.seconds))
     aside = f", {data.report.set_aside} files set aside (exit code 1)" if data.report.set_aside else ""
     print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}{aside}")
-    return EXIT_SET_ASIDE if aside else EXIT_DONE
+    return EXIT_SKIPPED if aside else EXIT_OK
 
 
 if __name__ == "__main__":
-    with one_line_errors(), joined() as world:
+    with one_line_errors(), init_distributed() as world:
         sys.exit(run(read_settings(Config(), PRESETS, LIMITS), world))

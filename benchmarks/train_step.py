@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.hardware import lines, median_and_spread, time_calls
 from model import ARCHS
 from model.selective_scan import choose_backend
-from u2mamba.engine.distributed import World, joined
+from u2mamba.engine.distributed import DistContext, init_distributed
 from u2mamba.engine.parameters import decayed_and_not
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import choose_device, choose_kernels, choose_precision
@@ -36,7 +36,9 @@ class Config:
     device: str = "auto"
 
 
-def make_step(variant: str, cfg: Config, device: torch.device, world: World) -> tuple[TrainStep, torch.memory_format]:
+def make_step(
+    variant: str, cfg: Config, device: torch.device, dist: DistContext
+) -> tuple[TrainStep, torch.memory_format]:
     """The step of a variant, and the memory format of its images."""
     torch.manual_seed(0)
     baseline = variant == "baseline"
@@ -51,7 +53,7 @@ def make_step(variant: str, cfg: Config, device: torch.device, world: World) -> 
             backend, _ = choose_backend(device, "mamba_ssm")
     settings = {"mamba_at": cfg.mamba_at, "backend": backend} if cfg.arch.startswith("u2mamba") else {}
     net = ARCHS[cfg.arch](**settings).to(device, memory_format=memory_format)
-    world.prepare(net, synchronise_batch_norm=False)
+    dist.prepare(net, synchronise_batch_norm=False)
     if variant == "compiled":
         net.compile()
     optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
@@ -60,11 +62,11 @@ def make_step(variant: str, cfg: Config, device: torch.device, world: World) -> 
         return total_loss(logits, masks, 0.0, 0.0, kernels)
 
     graph = not baseline
-    return TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=world), memory_format
+    return TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=dist), memory_format
 
 
-def main(cfg: Config, world: World) -> None:
-    device, _ = choose_device(cfg.device, world.local_rank)
+def main(cfg: Config, dist: DistContext) -> None:
+    device, _ = choose_device(cfg.device, dist.local_rank)
     torch.backends.cudnn.benchmark = True
     print("\n".join(lines(device)))
     print(f"{cfg.arch}, Mamba at {cfg.mamba_at}, {cfg.size}x{cfg.size}, {cfg.runs} runs of {cfg.steps} steps")
@@ -74,7 +76,7 @@ def main(cfg: Config, world: World) -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-            step, memory_format = make_step(variant, cfg, device, world)
+            step, memory_format = make_step(variant, cfg, device, dist)
             images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).to(memory_format=memory_format)
             masks = (torch.rand(shape, device=device) > 0.7).float()
             seconds = time_calls(lambda s=step, x=images, y=masks: s(x, y), device, cfg.runs, cfg.steps, warm_up=6)
@@ -82,12 +84,12 @@ def main(cfg: Config, world: World) -> None:
             base = base or middle
             memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
             print(
-                f"{world.size} × batch {batch:3}, {variant:8}: {world.size * batch / middle:7.1f} images/s, "
+                f"{dist.size} × batch {batch:3}, {variant:8}: {dist.size * batch / middle:7.1f} images/s, "
                 f"{1e3 * middle:7.2f} ms ± {1e3 * spread:.2f}, {base / middle:.2f}×{memory}",
                 flush=True,
             )
 
 
 if __name__ == "__main__":
-    with joined() as joined_world:
-        main(tyro.cli(Config, description=__doc__, use_underscores=True), joined_world)
+    with init_distributed() as context:
+        main(tyro.cli(Config, description=__doc__, use_underscores=True), context)

@@ -16,7 +16,6 @@ from model.mamba import Mamba, MambaLayer, NormAt
 from model.u2net import RSU_TABLE_SMALL, U2NET
 
 MambaAt = Literal["none", "bottleneck", "encoder"]
-NORMS = {".mamba.dt_layernorm.weight": "scan", ".mamba.norm.weight": "gate"}  # what tells a state dict's norm_at
 
 
 class U2MAMBA(U2NET):
@@ -26,8 +25,7 @@ class U2MAMBA(U2NET):
         "none": nowhere; equal to U2NET.
         "bottleneck": after the deepest REBNCONV of all 11 RSUs.
         "encoder": there, and after every other encoder-side REBNCONV of the six encoder stages, at full resolution.
-    d_state, d_conv, expand, backend, norm_at: see `model.mamba.Mamba`. residual=False: h = mamba(h). directions,
-    out_proj_zero: see `model.mamba.MambaLayer`.
+    d_state, d_conv, expand, backend: see `model.mamba.Mamba`, as mamba_norm: its norm_at.
     """
 
     def __init__(
@@ -39,10 +37,7 @@ class U2MAMBA(U2NET):
         d_conv: int = 4,
         expand: int = 2,
         backend: str = "auto",
-        residual: bool = True,
-        directions: int = 1,
-        out_proj_zero: bool = False,
-        norm_at: NormAt = "none",
+        mamba_norm: NormAt = "none",
     ):
         if mamba_at not in ("none", "bottleneck", "encoder"):
             raise ValueError(f'mamba_at must be "none", "bottleneck" or "encoder", not {mamba_at!r}')
@@ -53,9 +48,8 @@ class U2MAMBA(U2NET):
             everywhere = mamba_at == "encoder" and not stage.endswith("d")
             return tuple(range(1, height + 1)) if everywhere else (height,)
 
-        variant = {"residual": residual, "directions": directions, "out_proj_zero": out_proj_zero}
-        variant |= {"norm_at": norm_at, "backend": backend}
-        make = partial(MambaLayer, d_state=d_state, d_conv=d_conv, expand=expand, **variant)
+        sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        make = partial(MambaLayer, **sizes, backend=backend, norm_at=mamba_norm)
         super().__init__(in_ch, out_ch, make, levels)
 
 
@@ -66,12 +60,10 @@ class U2MAMBAP(U2MAMBA):
 
 
 def variant_of(state_dict: Mapping[str, Tensor]) -> dict:
-    """The arguments of U2MAMBA that a state dict of one tells: mamba_at, residual, directions, norm_at."""
+    """The arguments of U2MAMBA that a state dict of one tells: mamba_at, mamba_norm."""
     return {
         "mamba_at": "encoder" if "stage1.mamba1.norm.weight" in state_dict else "bottleneck",
-        "residual": not any(key.endswith(".no_residual") for key in state_dict),
-        "directions": 1 + any(".mamba_back." in key for key in state_dict),
-        "norm_at": next((at for end, at in NORMS.items() if any(key.endswith(end) for key in state_dict)), "none"),
+        "mamba_norm": "gate" if any(key.endswith(".mamba.norm.weight") for key in state_dict) else "none",
     }
 
 
@@ -93,8 +85,8 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
 
     net: U2NET, U2NETP, U2MAMBA or U2MAMBAP. state_dict: that of u2net.pth or u2netp.pth, or of this project's networks.
     out_proj of every Mamba layer that the file does not hold is set to zero, which makes h + mamba(h) = h.
-    Raises ValueError when the plain U²-Net part is not complete, when new Mamba layers have no residual, or when the
-    file's have their norm elsewhere than the network's; then `net` is left as it was.
+    Raises ValueError when the plain U²-Net part is not complete, or when the file's Mamba layers have their norm
+    elsewhere than the network's; then `net` is left as it was.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved through DataParallel
     own = net.state_dict()
@@ -111,9 +103,7 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
             f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
             f"another shape, first {missing[0]}; {fits}"
         )
-    if any(".mamba" in k for k in new) and any(k.endswith(".no_residual") for k in own):
-        raise ValueError("Mamba layers without a residual (mamba_residual = False) cannot begin as a plain U²-Net")
-    normed, wants = (variant_of(keys)["norm_at"] for keys in (state_dict, own))
+    normed, wants = (variant_of(keys)["mamba_norm"] for keys in (state_dict, own))
     if any(".mamba" in k for k in matched) and normed != wants:
         raise ValueError(f'their Mamba layers were trained with mamba_norm = "{normed}": set it so')
     with torch.no_grad():

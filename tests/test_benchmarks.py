@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 from u2mamba.dataset.demo import make_demo
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 
 NAMES = {p.stem for p in (Path(__file__).parents[1] / "benchmarks").glob("*.py")} - {"__init__", "hardware"}
 SMALL = "--arch u2mambap --size 64 --runs 1 --device cpu"
@@ -41,7 +41,7 @@ def test_it_explains_itself(name, capsys):
 def test_it_measures(name, demo, capsys):
     module, (words, shown) = importlib.import_module(f"benchmarks.{name}"), TINY[name]
     cfg = tyro.cli(module.Config, use_underscores=True, args=words.format(demo=demo).split())
-    assert not module.main(*(cfg, World()) if name == "train_step" else (cfg,))
+    assert not module.main(*(cfg, DistContext()) if name == "train_step" else (cfg,))
     lines = capsys.readouterr().out.splitlines()
     assert "PyTorch" in lines[1] and any(shown in line for line in lines[-2:]), lines
 

@@ -36,6 +36,7 @@ from data_loader import (
     validation_batches,
 )
 from u2mamba.dataset import augment as augment_module
+from u2mamba.dataset import batches as batches_module
 from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset import decode as decode_module
 from u2mamba.dataset import pairs as pairs_module
@@ -665,7 +666,7 @@ def test_cache_that_cannot_be_stored_or_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "DISK_MARGIN", 1 << 62)
     _, said = quiet_open(images, masks)
     assert "cache: not stored on disk, " in said
-    monkeypatch.setattr(data_loader, "available_memory", lambda: 3 * 32 * 32 * 4)  # all of it, not four fifths
+    monkeypatch.setattr(batches_module, "available_memory", lambda: 3 * 32 * 32 * 4)  # all of it, not four fifths
     data, said = quiet_open(images, masks)
     assert "do not fit into" in said
     assert data.train.cache is None
@@ -708,7 +709,7 @@ def test_validation_batches_are_whole_pictures(tmp_path):
 
 
 def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_loader, "STREAM_WORKERS", 1)
+    monkeypatch.setattr(batches_module, "STREAM_WORKERS", 1)
     images, masks = make_folders(tmp_path, 8)
     cached, _ = quiet_open(images, masks)
     streamed, _ = quiet_open(images, masks, cache=False)

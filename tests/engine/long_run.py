@@ -54,5 +54,5 @@ def measure(iterations: int, **settings) -> list[dict[str, float]]:
             channels_last=False, save_frq=iterations // 50, keep_checkpoints=3, log_frq=iterations // 100,
             save_minutes=0.25, device="cpu",
         )  # fmt: skip
-        u2mamba_train.run(dataclasses.replace(cfg, **settings), u2mamba_train.World())
+        u2mamba_train.run(dataclasses.replace(cfg, **settings), u2mamba_train.DistContext())
     return looks[:10]

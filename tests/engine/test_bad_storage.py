@@ -50,7 +50,7 @@ def run(data, tmp_path, capsys, monkeypatch):
             tra_label_dir="masks",
         )  # fmt: skip
         try:
-            code = script.run(dataclasses.replace(cfg, **constants), script.World())
+            code = script.run(dataclasses.replace(cfg, **constants), script.DistContext())
         finally:
             monkeypatch.setattr(script, "batches", planned)
         return code, capsys.readouterr().out

@@ -22,7 +22,7 @@ from data_loader import epoch_plan
 from model import U2NETP
 from tests.engine import test_train
 from tests.engine.test_step import Net
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.metrics import ValidationMetrics
 from u2mamba.engine.step import EAGER_STEPS, TrainStep
 from u2mamba.runtime.errors import UserError
@@ -64,15 +64,15 @@ def clipped_steps(world):
 def steps(world, net, **options):
     step = make(world, net, **options)
     for i in range(3):
-        step(*(world.share(t) for t in batch(i)))
+        step(*(world.shard(t) for t in batch(i)))
     means = {name: value for name, value in vars(step.read()).items() if name != "memory"}  # each process's own
     return {"net": step.net.state_dict(), "average": step.averaged().state_dict(), "means": means}
 
 
 def own_statistics(world):
     step = make(world, Net, synchronise=False)
-    step(*(world.share(t) for t in batch(0)))
-    return {"net": step.net.state_dict(), "seen": world.share(batch(0)[0])}
+    step(*(world.shard(t) for t in batch(0)))
+    return {"net": step.net.state_dict(), "seen": world.shard(batch(0)[0])}
 
 
 def bad_batch_in_the_second(world):
@@ -96,7 +96,10 @@ def validation(world):
 
 
 def agreements(world):
-    got = {"largest": world.largest(143 if world.rank else 0), "from first": world.from_first(lambda: [world.rank])}
+    got = {
+        "largest": world.all_reduce_max(143 if world.rank else 0),
+        "from first": world.broadcast_object(lambda: [world.rank]),
+    }
     world.check_same({"lr": 1.0, "gpu": world.rank}, {"gpu"})
     for name, constants in (("lr", {"lr": 1.0 + world.rank}), ("pairs", {"names_checksum": world.rank})):
         try:
@@ -112,7 +115,7 @@ CASES = (network_steps, clipped_steps, own_statistics, bad_batch_in_the_second, 
 
 def work(rank, folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    world = World(rank, 2, rank, 2)
+    world = DistContext(rank, 2, rank, 2)
     torch.save({case.__name__: case(world) for case in CASES}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -128,7 +131,7 @@ def both(tmp_path_factory):
 @pytest.mark.parametrize("case", [network_steps, clipped_steps])
 def test_two_processes_train_as_one_with_the_doubled_batch(case, both):
     first, second = (b[case.__name__] for b in both)
-    one = case(World())
+    one = case(DistContext())
     for part in ("net", "average"):
         for key, value in one[part].items():
             assert torch.allclose(value, first[part][key], rtol=0, atol=1e-5), key
@@ -145,7 +148,7 @@ def test_without_synchronised_batch_norm_the_statistics_are_the_mean(both):
         assert torch.equal(value, second["net"][key]), key
     net = Net().double()
     torch.manual_seed(0)
-    net.conv.weight.data.copy_(make(World(), Net).net.conv.weight)
+    net.conv.weight.data.copy_(make(DistContext(), Net).net.conv.weight)
     maps = [net.conv(b["seen"]) for b in (first, second)]
     mean, variance = (sum(f(m) for m in maps) / 2 for f in (lambda m: m.mean((0, 2, 3)), lambda m: m.var((0, 2, 3))))
     assert torch.allclose(first["net"]["bn.running_mean"], 0.1 * mean, atol=1e-7)
@@ -157,7 +160,7 @@ def test_a_bad_batch_in_one_process_changes_nothing_in_any(both):
 
 
 def test_validation_shared_out_gives_the_figures_of_one_process(both):
-    one = validation(World())
+    one = validation(DistContext())
     for b in both:
         assert b["validation"] == pytest.approx(one, abs=1e-6)
 
@@ -177,8 +180,8 @@ def test_agreements(both):
 def test_shares_of_a_plan(n, size, batch_size):
     """Step by step the shares together are the next stretch of the plan, each process having as many as the others."""
     plan = epoch_plan(n, epoch=0, seed=0)
-    shares = [World(rank, size).share(plan).split(batch_size) for rank in range(size)]
-    assert {len(s) for s in shares} == {World(0, size).steps(n, batch_size)}
+    shares = [DistContext(rank, size).shard(plan).split(batch_size) for rank in range(size)]
+    assert {len(s) for s in shares} == {DistContext(0, size).steps(n, batch_size)}
     position = 0
     for parts in zip(*shares, strict=True):
         assert len({len(p) for p in parts}) == 1
@@ -187,7 +190,7 @@ def test_shares_of_a_plan(n, size, batch_size):
         assert sorted(rows.tolist()) == sorted(expected.tolist())
         position += len(rows)
     assert n - position == n % size
-    assert torch.equal(World().share(plan), plan)
+    assert torch.equal(DistContext().shard(plan), plan)
 
 
 # ------- the real script under torchrun --------
@@ -257,13 +260,13 @@ def test_an_error_in_one_process_is_said_once(tmp_path):
     (tmp_path / "run.py").write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from u2mamba.engine.distributed import joined\n"
+        "from u2mamba.engine.distributed import init_distributed\n"
         "from u2mamba.runtime.errors import UserError\n"
-        "with joined() as world:\n"
+        "with init_distributed() as world:\n"
         "    print('hello')\n"
         "    if world.rank == 1:\n"
         "        raise UserError('the disk is gone: bring it back')\n"
-        "    world.largest(0)\n"
+        "    world.all_reduce_max(0)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
     done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -281,7 +284,7 @@ def gpu_steps(rank, folder):
     torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=2)
-    world, device, got = World(rank, 2, rank, 2), torch.device("cuda", rank), []
+    world, device, got = DistContext(rank, 2, rank, 2), torch.device("cuda", rank), []
     for graph, fast in ((False, False), (True, False), (True, True)):  # fast: fused kernels, each GPU loads its own
         torch.manual_seed(rank)
         net = U2NETP().to(device, memory_format=torch.channels_last if fast else torch.contiguous_format)
@@ -291,10 +294,10 @@ def gpu_steps(rank, folder):
             net, optimizer, loss, device, "bf16" if fast else "fp32", graph=graph, kernels=fast, world=world
         )
         for i in range(EAGER_STEPS + 4):
-            step(*(world.share(t).float().to(device) for t in batch(i)))
+            step(*(world.shard(t).float().to(device) for t in batch(i)))
         got.append({"graph": step.graph is not None, "loss": step.read().loss, "net": {**step.net.state_dict()}})
     torch.save(got, f"{folder}/{rank}.pt")
-    os._exit(0)  # as u2mamba.engine.distributed.joined does: with a captured graph NCCL is not taken down
+    os._exit(0)  # as u2mamba.engine.distributed.init_distributed does: with a captured graph NCCL is not taken down
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -385,7 +385,7 @@ def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
 def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, tmp_path, monkeypatch, capsys):
     import u2mamba_train
     from u2mamba.engine import checkpoint
-    from u2mamba.engine.distributed import World
+    from u2mamba.engine.distributed import DistContext
 
     def killed(last, content):
         if content["progress"]["epoch"] == 2:
@@ -402,7 +402,7 @@ def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, t
     handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
     try:
         with pytest.raises(MemoryError, match="killed here"):
-            u2mamba_train.run(cfg, World())
+            u2mamba_train.run(cfg, DistContext())
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
@@ -414,7 +414,6 @@ def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, t
         (["--model_name", ".."], "model_name = '..'"),
         (["--crop_early", "16"], "crop_early = 16"),
         (["--crop", "32"], "crop = 32"),
-        (["--mamba_zero", "--no-mamba_residual"], "mamba_zero"),
     ],
 )
 def test_constants_that_would_fail_later_are_refused(data, tmp_path, more, said):
@@ -424,13 +423,13 @@ def test_constants_that_would_fail_later_are_refused(data, tmp_path, more, said)
 
 
 def test_rows_of_an_epoch_that_is_done_again_go(tmp_path):
-    from u2mamba.engine.logger import RunReport
+    from u2mamba.engine.logger import TrainLogger
 
     figures = {"IoU": 0.5, "MAE": 0.1, "maxF": 0.6}
-    report = RunReport(tmp_path, 3, ["a"], 30)
+    report = TrainLogger(tmp_path, 3, ["a"], 30)
     report.validation_line(1, 10, figures, True, 0.1)
     report.validation_line(2, 20, figures, True, 0.1)
     report.close()
-    RunReport(tmp_path, 3, ["a"], 30, iteration=20, epoch=1).close()
+    TrainLogger(tmp_path, 3, ["a"], 30, iteration=20, epoch=1).close()
     with (tmp_path / "log.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]

@@ -22,7 +22,7 @@ from tests.engine.test_step import Net, batch, make
 from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset.augment import INDEX
 from u2mamba.engine import overfit as module
-from u2mamba.engine.logger import RunReport
+from u2mamba.engine.logger import TrainLogger
 from u2mamba.engine.overfit import overfit
 from u2mamba.engine.step import RECENT, TrainStep
 from u2mamba.runtime.environment import seed_everything
@@ -146,11 +146,11 @@ def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, norm_at="gate"), False)]
+    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, mamba_norm="gate"), False)]
 )
 def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
     net = arch()
-    report = RunReport(tmp_path, 1, [], 1)
+    report = TrainLogger(tmp_path, 1, [], 1)
     report.name_grown_layers(net)
     assert capsys.readouterr().out == ""
     net.stage6.rebnconv3d.bn_s1.running_var[3] = 4e19

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model import U2NETP
+from model import ARCHS, U2NETP
 from u2mamba.dataset.cache import rescale_image
 from u2mamba.dataset.pairs import BadFile
 from u2mamba.inference import predictor as predictor_module
@@ -25,7 +25,6 @@ from u2mamba.runtime import files as files_module
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.workers import in_order
 from u2mamba_predict import MODES, Options, run
-from u2mamba_train import ARCHS
 
 SIZE = 48
 

@@ -57,7 +57,7 @@ def test_later_maps_use_the_memory_of_earlier_ones_where_there_is_enough(kept):
     code = f"""
 import resource, torch
 from u2mamba.inference import predictor as inference
-    from u2mamba.runtime import environment as device
+from u2mamba.runtime import environment as device
 from model import U2NETP
 device.available_memory = lambda: {2**40 if kept else 0}
 predict = inference.Predictor(U2NETP(), torch.device("cpu"))

@@ -48,7 +48,7 @@ def test_freed_memory_is_kept_where_there_is_enough(kept):
     """
     pages = in_a_process(f"""
 device.available_memory = lambda: {2**40 if kept else 0}
-memory = device.FreedMemoryKept(torch.device("cpu"))
+memory = device.HeapRetention(torch.device("cpu"))
 for i in range(7):
     before = before if i > 2 else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     with memory:
@@ -59,7 +59,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_memory_is_kept_from_the_second_time_on_and_let_go_when_it_becomes_short(monkeypatch):
-    memory, calls, free = choices.FreedMemoryKept(CPU), [], iter([0, 2**40, 0, 0])
+    memory, calls, free = choices.HeapRetention(CPU), [], iter([0, 2**40, 0, 0])
     monkeypatch.setattr(choices, "available_memory", lambda: next(free))
     memory.mallopt = lambda *what: calls.append(what)
     told = []
@@ -77,7 +77,7 @@ def test_kept_memory_does_not_make_other_work_grow():
     """Large tensors come and go, and each leaves a small one: by 2 GiB, were large blocks kept there too."""
     grown = in_a_process("""
 device.available_memory = lambda: 2**40
-memory = device.FreedMemoryKept(torch.device("cpu"))
+memory = device.HeapRetention(torch.device("cpu"))
 for _ in range(3):
     with memory:
         torch.ones(2**24)

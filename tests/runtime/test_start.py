@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("script", ["train", "test", "eval", "export"])
+@pytest.mark.parametrize("script", ["train", "predict", "eval", "export"])
 def test_no_traceback_while_libraries_load(tmp_path, script):
     for name in ("torch.py", "numpy.py"):  # u2mamba_eval.py loads PyTorch later
         (tmp_path / name).write_text('import time\nprint("loading", flush=True)\ntime.sleep(60)\n')
@@ -27,7 +27,7 @@ def test_no_traceback_while_libraries_load(tmp_path, script):
 
 @pytest.mark.parametrize(
     "script, first",
-    [(f"u2mamba_{name}.py", "torch, torchvision, numpy, ") for name in ("train", "test", "eval", "export")]
+    [(f"u2mamba_{name}.py", "torch, torchvision, numpy, ") for name in ("train", "predict", "eval", "export")]
     + [("train_data/prepare_duts.py", "numpy, PIL: ")],
 )
 def test_missing_packages_are_named(script, first):

@@ -1,7 +1,5 @@
 """Compose a small salient-object set in the DUTS layout, without a download.
 
-    python u2mamba/dataset/demo.py [--out train_data/demo] [--count 480] [--seed 0]
-
 Objects are cut out of photographs (or are shapes filled with a piece of one), lit, turned and set on pieces of other
 photographs; pictures are 208-304 px a side. The set shows in minutes that training works; it measures nothing: the
 held-out pairs show the same objects and photographs as the training pairs, in other places, sizes and light.
@@ -15,7 +13,6 @@ licence is not stated there are not used. The outlines of the objects were trace
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -28,7 +25,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from skimage.color import rgb2lab
 
-from u2mamba.runtime.errors import UserError, one_line_errors
+from u2mamba.runtime.errors import UserError
 
 VERSION = 1  # a new number makes existing sets be composed again: raise it when the pictures would change
 COUNT = 480  # 24 of them are held out by crc32(stem) % 20 == 0
@@ -306,8 +303,8 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
 def _make(final: Path, stamp: dict) -> None:
     if final.exists() and (others := of_others(final)):
         raise DemoError(
-            f"{final} holds {len(others)} files that make_demo.py did not write ({others[0]}): move them away, or name "
-            "another folder with --out"
+            f"{final} holds {len(others)} files that make_demo did not write ({others[0]}): move them away, or set "
+            "another data_dir"
         )
     out_dir = final.parents[1]
     for left in out_dir.glob(".make_demo-*"):  # of a process that was killed
@@ -329,18 +326,3 @@ def _make(final: Path, stamp: dict) -> None:
         new.rename(final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compose a small salient-object set in the DUTS layout.")
-    parser.add_argument("--out", type=Path, default=Path("train_data/demo"), help="folder that becomes data_dir")
-    parser.add_argument("--count", type=int, default=COUNT, help="pairs (default %(default)s; about 5 %% are held out)")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another set (default %(default)s)")
-    args = parser.parse_args()
-    with one_line_errors():
-        # flushed here: at the end of the process nobody would catch that the pipe is closed
-        print(f"{args.count} pairs in {make_demo(args.out, args.count, args.seed) / FOLDER}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

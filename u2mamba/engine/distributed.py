@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2mamba.runtime.config import differences
-from u2mamba.runtime.errors import EXIT_BAD_INPUT, UserError, one_line_errors
+from u2mamba.runtime.errors import EXIT_USAGE, UserError, one_line_errors
 
 PATIENCE = datetime.timedelta(minutes=30)  # for a slow one: the first reading of the pairs. A dead one is seen at once
 ALIGNMENT = 64  # elements: the optimizers' kernels load 16 bytes at a time only from where that divides
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """The processes of a run and which of them this one is; alone by default, and then every method costs nothing."""
 
     rank: int = 0
@@ -45,11 +45,11 @@ class World:
     local_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """The one that writes files and prints."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> Tensor:
+    def shard(self, rows: Tensor) -> Tensor:
         """This process's rows of an epoch's plan: every size-th.
 
         The batches that all processes take at a time are then one stretch of the plan, so that a position in it means
@@ -62,7 +62,7 @@ class World:
         """Into how many steps that many rows of a plan go, `batch` a process."""
         return math.ceil(rows // self.size / batch)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the processes' values; returns when all have called it."""
         if self.size == 1:
             return value
@@ -85,19 +85,19 @@ class World:
         return values
 
     @contextlib.contextmanager
-    def one_before_the_others(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The first process of each machine runs what is inside, and then the others do, who find what it left."""
         if self.local_rank:
-            self.largest(0)
+            self.all_reduce_max(0)
         yield
         if not self.local_rank:
-            self.largest(0)
+            self.all_reduce_max(0)
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_object(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process, in all of them."""
         if self.size == 1:
             return make()
-        box = [make() if self.is_first else None]
+        box = [make() if self.is_main else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -106,7 +106,7 @@ class World:
 
         Two machines with different commands would otherwise wait for each other, or train on nonsense.
         """
-        if other := differences(self.from_first(lambda: constants), constants, ignore):
+        if other := differences(self.broadcast_object(lambda: constants), constants, ignore):
             raise UserError(f"the processes differ (first's -> this one's): {'; '.join(other)}; start them all alike")
 
     def prepare(self, net: nn.Module, synchronise_batch_norm: bool) -> None:
@@ -129,7 +129,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
+def init_distributed() -> Iterator[DistContext]:
     """The world that torchrun describes in the environment, or a process alone.
 
     In a world of several: the first one's output is the run's, the others are silent; an error is printed once, by
@@ -138,13 +138,13 @@ def joined() -> Iterator[World]:
     for this one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield World()
+        yield DistContext()
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     store = _of_this_attempt(store, rank, size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    world = World(rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    world = DistContext(rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     code = 1  # as Python's own after an exception
     try:
         with one_line_errors(), _told_once(store, world):
@@ -185,9 +185,9 @@ def _of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _told_once(store: dist.Store, world: World) -> Iterator[None]:
+def _told_once(store: dist.Store, world: DistContext) -> Iterator[None]:
     with contextlib.ExitStack() as silence:
-        if not world.is_first:
+        if not world.is_main:
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(contextlib.redirect_stdout(nowhere))
             silence.enter_context(contextlib.redirect_stderr(nowhere))
@@ -203,8 +203,8 @@ def _told_once(store: dist.Store, world: World) -> Iterator[None]:
             elif not isinstance(error, UserError):
                 raise
             if store.add("failed", 1) > 1:
-                sys.exit(EXIT_BAD_INPUT)
-            raise UserError(text if world.is_first else f"process {world.rank}: {text}") from None
+                sys.exit(EXIT_USAGE)
+            raise UserError(text if world.is_main else f"process {world.rank}: {text}") from None
 
 
 class MeanOfAll:
@@ -214,7 +214,7 @@ class MeanOfAll:
     parameters' own strides, which is what the fused optimizers and the all-reduce want.
     """
 
-    def __init__(self, world: World, parameters: list[nn.Parameter], *more: Tensor):
+    def __init__(self, world: DistContext, parameters: list[nn.Parameter], *more: Tensor):
         self.world, self.parameters = world, parameters
         if world.size == 1:
             return

@@ -26,7 +26,7 @@ COLUMNS = (
 GROWN = 1e4  # deviation of what a batch norm gets; in trained networks it stays below 100
 
 
-class RunReport:
+class TrainLogger:
     """Prints and records. names: of the training pairs, by which a bad batch is told. iteration: where the run goes on;
     rows of later ones, and validations after `epoch` epochs, left by a killed run, go. writes: False in all processes
     but the one whose files these are."""

@@ -7,7 +7,7 @@ them together) and exists because validation after every epoch has to stay on th
 import torch
 from torch import Tensor
 
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009, used by every SOD paper
 LEVELS = 256  # thresholds
@@ -55,7 +55,7 @@ class ValidationMetrics:
         self._curves += torch.stack((precision.sum(0), recall.sum(0)))
         self.images += b
 
-    def gather(self, world: World) -> None:
+    def gather(self, world: DistContext) -> None:
         """Adds up what the processes have seen, each its own images."""
         self.images = int(world.sum(torch.tensor(self.images)))
         world.sum(self._sums)

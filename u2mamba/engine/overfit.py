@@ -8,7 +8,7 @@ from u2mamba.dataset.batches import DataSource, validation_batches
 from u2mamba.engine.logger import write_picture
 from u2mamba.engine.step import TrainStep
 from u2mamba.engine.validation import preview, validate
-from u2mamba.runtime.errors import EXIT_DONE, StopSignal, UserError
+from u2mamba.runtime.errors import EXIT_OK, StopSignal, UserError
 
 GOAL = 0.95  # IoU
 LEAST_OBJECT = 0.01  # share of the picture: an empty mask, or one of a few pixels, shows nothing
@@ -64,4 +64,4 @@ def overfit(
             "another lr (1e-3 for Adam)"
         )
     print(f"overfit: learned, {told}")
-    return EXIT_DONE
+    return EXIT_OK

@@ -20,7 +20,7 @@ from u2mamba.engine.logger import best_in_log
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.config import CONSTANTS, MAY_CHANGE, differences
 from u2mamba.runtime.errors import UserError
-from u2mamba.runtime.files import write_whole
+from u2mamba.runtime.files import atomic_write
 
 MEND = "move it away, or give --resume never"
 FOLDERS, NAMES = ("data_dir", "tra_image_dir", "tra_label_dir"), "names_checksum"  # of the constants
@@ -138,7 +138,7 @@ def keep_constants(folder: Path, constants: Mapping[str, Any], anew: bool) -> No
     if anew:
         put_aside(folder)
     try:
-        write_whole(folder / CONSTANTS, json.dumps(constants, indent=1).encode())
+        atomic_write(folder / CONSTANTS, json.dumps(constants, indent=1).encode())
     except UserError as error:
         print(f"warning: {error}; training goes on")
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import fused
-from u2mamba.engine.distributed import MeanOfAll, World
+from u2mamba.engine.distributed import DistContext, MeanOfAll
 from u2mamba.engine.metrics import iou_per_image
 from u2mamba.engine.parameters import flatten_statistics
 from u2mamba.fast import compile_only, join
-from u2mamba.runtime.environment import FreedMemoryKept, memory_in_use, out_of_memory
+from u2mamba.runtime.environment import HeapRetention, memory_in_use, out_of_memory
 from u2mamba.runtime.errors import UserError
 
 OUTPUTS = 7  # d0..d6
@@ -67,7 +67,7 @@ class TrainStep:
         ema_decay: float = 0.0,
         graph: bool = False,
         kernels: bool = False,
-        world: World = World(),  # noqa: B008 - immutable
+        world: DistContext = DistContext(),  # noqa: B008 - immutable
         accumulate: int = 1,
     ):
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
@@ -87,7 +87,7 @@ class TrainStep:
         self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
         self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
         self.ema_steps = self.eager_steps = 0
-        self.memory = FreedMemoryKept(device)
+        self.memory = HeapRetention(device)
         self.graph = self.images = self.masks = self.shape = None
         self.wants_graph = graph and device.type == "cuda"
         # one for all: the allocator keeps memory apart for each stream that ever ran a step

@@ -7,25 +7,25 @@ from torch import Tensor, nn
 
 from u2mamba.dataset.augment import MEAN, STD
 from u2mamba.dataset.batches import Batch
-from u2mamba.engine.distributed import World
+from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.metrics import ValidationMetrics
-from u2mamba.runtime.environment import FreedMemoryKept, out_of_memory, without_search
+from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
 from u2mamba.runtime.errors import StopSignal, UserError
 
 
-@without_search()
+@cudnn_benchmark_disabled()
 @torch.no_grad()
 def validate(
     net: nn.Module,
     batches: Iterable[Batch],
     stop: StopSignal,
-    world: World = World(),  # noqa: B008 - immutable
+    world: DistContext = DistContext(),  # noqa: B008 - immutable
 ) -> dict[str, float] | None:
     """{"IoU", "MAE", "maxF"} of d0 over the `batches` of all processes; None where there are none, or when `stop`
     became true in between. Raises UserError naming a batch size to try when the memory does not suffice."""
     net.eval()
     device = next(net.parameters()).device
-    metrics, memory = ValidationMetrics(device), FreedMemoryKept(device)
+    metrics, memory = ValidationMetrics(device), HeapRetention(device)
     for batch in batches:
         if stop:
             break
@@ -40,13 +40,13 @@ def validate(
             raise UserError(
                 f"validation: a batch of {size} does not fit into memory: try batch_size_val = {less}"
             ) from None
-    if world.largest(stop.exit_code):
+    if world.all_reduce_max(stop.exit_code):
         return None
     metrics.gather(world)
     return metrics.result() if metrics.images else None
 
 
-@without_search()
+@cudnn_benchmark_disabled()
 @torch.no_grad()
 def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: as the loop gives them."""

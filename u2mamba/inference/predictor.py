@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model.u2net import REBNCONV
 from u2mamba.dataset.augment import normalise
 from u2mamba.engine.checkpoint import build_network, load_weights
-from u2mamba.runtime.environment import FreedMemoryKept, out_of_memory
+from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "saved_models"  # small weights come with the code as u2mambap*.pth
@@ -57,13 +57,13 @@ class Predictor:
 
     precision: "fp32"; or "bf16", convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
     graph: on CUDA, replay one graph for each batch shape. tta: the mean with the mirrored images' maps. On a CPU the
-    process keeps the memory that a batch took for the next one (`FreedMemoryKept`): a sixth less time.
+    process keeps the memory that a batch took for the next one (`HeapRetention`): a sixth less time.
     """
 
     def __init__(
         self, net: nn.Module, device: torch.device, precision: str = "fp32", graph: bool = True, tta: bool = False
     ):
-        self.device, self.tta, self.graphs, self.memory = device, tta, {}, FreedMemoryKept(device)
+        self.device, self.tta, self.graphs, self.memory = device, tta, {}, HeapRetention(device)
         self.wants_graph = graph and device.type == "cuda"
         self.net = fold_batch_norm(net).to(device, memory_format=torch.channels_last)
         self.dtype = torch.float32

@@ -26,7 +26,7 @@ LIMITS = {  # a training constant: (least, most)
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
     "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "beyond": (0, 1), "rotate": (0, 180),
     "colour": (0, 1), "paste": (0, 1), "iou_loss": (0, 1000), "edge_loss": (0, 1000),
-    "val_frq": (1, 10**9), "mamba_directions": (1, 2), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
+    "val_frq": (1, 10**9), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
     "overfit": (0, 10**9), "accumulate": (1, 65536), "keep_checkpoints": (0, 10**9),
 }  # fmt: skip
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
@@ -83,8 +83,6 @@ def check_together(cfg: Any, files: bool = True) -> None:
         raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
     if cfg.accumulate > cfg.batch_size_train:
         raise UserError(f"accumulate = {cfg.accumulate}: more parts than the batch of {cfg.batch_size_train} has pairs")
-    if cfg.mamba_zero and not cfg.mamba_residual:
-        raise UserError("mamba_zero with mamba_residual = False: every Mamba layer would give zero, and learn nothing")
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # one that goes on needs it no more
     if files and cfg.pretrained and begins and not pretrained_file(cfg.pretrained).is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")

@@ -148,7 +148,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class FreedMemoryKept:
+class HeapRetention:
     """`with` it, from the second time on: memory that tensors leave on a CPU stays with the process for the next time.
 
     glibc gives each large block back to the system and asks for another, which comes zeroed page by page: a sixth of a
@@ -181,7 +181,7 @@ class FreedMemoryKept:
 
 
 @contextlib.contextmanager
-def without_search() -> Iterator[None]:
+def cudnn_benchmark_disabled() -> Iterator[None]:
     """Within it cuDNN takes its first choice of a convolution: finding the fastest takes seconds, which some passes
     of a size of their own do not bring back."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

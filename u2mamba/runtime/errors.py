@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-EXIT_DONE, EXIT_SET_ASIDE, EXIT_BAD_INPUT, EXIT_INTERRUPT, EXIT_TERMINATED = 0, 1, 2, 130, 143
+EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 class UserError(ValueError):
@@ -29,10 +29,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPT)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone; nobody is left to read a line
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_TERMINATED)
@@ -53,7 +53,7 @@ class StopSignal:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.exit_code = self.exit_code or (EXIT_INTERRUPT if number == signal.SIGINT else EXIT_TERMINATED)
+        self.exit_code = self.exit_code or (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
         # os.write: print is not safe inside a signal handler
         # to sys.stderr's file: of many processes only the first one's is the terminal
         with contextlib.suppress(OSError):  # where Ctrl-C has ended the reader of the pipe too

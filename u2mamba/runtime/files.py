@@ -17,7 +17,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder") from None
 
 
-def write_whole(path: Path, content: bytes, flush: bool = True) -> None:
+def atomic_write(path: Path, content: bytes, flush: bool = True) -> None:
     """Writes to a temporary name beside `path`, flushes it to the disk, then renames it; makes the folder.
 
     flush: False for one of many small files, which a crash of the machine may lose.
