@@ -1,7 +1,6 @@
 """Before and beside a run: the overfit check, pretrained weights, bad batches by name, the curves."""
 
 import csv
-import json
 import math
 import re
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 from benchmarks import plot_run
 from data_loader import epoch_plan, open_data
 from model import U2MAMBAP, U2NET, U2NETP
+from model.weights import cpu_state_dict
 from tests.engine import long_run
 from tests.engine import test_bad_storage as storage
 from tests.engine import test_train as tiny
@@ -114,7 +114,7 @@ def test_a_run_starts_anew_from_its_own_best_weights(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "they fit arch = u2net and u2mamba")]
+    ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "fits arch u2net and u2mamba")]
 )
 def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
     weights, kept = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth"
@@ -136,10 +136,9 @@ def test_missing_pretrained_weights_are_told_before_the_data_are_read(run, tmp_p
 @pytest.mark.parametrize(("trained", "told"), [(320, True), (48, False)])
 def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
     (tmp_path / "other").mkdir()
-    torch.save(U2NETP().state_dict(), tmp_path / "other" / "best.pth")
-    (tmp_path / "other" / "constants.json").write_text(json.dumps({"rescale": trained}))
+    torch.save(cpu_state_dict(U2NETP(), trained), tmp_path / "other" / "best.pth")
     code, out = run(pretrained=str(tmp_path / "other" / "best.pth"), **SMALL)
-    assert code == 0 and (f"warning: weights for pictures of {trained} pixels" in out) == told
+    assert code == 0 and (f"warning: weights trained at {trained} pixels" in out) == told
 
 
 # ------- layers that have grown
