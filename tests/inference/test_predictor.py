@@ -11,7 +11,8 @@ import torch
 from data_loader import normalise
 from model import U2MAMBAP, U2NETP
 from u2mamba.dataset.cache import rescale_image
-from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
+from u2mamba.inference import Predictor, load_model
+from u2mamba.inference.predictor import fold_batch_norm, weights_path
 
 
 def trained(net: torch.nn.Module) -> torch.nn.Module:
@@ -82,10 +83,10 @@ def test_graph_and_eager_predictor_agree(images):
     assert torch.equal(first, kept)  # a later call does not write into an earlier result
 
 
-def test_the_weights_that_ship_find_the_cup_and_not_the_table():
+def test_the_included_weights_find_the_cup_and_not_the_table():
     """On scikit-image's photograph of a cup of coffee, which they have not seen."""
-    net, path = trained_network()
-    assert path.stat().st_size < 6e6
+    net = load_model()
+    assert weights_path().stat().st_size < 6e6
     picture = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
     d0 = Predictor(net, torch.device("cpu"))(picture[None])[0, 0]
     assert d0[80:160, 130:190].mean() > 0.9  # the coffee
