@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from model import U2MAMBA, U2MAMBAP, U2NET, U2NETP, load_u2net_weights
 from model.layers import fused
 from model.u2net import RSU
-from u2mamba.engine.checkpoint import build_network
+from model.weights import load_model
 
 
 def parameters(net):
@@ -208,7 +208,8 @@ VARIANTS = [{"mamba_norm": "gate"}, {"mamba_norm": "gate", "mamba_at": "encoder"
 def test_a_variant_is_told_by_its_state_dict(options, tmp_path):
     torch.manual_seed(0)
     net = U2MAMBAP(**options).eval()
-    again = build_network(net.state_dict(), tmp_path)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    again = load_model(tmp_path / "net.pth")
     x = torch.rand(1, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(net(x), again(x), strict=True))
 

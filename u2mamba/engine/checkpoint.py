@@ -3,12 +3,9 @@
 import contextlib
 import errno
 import os
-import pickle
 import re
 import tempfile
 import time
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from model import ARCHS, load_u2net_weights
-from model.u2mamba import variant_of
-from u2mamba.runtime.config import input_size, pretrained_file
+from model import weights
+from u2mamba.runtime.config import pretrained_file
 from u2mamba.runtime.errors import UserError
 
 
@@ -54,9 +50,7 @@ def prune(folder: Path, keep: int, iteration: int) -> None:
             path.unlink()
 
 
-def plain_state(net: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights on the CPU, contiguous: what every file holds whatever the run used."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in net.state_dict().items()}
+plain_state = weights.cpu_state_dict
 
 
 def save(content: Any, path: Path, keep_as: Path | None = None) -> None:
@@ -181,87 +175,34 @@ def open_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `path` holds, on the CPU. Raises CheckpointError with one line for whatever is wrong with the file.
-
-    torch.save stores a CRC-32 of each record, which torch.load does not look at; zipfile does.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # the public weights of 2020 are of an older format, without checksums
-            with zipfile.ZipFile(path) as records:
-                if record := records.testzip():
-                    raise Damaged(f"{path}: is damaged, {record} differs from its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch asks users to file an issue about pickles that are refused here
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
-        there = f"; in that folder there are {others}" if others else ""
-        raise CheckpointError(f"{path}: there is no such checkpoint{there}") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
-    except OSError as error:
-        # a file cut short makes the readers seek to a place before its beginning: Invalid argument
-        raise Damaged(f"{path}: is truncated, or cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # zipfile, pickle and torch answer damage with whatever their parsers stumble over
-        # operand 149 begins the pickles of today's Python, which torch.save does not write
-        if isinstance(error, pickle.UnpicklingError) and (m := re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))):
-            what = m[1] or "a plain pickle"
-            raise CheckpointError(f"{path}: refused, it holds code ({what}) and not only weights") from None
-        raise Damaged(f"{path}: is not a checkpoint, or is truncated or damaged") from None
+    """`model.weights.read_file`. Raises CheckpointError with one line for whatever is wrong with the file."""
+    with _named():
+        return weights.read_file(path)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in `path`, a weight file; of a `last.pth` those being trained, not their averages.
-
-    Raises CheckpointError when it holds none.
-    """
-    content = load(path)
-    for key in ("model", "state_dict"):  # our last.pth; other trainers'
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path}: holds no state dict")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}
+    """The weights in `path`. Raises CheckpointError when it holds none."""
+    with _named():
+        return weights.read_state_dict(path)[0]
 
 
 def start_from(net: nn.Module, path: Path, size: int) -> str:
-    """Fills `net` with the weights in `path`, public U²-Net's or ours -> a line on what matched, what is new, what is
-    left out, and one more where they were trained for pictures of clearly another size than `size` pixels.
-    Raises CheckpointError naming the first tensor when they are those of another network."""
-    path = pretrained_file(path)
-    state = load_weights(path)
-    try:
-        line = f"pretrained: {load_u2net_weights(net, state)} ({path})"
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    trained = input_size(0, path)
-    if not 2 / 3 < size / trained < 3 / 2:
-        line += f"\nwarning: weights for pictures of {trained} pixels; what they know may be lost at {size}"
-    return line
-
-
-def build_network(state: Mapping[str, Tensor], path: Path, backend: str = "auto") -> nn.Module:
-    """The network whose weights `state` are, found from its keys and shapes, loaded and in eval mode.
-    Raises CheckpointError when they are not those of one of this project's networks."""
-    first = state.get("stage1.rebnconv1.conv_s1.weight")
-    if first is None:
-        raise CheckpointError(f"{path}: holds the weights of another network than U²-Net")
-    mamba = any(".mamba" in k for k in state)
-    arch = ("u2mamba" if mamba else "u2net") + ("p" if first.shape[0] == 16 else "")
-    net = ARCHS[arch](backend=backend, **variant_of(state)) if mamba else ARCHS[arch]()
-    fill(net, state, path, arch)
-    return net.eval()
+    """`model.weights.load_pretrained`. Raises CheckpointError when the weights are those of another network."""
+    with _named():
+        return weights.load_pretrained(net, pretrained_file(path), size)
 
 
 def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
     """Loads `state` into `net`, every key. Raises CheckpointError naming the first that does not fit."""
-    own = net.state_dict()
-    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
-    if wrong:
-        mend = "set arch and the constants mamba_... to those it was trained with"
-        raise CheckpointError(
-            f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); {mend}"
-        )
-    net.load_state_dict(state)
+    with _named():
+        weights.load_state_dict(net, state, path)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except weights.CorruptFileError as error:
+        raise Damaged(str(error)) from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
