@@ -31,9 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from u2mamba.dataset.decode import BadFile, read_image
-from u2mamba.dataset.pairs import Unpaired
-from u2mamba.dataset.pairs import some_of as truncate_list
-from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, read_item, resize_map
+from u2mamba.dataset.pairs import Unpaired, truncate_list
+from u2mamba.dataset.rescale import resize_map
+from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, read_item
 from u2mamba.runtime.config import check_settings, read_settings
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
@@ -225,7 +225,7 @@ def main(cfg: Config) -> int:
         atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
         for metrics, *_ in datasets:
             write_report(Path(cfg.out), metrics, worst[metrics.name])
-    skipped = any(metrics.bad or any(unpaired) for metrics, _, unpaired in datasets)
+    skipped = any(metrics.bad or unpaired.skipped for metrics, _, unpaired in datasets)
     return EXIT_SKIPPED if skipped else EXIT_OK
 
 

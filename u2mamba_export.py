@@ -26,11 +26,10 @@ import skimage.data
 import torch
 from torch import Tensor, nn
 
-from u2mamba.dataset.augment import MEAN, STD
-from u2mamba.dataset.augment import normalise as normalize
-from u2mamba.dataset.cache import rescale_image, rescale_mask
-from u2mamba.dataset.decode import BadFile, read_image
-from u2mamba.dataset.pairs import IMAGE_TYPES, find_pairs, read_pair
+from u2mamba.dataset.augment import MEAN, STD, normalize
+from u2mamba.dataset.decode import BadFile, read_image, read_pair
+from u2mamba.dataset.pairs import IMAGE_TYPES, pair_folders
+from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.inference.predictor import fold_batch_norm, input_size, load_model, saliency_map, weights_path
 from u2mamba.runtime.config import check_settings, read_settings
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
@@ -159,12 +158,7 @@ def load_images(cfg: Config, size: int) -> tuple[Tensor, Tensor | None, int]:
     if cfg.gt and not cfg.images:
         raise UserError("--gt: give the images of these masks too, --images FOLDER")
     if cfg.gt:
-        for folder in (cfg.images, cfg.gt):
-            if not Path(folder).is_dir():
-                raise UserError(f"{folder}: there is no such folder")
-        files, unpaired = find_pairs(cfg.images, cfg.gt)
-        for name in unpaired.images:
-            print(f"skipped: {name} has no mask", file=sys.stderr)
+        files = pair_folders(cfg.images, cfg.gt, options=("--images", "--gt"))
     elif cfg.images:
         files = [p for p in sorted(Path(cfg.images).rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
         if not files:

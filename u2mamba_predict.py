@@ -33,11 +33,9 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from u2mamba.dataset.cache import rescale_image
 from u2mamba.dataset.decode import BadFile
-from u2mamba.dataset.pairs import IMAGE_TYPES
-from u2mamba.dataset.pairs import some_of as truncate_list
-from u2mamba.inference.evaluation import resize_map
+from u2mamba.dataset.pairs import IMAGE_TYPES, truncate_list
+from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.pipeline import THREADS, compute_maps, held_image, ordered_map
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
 from u2mamba.inference.provenance import Provenance, checksum

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from model import U2NETP
 from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
-from u2mamba.dataset.cache import rescale_image
-from u2mamba.dataset.pairs import BadFile, read_map
+from u2mamba.dataset.decode import BadFile, read_map
+from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE, contact_sheet
 from u2mamba.inference.predictor import Predictor
@@ -187,14 +187,14 @@ def test_maps_of_any_depth(name, array, expected, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.npy", np.array([[0, np.nan]]), "not numbers (NaN or infinite)"),
-        ("a.tif", np.array([[0, np.inf]], np.float32), "not numbers (NaN or infinite)"),
+        ("a.npy", np.array([[0, np.nan]]), "holds NaN or infinite values"),
+        ("a.tif", np.array([[0, np.inf]], np.float32), "holds NaN or infinite values"),
         ("a.npy", np.array([[0, 255.0]]), "holds values from 0 to 255"),
         ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
         ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
         ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
-        ("a.npy", b"", "not an array that numpy reads"),
-        ("a.npy", b"no array", "not an array that numpy reads"),
+        ("a.npy", b"", "not a NumPy array"),
+        ("a.npy", b"no array", "not a NumPy array"),
         ("a.png", b"no picture", "not an image"),
         ("a.png", b"", "empty file"),
     ],

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import u2mamba_export
-from data_loader import MEAN, STD, normalise
 from model import U2MAMBAP
 from model.mamba import MambaLayer
 from model.weights import cpu_state_dict
-from u2mamba.dataset.cache import rescale_image, rescale_mask
-from u2mamba.dataset.pairs import find_pairs, read_image, read_pair
+from u2mamba.dataset.augment import MEAN, STD, normalize
+from u2mamba.dataset.decode import read_image, read_pair
+from u2mamba.dataset.pairs import pair_folders
+from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.runtime.errors import UserError
 from u2mamba_export import Config, load_images, main
 
@@ -38,7 +39,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def prepared(name: str) -> torch.Tensor:
-    return normalise(torch.from_numpy(rescale_image(np.asarray(photograph(name)), SIZE))[None])
+    return normalize(torch.from_numpy(rescale_image(np.asarray(photograph(name)), SIZE))[None])
 
 
 @functools.cache
@@ -211,7 +212,7 @@ def test_weights_that_amplify_rounding_are_distinguished_from_a_wrong_file(expor
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
         ({"gt": "masks"}, "--gt: give the images of these masks too"),
         ({"images": "out"}, "--images out: there is no such folder, or no image in it"),
-        ({"images": "images", "gt": "nowhere"}, "nowhere: there is no such folder"),
+        ({"images": "images", "gt": "nowhere"}, "mask folder nowhere: No such file or directory; set --gt"),
         ({"size": 20}, "size = 20: must be from 32"),
         ({"opset": 99}, "opset = 99: must be from 13 to 20"),
         ({"variants": ("int4",)}, "variants = ('int4',)"),
@@ -234,7 +235,7 @@ def test_masks_are_rotated_as_in_training(tmp_path):
     image.save(tmp_path / "images" / "a.jpg", exif=exif)
     image.convert("L").point(lambda v: 255 * (v > 128)).save(tmp_path / "masks" / "a.png")  # as stored
     _, masks, skipped = load_images(Config(images=str(tmp_path / "images"), gt=str(tmp_path / "masks")), SIZE)
-    mask = read_pair(find_pairs(tmp_path / "images", tmp_path / "masks")[0][0]).mask
+    mask = read_pair(pair_folders(tmp_path / "images", tmp_path / "masks")[0]).mask
     assert skipped == 0 and mask.shape == (60, 40)
     assert np.array_equal(masks[0].numpy(), rescale_mask(mask, SIZE) / np.float32(255))
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from model import ARCHS, U2NETP
-from u2mamba.dataset.cache import rescale_image
+from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import predictor as predictor_module
 from u2mamba.inference.pipeline import ordered_map
 from u2mamba.inference.predictor import Predictor

@@ -8,9 +8,9 @@ import pytest
 import skimage.data
 import torch
 
-from data_loader import normalise
 from model import U2MAMBAP, U2NETP
-from u2mamba.dataset.cache import rescale_image
+from u2mamba.dataset.augment import normalize
+from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import Predictor, load_model
 from u2mamba.inference.predictor import fold_batch_norm, weights_path
 
@@ -33,7 +33,7 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("network", [U2NETP, U2MAMBAP])
 def test_folded_batch_norm_changes_rounding_only(network, images):
     net = trained(network())
-    x = normalise(images)
+    x = normalize(images)
     with torch.no_grad():
         for a, b in zip(net(x, logits=True), fold_batch_norm(net)(x, logits=True), strict=True):
             assert (a - b).abs().max() <= 1e-4 * a.abs().max()
@@ -44,7 +44,7 @@ def test_folded_batch_norm_changes_rounding_only(network, images):
 def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     net = trained(U2MAMBAP())
     with torch.no_grad():
-        expected = net(normalise(images))[0]
+        expected = net(normalize(images))[0]
     d0 = Predictor(net, torch.device("cpu"), precision)(images)
     assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
     assert (d0 - expected).abs().max() <= tolerance

@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from py_sod_metrics import (
     MAE,
@@ -38,17 +37,9 @@ from py_sod_metrics import (
     WeightedFmeasure,
 )
 
-from u2mamba.dataset.pairs import (
-    IMAGE_TYPES,
-    MAP_TYPES,
-    BadFile,
-    Pair,
-    Unpaired,
-    pair_names,
-    read_map,
-    read_mask,
-    read_pair,
-)
+from u2mamba.dataset.decode import BadFile, Pair, read_map, read_mask, read_pair
+from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, pair_names
+from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.workers import process_map
 from u2mamba.runtime.errors import UserError
 
@@ -152,13 +143,6 @@ def score_map(prediction: np.ndarray, mask: np.ndarray, resized: bool = False) -
         constant=bool(prediction.min() == prediction.max()),
         resized=resized,
     )
-
-
-def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A map resized to (H, W): bilinear, `F.interpolate(..., align_corners=False)`, in its own precision."""
-    if saliency.shape == shape:
-        return saliency
-    return cv2.resize(saliency, shape[::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
 
 
 def normalize_map(saliency: np.ndarray) -> np.ndarray:

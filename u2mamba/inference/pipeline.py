@@ -19,10 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from u2mamba.dataset.cache import rescale_image
-from u2mamba.dataset.decode import ROOM, BadFile, decode, opened, rgb
-from u2mamba.dataset.pairs import Pair
-from u2mamba.dataset.pairs import reading as open_pair
+from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_image, open_pair, to_rgb
+from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.evaluation import Item
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime.environment import peak_memory
@@ -36,8 +34,8 @@ Read = Callable[[S], tuple[np.ndarray, Any]]  # -> (image of the network's size,
 @contextlib.contextmanager
 def held_image(path: Path) -> Iterator[np.ndarray]:
     """The image of a file, (H, W, 3) uint8 RGB, upright; inside the block they count as decoded. Raises BadFile."""
-    with opened(path) as file, ROOM.take(file.width * file.height):
-        yield decode(path, file, rgb)[0]
+    with open_image(path) as file, DECODE_BUDGET.hold(file.width * file.height):
+        yield decode(path, file, to_rgb)[0]
 
 
 def ordered_map(pool: Executor, task: Callable[[S], Any], items: Iterable[S], ahead: int) -> Iterator[tuple[S, Any]]:

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
 from model.u2net import REBNCONV
-from u2mamba.dataset.augment import normalise
+from u2mamba.dataset.augment import normalize
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -139,7 +139,7 @@ class Predictor:
             raise UserError(f"{n} images of {w}x{h} do not fit into the memory of {self.device}: try {less}") from None
 
     def _forward(self, images: Tensor) -> Tensor:
-        logits = self.net(normalise(images, channels_last=True).to(self.dtype), logits=True)[0]
+        logits = self.net(normalize(images, channels_last=True).to(self.dtype), logits=True)[0]
         return saliency_map(logits.float())
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:

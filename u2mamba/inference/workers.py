@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import joblib
@@ -66,8 +67,11 @@ def _sigint_blocked() -> Iterator[None]:
         return
     received: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
-    # new processes inherit the mask; if SIGINT were ignored instead, a Ctrl-C would be lost
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # joblib would start it, and before Python 3.13 that unblocks SIGINT
+        # new processes inherit the mask; if SIGINT were ignored instead, a Ctrl-C would be lost
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
