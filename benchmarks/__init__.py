@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question; each prints hardware, versions and ratios measured in one run."""
+"""One script per figure of docs/performance.md and docs/results.md; each prints hardware and versions first."""

@@ -1,19 +1,23 @@
-"""Does a run that is killed again and again end as one that nobody touched?
+"""Fault campaign: a run that is killed at random moments must end exactly as one that was not.
 
     python -m benchmarks.faults --kills 50
 
-Starts the real script, tiny, on a disk slowed down so that kills fall into the writing of checkpoints too; sends it
-SIGKILL at random moments, looks at every checkpoint it left, starts it again; lets it finish, and compares weights,
-optimizer and log with those of a run without kills, bit for bit. On the CPU. Linux and macOS.
+Starts the real training script, tiny and on the CPU, with checkpoints that are written slowly, so that kills fall into
+the writing too. Sends SIGKILL at random moments, reads every checkpoint that is left, and starts the run again. Then
+compares weights, optimizer state and log with those of an undisturbed run, bitwise. Linux and macOS.
 """
 
 import csv
+import io
+import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,49 +30,58 @@ from u2mamba.dataset.demo import make_demo
 
 ROOT = Path(__file__).parents[1]
 SAVE_FRQ = 3  # iterations
-PAIRS, BATCH = 24, 4  # 23 for training: 6 iterations an epoch
-AHEAD = 2 * SAVE_FRQ  # most iterations that a start is left to do before it is killed
+PAIRS, BATCH = 24, 4  # 23 for training: 6 iterations per epoch
+MAX_AHEAD = 2 * SAVE_FRQ  # iterations that a start may do before it is killed
+PIECES, PAUSE = 8, 0.06  # a checkpoint is written in so many pieces; seconds after each, and before the rename
+COLUMNS = ("ite", "loss", "tar", "IoU", "lr", "val_maxF")  # of log.csv, all but the times
 
 
 @dataclass
-class Options:
+class Config:
     kills: int = 50
     seed: int = 0  # of the moments
 
 
-@dataclass
-class Figures:
-    """What came of the kills."""
+def run_slowly() -> None:
+    """`python -c "... run_slowly()" SCRIPT ...` runs a script whose checkpoints are written slowly."""
+    save, replace = torch.save, os.replace
 
-    kills: int = 0
-    while_saving: int = 0  # a part of a checkpoint lay under a temporary name
-    before_a_step: int = 0  # the process was still starting
-    checkpoints: int = 0  # looked at, under their final names
-    unreadable: int = 0
-    most_repeated: int = 0  # iterations done and not kept
+    def save_slowly(content, file) -> None:
+        whole = io.BytesIO()
+        save(content, whole)
+        whole.seek(0)
+        while piece := whole.read(whole.getbuffer().nbytes // PIECES + 1):
+            file.write(piece)
+            file.flush()
+            time.sleep(PAUSE)
+
+    def replace_slowly(old, new) -> None:
+        time.sleep(PAUSE)
+        replace(old, new)
+
+    torch.save, os.replace = save_slowly, replace_slowly
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def command(folder: Path, epochs: int) -> list[str]:
     words = f"--arch u2mambap --rescale 40 --crop 40 --batch_size_train {BATCH} --log_frq 1 --save_frq {SAVE_FRQ}"
     words += f" --epoch_num {epochs} --device cpu --ema_decay 0.9 --model_name run"
-    script = [sys.executable, "-m", "benchmarks.slow_disk", str(ROOT / "u2mamba_train.py")]
+    script = [sys.executable, "-c", "from benchmarks.faults import run_slowly; run_slowly()", "u2mamba_train.py"]
     return [*script, *words.split(), "--data_dir", str(folder.parent / "data"), "--saved_models", str(folder)]
 
 
 def iteration_of(line: str) -> int:
-    """The iteration that a printed line is about, 0 for other lines."""
+    """The iteration that a printed line reports, 0 for other lines."""
     return int(line.split("ite: ")[1].split("]")[0]) if "ite: " in line else 0
 
 
-def killed_run(folder: Path, epochs: int, kills: int, seed: int) -> Figures:
-    """Kills the run in `folder` that many times; it is left unfinished."""
-    chance, figures = random.Random(seed), Figures()
-    run = folder / "run"
+def killed_run(folder: Path, epochs: int, kills: int, seed: int) -> Counter[str]:
+    """Kills the run in `folder` that many times and leaves it unfinished; counts what it found after each kill."""
+    chance, run, counts = random.Random(seed), folder / "run", Counter(unreadable=0, most_repeated=0)
     for _ in range(kills):
         process = subprocess.Popen(command(folder, epochs), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        steps = chance.randint(0, AHEAD)
-        printed = 0
-        started = time.monotonic()
+        steps, printed = chance.randint(0, MAX_AHEAD), 0
         while steps and (line := process.stdout.readline()):
             if iteration_of(line):
                 printed, steps = iteration_of(line), steps - 1
@@ -76,25 +89,20 @@ def killed_run(folder: Path, epochs: int, kills: int, seed: int) -> Figures:
         process.kill()
         rest, _ = process.communicate()
         if process.returncode != -signal.SIGKILL:
-            raise RuntimeError(
-                f"the run ended by itself with {process.returncode} after {time.monotonic() - started} s"
-            )
+            raise RuntimeError(f"the run ended before the kill, with exit code {process.returncode}")
         printed = max(printed, *map(iteration_of, rest.splitlines()), 0)
-        figures.kills += 1
-        figures.before_a_step += not printed
-        figures.while_saving += any(run.glob(".*.tmp"))
-        contents = [_read(path) for path in run.glob("*.pth")]
-        figures.checkpoints += len(contents)
-        figures.unreadable += contents.count(None)
-        kept = _read(run / "last.pth")["progress"]["iteration"] if (run / "last.pth").exists() else 0
-        figures.most_repeated = max(figures.most_repeated, printed - kept)
-    return figures
+        contents = {path.name: _read(path) for path in run.glob("*.pth")}
+        kept = contents["last.pth"]["progress"]["iteration"] if contents.get("last.pth") else 0
+        counts.update(kills=1, before_the_first_iteration=not printed, checkpoints=len(contents))
+        counts.update(while_saving=any(run.glob(".*.tmp")), unreadable=list(contents.values()).count(None))
+        counts["most_repeated"] = max(counts["most_repeated"], printed - kept)  # iterations
+    return counts
 
 
 def _read(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True)
-    except Exception:  # whatever a damaged file makes of it, it is counted
+    except Exception:  # whatever torch.load makes of a damaged file, it is counted
         return None
 
 
@@ -104,13 +112,17 @@ def finish(folder: Path, epochs: int) -> None:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Names of what is not the same in the folders of two finished runs."""
-    runs = [torch.load(folder / "run" / "last.pth", weights_only=True) for folder in (a, b)]
-    flat = [dict(_tensors({k: run[k] for k in ("model", "step")})) for run in runs]
-    different = [k for k in flat[0] if not torch.equal(flat[0][k], flat[1].get(k, torch.empty(0)))]
-    names = [sorted(path.name for path in (folder / "run").glob("run_*.pth")) for folder in (a, b)]
-    different += ["names of the weight files"] if names[0] != names[1] else []
-    return different + (["log.csv"] if _log(a) != _log(b) else [])
+    """Names of the tensors and files that differ between two finished runs."""
+    (state_a, names_a, log_a), (state_b, names_b, log_b) = (_end_of(folder / "run") for folder in (a, b))
+    different = [k for k in state_a if not torch.equal(state_a[k], state_b.get(k, torch.empty(0)))]
+    return different + ["weight files"] * (names_a != names_b) + ["log.csv"] * (log_a != log_b)
+
+
+def _end_of(run: Path) -> tuple[dict[str, torch.Tensor], list[str], list[list[str]]]:
+    last = torch.load(run / "last.pth", weights_only=True)
+    with (run / "log.csv").open(newline="") as file:
+        log = [[row[column] for column in COLUMNS] for row in csv.DictReader(file)]
+    return dict(_tensors([last["model"], last["step"]])), sorted(path.name for path in run.glob("run_*.pth")), log
 
 
 def _tensors(content: Any, name: str = ""):
@@ -121,25 +133,18 @@ def _tensors(content: Any, name: str = ""):
             yield from _tensors(value, f"{name}.{key}")
 
 
-def _log(folder: Path) -> list[tuple[str, ...]]:
-    with (folder / "run" / "log.csv").open(newline="") as file:
-        return [tuple(row[k] for k in ("ite", "loss", "tar", "IoU", "lr", "val_maxF")) for row in csv.DictReader(file)]
-
-
-def main(options: Options) -> None:
-    epochs = options.kills * AHEAD // (PAIRS // BATCH) + 1
+def main(cfg: Config) -> None:
+    epochs = cfg.kills * MAX_AHEAD // (PAIRS // BATCH) + 1
     print("\n".join(lines(torch.device("cpu"))))
     with tempfile.TemporaryDirectory() as root:
         make_demo(Path(root, "data"), n=PAIRS)
         whole, broken = Path(root, "whole"), Path(root, "broken")
-        figures = killed_run(broken, epochs, options.kills, options.seed)
-        print(figures, flush=True)
-        for folder in (broken, whole):
-            finish(folder, epochs)
-        print(
-            f"{epochs * (PAIRS // BATCH)} iterations; differences from a run without kills:", differences(whole, broken)
-        )
+        print(*(f"{k}: {v}" for k, v in killed_run(broken, epochs, cfg.kills, cfg.seed).items()), sep="\n", flush=True)
+        finish(broken, epochs)
+        finish(whole, epochs)
+        iterations = epochs * (PAIRS // BATCH)
+        print(f"{iterations} iterations; differences from an undisturbed run: {differences(whole, broken) or 'none'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__, use_underscores=True))
+    main(tyro.cli(Config, description=__doc__, use_underscores=True))

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, as lines, and the median and spread of its runs."""
+"""What every benchmark shares: a description of the hardware, and timing."""
 
 import os
 import platform
@@ -11,45 +11,61 @@ import torch
 
 
 def lines(device: torch.device) -> list[str]:
-    """Hardware and versions, to stand above every table."""
+    """Hardware and versions, to print above a table."""
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
             cpu = next((row.split(":")[1].strip() for row in file if row.startswith("model name")), cpu)
-    except OSError:
+    except OSError:  # macOS and Windows have no such file
         pass
-    gpu = ""
-    if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        gpu = f", {p.name}, {p.total_memory / 2**30:.0f} GiB"
+    where = f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads)"
     versions = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}"
-    if gpu:
-        versions += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    return [f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads){gpu}", versions]
-
-
-def wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        gpu = torch.cuda.get_device_properties(device)
+        where += f", {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+        versions += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return [where, versions]
 
 
 def time_calls(
     call: Callable[[], object], device: torch.device, runs: int, calls: int = 1, warm_up: int = 1
 ) -> list[float]:
-    """Seconds a call in each of `runs` runs of `calls` calls, by the wall clock around a waiting device."""
-    for _ in range(warm_up):
-        call()
+    """Seconds per call in each of `runs` runs of `calls` calls, the device synchronized before and after each run."""
     seconds = []
-    for _ in range(runs):
-        wait(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for run in range(-1, runs):  # the first run is the warm-up
+        synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(warm_up if run < 0 else calls):
             call()
-        wait(device)
+        synchronize()
         seconds.append((time.perf_counter() - start) / calls)
-    return seconds
+    return seconds[1:]
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, float]:
-    """(median, half the distance between the fastest and the slowest)."""
+    """(median, half the distance between the fastest and the slowest run)."""
     return statistics.median(seconds), (max(seconds) - min(seconds)) / 2
+
+
+def in_turn(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
+    """Seconds of each variant's runs. The variants alternate, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(runs):
+        for name, call in variants.items():
+            seconds[name] += time_calls(call, device, runs=1, warm_up=0)
+    return seconds
+
+
+def in_cuda_graph(call: Callable[[], object]) -> Callable[[], None]:
+    """The call captured in a CUDA graph, as a function that replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.layers import conv_silu, layer_norm, project, rms_norms
 from model.selective_scan import selective_scan
 
-NormAt = Literal["none", "scan", "gate"]
+NormAt = Literal["none", "gate"]
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of Δ at the start (arXiv 2312.00752, section 3.6)
 
 
@@ -25,9 +25,7 @@ class Mamba(nn.Module):
     `backend` is one of the scan's (`model.selective_scan.choose_backend`). norm_at: where an RMSNorm stands.
         "none": nowhere, as in Mamba. The result grows with the product of Δ, B, C, u and the gate, each of which grows
             with the input; before a batch norm nothing holds it back.
-        "scan": of Δ, of B and of C, as Jamba has it (arXiv 2403.19887, "Stabilizing Mamba at large scale").
-        "gate": of the gated result before out_proj, as Mamba-2 has it (arXiv 2405.21060, section 7.1).
-    Each by the names of its source.
+        "gate": of the gated result before out_proj, as in Mamba-2 (arXiv 2405.21060, section 7.1).
     """
 
     def __init__(
@@ -40,18 +38,14 @@ class Mamba(nn.Module):
         norm_at: NormAt = "none",
     ) -> None:
         super().__init__()
-        if norm_at not in ("none", "scan", "gate"):
-            raise ValueError(f'Mamba: norm_at must be "none", "scan" or "gate", not {norm_at!r}')
+        if norm_at not in ("none", "gate"):
+            raise ValueError(f'Mamba: norm_at must be "none" or "gate", not {norm_at!r}')
         self.d_model, self.d_state, self.d_conv, self.expand, self.backend = d_model, d_state, d_conv, expand, backend
         self.d_inner, self.dt_rank = int(expand * d_model), math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.norm_at = norm_at
-        if norm_at == "scan":
-            self.dt_layernorm = nn.RMSNorm(self.dt_rank, eps=1e-6)
-            self.b_layernorm = nn.RMSNorm(d_state, eps=1e-6)
-            self.c_layernorm = nn.RMSNorm(d_state, eps=1e-6)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # S4D-real: A = -1..-N
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -74,8 +68,6 @@ class Mamba(nn.Module):
         u, z = project(self.in_proj, x.transpose(1, 2), parts=2)  # (B, d_inner, L)
         u = conv_silu(self.conv1d, u)
         x_dbc = project(self.x_proj, u)  # (B, dt_rank + 2 d_state, L)
-        if self.norm_at == "scan":
-            x_dbc = rms_norms((self.dt_layernorm, self.b_layernorm, self.c_layernorm), x_dbc)
         dt, B, C = x_dbc.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         dt = project(self.dt_proj, dt)  # (B, d_inner, L)
         A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
@@ -88,14 +80,10 @@ class Mamba(nn.Module):
 class MambaLayer(nn.Module):
     """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
 
-    directions=2: a second Mamba, `mamba_back`, reads the tokens from the last to the first; the result is the mean.
-    out_proj_zero: the projections at the end start at zero. residual: whether the caller shall add the result to x (the
-    layer only remembers it, and its state dict names a layer without: `no_residual`). norm_at: see `Mamba`.
-
-    With `channel_token` the C channels are the tokens and a token's H·W pixels its features: `dim` is then H·W, which
-    ties the layer to one image size. Works in fp32 inside any autocast, but in the fused training step: there, as
-    mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the input's dtype and memory
-    format, so that `h + mamba(h)` is one pass over memory.
+    norm_at: see `Mamba`. With `channel_token` the C channels are the tokens and a token's H·W pixels its features:
+    `dim` is then H·W, which ties the layer to one image size. Works in fp32 inside any autocast, but in the fused
+    training step: there, as mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the
+    input's dtype and memory format, so that `h + mamba(h)` is one pass over memory.
     """
 
     def __init__(
@@ -106,23 +94,12 @@ class MambaLayer(nn.Module):
         expand: int = 2,
         channel_token: bool = False,
         backend: str = "auto",
-        residual: bool = True,
-        directions: int = 1,
-        out_proj_zero: bool = False,
         norm_at: NormAt = "none",
     ) -> None:
         super().__init__()
-        if directions not in (1, 2):
-            raise ValueError(f"MambaLayer: directions must be 1 or 2, not {directions!r}")
-        self.dim, self.channel_token, self.residual = dim, channel_token, residual
+        self.dim, self.channel_token = dim, channel_token
         self.norm = nn.LayerNorm(dim)
         self.mamba = Mamba(dim, d_state, d_conv, expand, backend, norm_at)
-        self.mamba_back = Mamba(dim, d_state, d_conv, expand, backend, norm_at) if directions == 2 else None
-        if not residual:
-            self.register_buffer("no_residual", torch.ones(1))
-        for mamba in self.children() if out_proj_zero else ():
-            if isinstance(mamba, Mamba):
-                nn.init.zeros_(mamba.out_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same. Raises ValueError where C (with `channel_token` H·W) is not `dim`."""
@@ -142,8 +119,6 @@ class MambaLayer(nn.Module):
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         channels_first = not channels_last and not self.channel_token
         y = self.mamba(tokens, channels_first)
-        if self.mamba_back is not None:
-            y = (y + self.mamba_back(tokens.flip(1), channels_first).flip(1)) / 2
         if not self.channel_token:
             y = y.transpose(1, 2)
         y = y.unflatten(2, x.shape[2:])

@@ -54,8 +54,7 @@ class RSU(nn.Module):
     """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W); with `pool` a pair, as of REBNCONV.
 
     mamba: None, or a function dim -> layer that makes a (B, dim, H, W) -> (B, dim, H, W) layer.
-    mamba_levels: the REBNCONVs (1..L) after which h + layer(h) goes on, or layer(h) where layer.residual is false; the
-    layer of level i is `mamba<i>`.
+    mamba_levels: the REBNCONVs (1..L) after which h + layer(h) goes on; the layer of level i is `mamba<i>`.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class RSU(nn.Module):
             else:
                 h = block(h)
                 if layer is not None:
-                    h = h + layer(h) if layer.residual else layer(h)
+                    h = h + layer(h)
                 h, skip = max_pool(h) if halved else (h, h)
             skips.append(skip)
         h = skips.pop()

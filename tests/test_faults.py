@@ -1,4 +1,4 @@
-"""The real script killed at random moments and stopped while it saves; the long version is benchmarks.faults."""
+"""The real script killed at random moments and stopped while it saves; benchmarks.faults is the long version."""
 
 import signal
 import subprocess
@@ -21,33 +21,30 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(folder):
-    figures = faults.killed_run(folder / "broken", epochs=2, kills=2, seed=1)
-    assert figures.kills == 2 and figures.checkpoints > 0
-    assert figures.unreadable == 0
-    assert figures.most_repeated <= faults.SAVE_FRQ
+def test_a_killed_run_ends_like_an_undisturbed_one(folder):
+    counts = faults.killed_run(folder / "broken", epochs=2, kills=2, seed=1)
+    assert counts["kills"] == 2 and counts["checkpoints"] > 0
+    assert counts["unreadable"] == 0 and counts["most_repeated"] <= faults.SAVE_FRQ
     for name in ("broken", "whole"):
         faults.finish(folder / name, epochs=2)
     assert faults.differences(folder / "whole", folder / "broken") == []
-    assert not list((folder / "broken" / "run").glob(".*.tmp"))  # what the killed ones left half written
+    assert not list((folder / "broken" / "run").glob(".*.tmp"))  # files that the killed processes left
     last = folder / "broken" / "run" / "last.pth"
     content = torch.load(last, weights_only=True)
     content["model"]["side1.weight"].view(torch.int32)[0, 0, 0, 0] ^= 1
     torch.save(content, last)
-    assert faults.differences(folder / "whole", folder / "broken") == [".model.side1.weight"]  # it sees one bit
+    assert faults.differences(folder / "whole", folder / "broken") == [".0.side1.weight"]  # one bit is seen
 
 
-def test_a_signal_while_it_saves_waits_for_the_file(folder):
-    process = subprocess.Popen(
-        faults.command(folder / "stopped", epochs=9), cwd=faults.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    run = folder / "stopped" / "run"
-    end = time.monotonic() + 120
+def test_a_signal_during_saving_waits_for_the_file(folder):
+    command = faults.command(folder / "stopped", epochs=9)
+    process = subprocess.Popen(command, cwd=faults.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run, end = folder / "stopped" / "run", time.monotonic() + 120
     while not any(run.glob(".last-*.tmp")) and time.monotonic() < end:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, said
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, printed
     kept = torch.load(run / "last.pth", weights_only=True)["progress"]["iteration"]
-    assert f"stopped at iteration {kept};".encode() in said
+    assert f"stopped at iteration {kept};".encode() in printed
     assert not list(run.glob(".*.tmp"))

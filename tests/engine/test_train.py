@@ -414,7 +414,6 @@ def test_the_last_weight_file_is_there_before_the_run_is_called_finished(data, t
         (["--model_name", ".."], "model_name = '..'"),
         (["--crop_early", "16"], "crop_early = 16"),
         (["--crop", "32"], "crop = 32"),
-        (["--mamba_zero", "--no-mamba_residual"], "mamba_zero"),
     ],
 )
 def test_constants_that_would_fail_later_are_refused(data, tmp_path, more, said):

@@ -1,7 +1,6 @@
 """Before and beside a run: the overfit check, pretrained weights, bad batches by name, the curves."""
 
 import csv
-import json
 import math
 import re
 import sys
@@ -12,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import long_run, plot_run
+from benchmarks import plot_run
 from data_loader import epoch_plan, open_data
 from model import U2MAMBAP, U2NET, U2NETP
+from model.weights import cpu_state_dict
+from tests.engine import long_run
 from tests.engine import test_bad_storage as storage
 from tests.engine import test_train as tiny
 from tests.engine.test_step import Net, batch, make
@@ -113,7 +114,7 @@ def test_a_run_starts_anew_from_its_own_best_weights(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "they fit arch = u2net and u2mamba")]
+    ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "fits arch u2net and u2mamba")]
 )
 def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
     weights, kept = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth"
@@ -135,17 +136,16 @@ def test_missing_pretrained_weights_are_told_before_the_data_are_read(run, tmp_p
 @pytest.mark.parametrize(("trained", "told"), [(320, True), (48, False)])
 def test_weights_for_another_size_are_told(trained, told, run, tmp_path):
     (tmp_path / "other").mkdir()
-    torch.save(U2NETP().state_dict(), tmp_path / "other" / "best.pth")
-    (tmp_path / "other" / "constants.json").write_text(json.dumps({"rescale": trained}))
+    torch.save(cpu_state_dict(U2NETP(), trained), tmp_path / "other" / "best.pth")
     code, out = run(pretrained=str(tmp_path / "other" / "best.pth"), **SMALL)
-    assert code == 0 and (f"warning: weights for pictures of {trained} pixels" in out) == told
+    assert code == 0 and (f"warning: weights trained at {trained} pixels" in out) == told
 
 
 # ------- layers that have grown
 
 
 @pytest.mark.parametrize(
-    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, norm_at="gate"), False)]
+    "arch, advised", [(U2NETP, False), (U2MAMBAP, True), (partial(U2MAMBAP, mamba_norm="gate"), False)]
 )
 def test_a_grown_layer_is_named_once(tmp_path, capsys, arch, advised):
     net = arch()
@@ -241,14 +241,14 @@ def test_tensorboard_holds_each_figure_and_the_pictures(run, tmp_path):
 
 def test_the_plot_of_a_log(run, tmp_path, capsys):
     run(epoch_num=2)
-    plot_run.main(plot_run.Options(folder=str(tmp_path / "tiny")))
+    plot_run.main(plot_run.Config(folder=str(tmp_path / "tiny")))
     path = tmp_path / "tiny" / "curves.png"
     assert str(path) in capsys.readouterr().out
     with Image.open(path) as picture:
         assert picture.size == (1500, 800)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20  # lines, not only frames
     read = plot_run.read_log(tmp_path / "tiny" / "log.csv")
-    assert read["d6"][0].tolist() == list(range(1, 13)) and read["val_maxF"][0].tolist() == [6, 12]
+    assert [x for x, _ in read["d6"]] == list(range(1, 13)) and [x for x, _ in read["val_maxF"]] == [6, 12]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"1,2,3\n", b"ite,loss\n", b"\xff\xfe\x00"])
@@ -256,7 +256,7 @@ def test_a_log_that_cannot_be_drawn_is_named(content, tmp_path):
     if content is not None:
         (tmp_path / "log.csv").write_bytes(content)
     with pytest.raises(UserError) as error:
-        plot_run.main(plot_run.Options(folder=str(tmp_path)))
+        plot_run.main(plot_run.Config(folder=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "curves.png").exists()
 
@@ -282,7 +282,7 @@ def test_a_run_of_a_thousand_iterations_does_not_grow(data, monkeypatch):
     monkeypatch.setattr(long_run.u2mamba_train, "batches", long_run.u2mamba_train.batches)
     monkeypatch.setattr(long_run.u2mamba_train, "StopSignal", Never)  # which leaves Ctrl-C to pytest
     folders = {"data_dir": str(data), "tra_image_dir": "images", "tra_label_dir": "masks"}
-    looks = long_run.measure(1000, "cpu", "one", epoch_num=84, **folders)
+    looks = long_run.measure(1000, epoch_num=84, **folders)
     assert len(looks) == 10
     assert looks[-1]["RSS, MiB"] - looks[2]["RSS, MiB"] < 24
     # a log or TensorBoard's file may be open at a look; one kept open at each of the 50 savings would show

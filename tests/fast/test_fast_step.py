@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda", 0)
 
 def make(precision="fp32", kernels=False, graph=False, norm_at="none", **options):
     torch.manual_seed(0)
-    net = U2MAMBAP(norm_at=norm_at)
+    net = U2MAMBAP(mamba_norm=norm_at)
     net.to(DEVICE, memory_format=torch.channels_last if kernels else torch.contiguous_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     loss = multi_loss if kernels else script.multi_bce_loss_fusion
@@ -62,7 +62,7 @@ def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
     assert fast.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
-@pytest.mark.parametrize("norm_at", ["none", "scan", "gate"])
+@pytest.mark.parametrize("norm_at", ["none", "gate"])
 def test_the_fast_step_learns_as_the_plain_one(norm_at):
     plain, fast = make(norm_at=norm_at), make("bf16", kernels=True, graph=True, norm_at=norm_at)
     for i in range(60):

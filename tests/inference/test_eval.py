@@ -18,8 +18,8 @@ from PIL import Image
 from skimage import data as photographs
 from torch.nn import functional as F
 
-from benchmarks.evaluation import make_set, pysodmetrics_alone
 from model import U2NETP
+from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
 from u2mamba.dataset.cache import rescale_image
 from u2mamba.dataset.pairs import BadFile, read_map
 from u2mamba.inference.evaluation import METRICS, Item, SetScores, evaluate, items_of, map_at, score_item, score_map

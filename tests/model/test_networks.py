@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from model import U2MAMBA, U2MAMBAP, U2NET, U2NETP, load_u2net_weights
 from model.layers import fused
 from model.u2net import RSU
-from u2mamba.engine.checkpoint import build_network
+from model.weights import load_model
 
 
 def parameters(net):
@@ -201,70 +201,25 @@ def test_the_fused_layers_give_the_same_outputs_gradients_and_statistics_layer_b
             assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
 
 
-VARIANTS = [
-    {"directions": 2},
-    {"residual": False},
-    {"out_proj_zero": True},
-    {"norm_at": "scan"},
-    {"norm_at": "gate"},
-    {"norm_at": "gate", "directions": 2, "mamba_at": "encoder"},
-    {"directions": 2, "mamba_at": "encoder"},
-]
+VARIANTS = [{"mamba_norm": "gate"}, {"mamba_norm": "gate", "mamba_at": "encoder"}, {"mamba_at": "encoder"}]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_variant_is_told_by_its_state_dict(options, tmp_path):
     torch.manual_seed(0)
     net = U2MAMBAP(**options).eval()
-    again = build_network(net.state_dict(), tmp_path)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    again = load_model(tmp_path / "net.pth")
     x = torch.rand(1, 3, 32, 32)
     assert all(torch.equal(a, b) for a, b in zip(net(x), again(x), strict=True))
 
 
-def test_the_default_variant_is_the_network_without_options():
-    torch.manual_seed(0)
-    one = U2MAMBAP().state_dict()
-    torch.manual_seed(0)
-    other = U2MAMBAP(residual=True, directions=1, out_proj_zero=False).state_dict()
-    assert list(one) == list(other)
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    assert not any("back" in k or "no_residual" in k or "layernorm" in k for k in one)
-
-
-def test_out_proj_at_zero_starts_as_plain_u2net():
-    net = U2MAMBAP(out_proj_zero=True).eval()
-    plain = U2NETP().eval()
-    plain.load_state_dict({k: v for k, v in net.state_dict().items() if ".mamba" not in k})
-    x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(net(x)[0], plain(x)[0])
-    bare = U2MAMBAP(out_proj_zero=True, residual=False).eval()
-    bare.load_state_dict({**bare.state_dict(), **net.state_dict()})
-    assert not torch.equal(bare(x)[0], plain(x)[0])
-
-
-def test_public_weights_silence_both_directions():
-    plain = U2NETP().eval()
-    net = U2MAMBAP(directions=2).eval()
-    load_u2net_weights(net, plain.state_dict())
-    x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(net(x)[0], plain(x)[0])
-
-
-def test_public_weights_and_mamba_without_a_residual_do_not_go_together():
-    net = U2MAMBAP(residual=False)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(ValueError, match="mamba_residual"):
-        load_u2net_weights(net, U2NETP().state_dict())
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    load_u2net_weights(net, U2MAMBAP(residual=False).state_dict())
-
-
-@pytest.mark.parametrize("norm_at, theirs", [("none", "scan"), ("scan", "gate"), ("gate", "none")])
+@pytest.mark.parametrize("norm_at, theirs", [("none", "gate"), ("gate", "none")])
 def test_weights_with_other_norms_in_their_mamba_layers_are_refused(norm_at, theirs):
-    net = U2MAMBAP(norm_at=norm_at)
+    net = U2MAMBAP(mamba_norm=norm_at)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with pytest.raises(ValueError, match=f'mamba_norm = "{theirs}"'):
-        load_u2net_weights(net, U2MAMBAP(norm_at=theirs).state_dict())
+        load_u2net_weights(net, U2MAMBAP(mamba_norm=theirs).state_dict())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     report = load_u2net_weights(net, U2NETP().state_dict())
     assert len(report.new) == sum(".mamba" in k for k in before)

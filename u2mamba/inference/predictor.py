@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from model import weights
 from model.u2net import REBNCONV
 from u2mamba.dataset.augment import normalise
-from u2mamba.engine.checkpoint import build_network, load_weights
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -36,10 +36,13 @@ def weights_path(checkpoint: str = "") -> Path:
 def trained_network(checkpoint: str = "", backend: str = "auto") -> tuple[nn.Module, Path]:
     """The network of a checkpoint (`weights_path`), in eval mode, and the file that it came from.
 
-    Raises UserError where there is none, CheckpointError for one that is not of this project's networks.
+    Raises UserError where there is none, or for one that is not of this project's networks.
     """
     path = weights_path(checkpoint)
-    return build_network(load_weights(path), path, backend), path
+    try:
+        return weights.load_model(path, backend=backend), path
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def fold_batch_norm(net: nn.Module) -> nn.Module:

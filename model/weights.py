@@ -1,0 +1,230 @@
+"""A weights file -> a network: this project's files, which carry their settings, U-2-Net's public ones, and others.
+
+Every function raises ValueError (or its subclass CorruptFileError) with one line that names the file.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mamba import Mamba
+
+METADATA_KEY = "u2mamba"  # of the state dict's _metadata, which load_state_dict ignores and torch.save keeps
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")  # keys of a checkpoint under which weights lie
+FITS = "u2net.pth fits arch u2net and u2mamba, u2netp.pth fits u2netp and u2mambap"
+DEFAULT_SIZE = 320  # pixels: the training size of the public weights
+
+
+class CorruptFileError(ValueError):
+    """A file that is truncated, differs from its checksums, or cannot be read."""
+
+
+def read_file(path: str | Path) -> Any:
+    """The content of a file that torch.save wrote, on the CPU, without running code that it may hold.
+
+    torch.save stores a CRC-32 of each record, which torch.load does not check; zipfile does.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # the public weights of 2020 have an older format, without checksums
+            with zipfile.ZipFile(path) as records:
+                if record := records.testzip():
+                    raise CorruptFileError(f"{path}: is damaged, {record} differs from its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks users to file an issue about pickles that are refused here
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CorruptFileError:
+        raise
+    except FileNotFoundError:
+        others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
+        raise ValueError(
+            f"{path}: there is no such checkpoint{f'; in that folder there are {others}' * bool(others)}"
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not a checkpoint") from None
+    except OSError as error:
+        # a truncated file makes the readers seek to a place before its beginning: Invalid argument
+        raise CorruptFileError(f"{path}: is truncated, or cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # zipfile, pickle and torch raise whatever their parsers meet in a damaged file
+        # operand 149 starts the pickles of today's Python, which torch.save does not write
+        if isinstance(error, pickle.UnpicklingError) and (m := re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))):
+            what = m[1] or "a plain pickle"
+            raise ValueError(f"{path}: refused, it holds code ({what}) and not only weights") from None
+        raise CorruptFileError(f"{path}: is not a checkpoint, or is truncated or damaged") from None
+
+
+def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights, settings) of a weights file or of a run's last.pth (the weights in training, not their average).
+
+    settings: what `cpu_state_dict` stored: those of `model.build_model`, and "size", the training size in pixels; empty
+    for files of others. Their wrappers and common prefixes ("module.", "_orig_mod.") are removed.
+    """
+    state = read_file(path)
+    for key in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict")
+    metadata = getattr(state, "_metadata", None)
+    settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
+    settings = dict(settings) if isinstance(settings, Mapping) else {}
+    state = {str(k): v for k, v in state.items()}
+    while len(parts := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        if settings and not parts <= {"module", "_orig_mod"}:  # a network of the user's own with a single child
+            break
+        state = {key.partition(".")[2]: v for key, v in state.items()}
+    return state, settings
+
+
+def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, Tensor]:
+    """The weights as every file holds them: contiguous copies on the CPU, with the settings to rebuild `net`.
+
+    size: pixels of the training images. It and `net.settings` travel in `_metadata`, so the keys are those of `net`
+    alone, and U-2-Net's code loads the file with strict=True.
+    """
+    state = net.state_dict()
+    result = OrderedDict((k, v.detach().to("cpu", copy=True).contiguous()) for k, v in state.items())
+    settings = {k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"}  # which a machine chooses
+    settings |= {"size": size} if size else {}
+    result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
+    return result
+
+
+def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Settings for `model.build_model` from names and shapes: for files that carry none."""
+    try:
+        in_ch = state["stage1.rebnconvin.conv_s1.weight"].shape[1]
+        mid_ch = state["stage1.rebnconv1.conv_s1.weight"].shape[0]
+        out_ch = state["outconv.weight"].shape[0]
+    except KeyError:
+        raise ValueError("holds the weights of another network than U²-Net") from None
+    mamba = any(".mamba" in key for key in state)
+    arch = ("u2mamba" if mamba else "u2net") + ("p" if mid_ch == 16 else "")
+    settings = {"arch": arch, "in_ch": in_ch, "out_ch": out_ch}
+    if mamba:
+        settings["mamba_at"] = "encoder" if "stage1.mamba1.norm.weight" in state else "bottleneck"
+        settings["mamba_norm"] = _mamba_norm(state)
+    return settings
+
+
+def _mamba_norm(keys: Mapping[str, Tensor]) -> str:
+    return "gate" if any(key.endswith(".mamba.norm.weight") for key in keys) else "none"
+
+
+def load_model(path: str | Path, **options: Any) -> nn.Module:
+    """The network of a weights file in eval mode; `options` replace settings of the file (backend="torch").
+
+    `net.settings` holds its settings, and "size", the training size in pixels, where the file specifies it.
+    """
+    from . import build_model  # ARCHS is read when the network is built
+
+    state, settings = read_state_dict(path)
+    try:
+        net = build_model((settings if "arch" in settings else infer_settings(state) | settings) | options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    load_state_dict(net, state, path)
+    net.settings |= {"size": settings["size"]} if "size" in settings else {}
+    return net.eval()
+
+
+def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
+    own = net.state_dict()
+    state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)  # absent in old files
+    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
+    if wrong:
+        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
+        raise ValueError(
+            f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); "
+            "give the settings that it was trained with"
+        )
+    net.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------ warm start
+
+
+@dataclass
+class WeightReport:
+    """Which keys of a state dict a warm start used."""
+
+    matched: list[str]  # copied from the file
+    new: list[str]  # in the network only: left as initialized, out_proj of Mamba layers set to zero
+    unfit: list[str]  # in the file only, or of another shape there
+
+    def __str__(self) -> str:
+        line = f"{len(self.matched)} tensors matched, {len(self.new)} new"
+        return line + (f", {len(self.unfit)} did not fit: {', '.join(self.unfit[:3])}" if self.unfit else "")
+
+
+def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> WeightReport:
+    """Loads public U²-Net weights so that `net` computes exactly what U²-Net computes until it is trained further.
+
+    net: U2NET, U2NETP, U2MAMBA or U2MAMBAP. state_dict: that of u2net.pth or u2netp.pth, or of this project's networks.
+    out_proj of each Mamba layer that the file lacks is set to zero, which makes h + mamba(h) = h.
+    Raises ValueError when the plain U²-Net part is not complete, or when the file's Mamba layers have their norm
+    elsewhere than the network's; then `net` is left unchanged.
+    """
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved by DataParallel
+    report = _compare(net, state_dict)
+    own, found = net.state_dict(), set(report.matched)
+    if missing := [k for k in own if k not in found and ".mamba" not in k]:
+        raise ValueError(
+            f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
+            f"another shape, first {missing[0]}; {FITS}"
+        )
+    _copy(net, state_dict, report)
+    return report
+
+
+def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -> str:
+    """Warm start: copies each tensor of a weights file that fits by name and shape -> a line with the counts.
+
+    size: pixels of the new run's images; one more line warns where the file's training size is clearly another.
+    Raises ValueError when more than half of the file's tensors find no place; then `net` is left unchanged.
+    """
+    state, settings = read_state_dict(path)
+    report = _compare(net, state)
+    if 2 * len(report.unfit) > len(state):
+        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
+        raise ValueError(
+            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {arch!r}, first "
+            f"{report.unfit[0]}; {FITS}"
+        )
+    try:
+        _copy(net, state, report)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    line, trained = f"pretrained: {report} ({path})", settings.get("size", DEFAULT_SIZE)
+    if size and not 2 / 3 < size / trained < 3 / 2:
+        line += f"\nwarning: weights trained at {trained} pixels; what they learned may be lost at {size}"
+    return line
+
+
+def _compare(net: nn.Module, state: Mapping[str, Tensor]) -> WeightReport:
+    own = net.state_dict()
+    fits = {k for k, v in own.items() if k in state and state[k].shape == v.shape}
+    return WeightReport(
+        [k for k in own if k in fits], [k for k in own if k not in state], [k for k in state if k not in fits]
+    )
+
+
+@torch.no_grad()
+def _copy(net: nn.Module, state: Mapping[str, Tensor], report: WeightReport) -> None:
+    own, found = net.state_dict(), set(report.matched)
+    if any(".mamba" in k for k in found) and (norm := _mamba_norm(state)) != _mamba_norm(own):
+        raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": set it so')
+    for key in report.matched:
+        own[key].copy_(state[key])
+    for name, module in net.named_modules():
+        if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in found:
+            module.out_proj.weight.zero_()

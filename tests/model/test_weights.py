@@ -1,0 +1,196 @@
+"""model/weights.py: files are read safely, carry their settings, and are refused in one line that names them."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import model
+from model import U2MAMBAP, U2NETP, build_model
+from model.weights import (
+    CorruptFileError,
+    cpu_state_dict,
+    load_model,
+    load_pretrained,
+    load_state_dict,
+    read_file,
+    read_state_dict,
+)
+
+
+def one_line(error, path) -> str:
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "net.pth"
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_settings_travel_in_the_file_and_its_keys_stay_the_published_ones(path):
+    net = build_model({"arch": "u2mambap", "mamba_norm": "gate", "out_ch": 2, "lr": 0.1, "backend": "torch"})
+    assert net.settings == {"arch": "u2mambap", "mamba_norm": "gate", "out_ch": 2, "backend": "torch"}
+    state = cpu_state_dict(net.to(memory_format=torch.channels_last), size=96)
+    assert list(state) == list(net.state_dict()) and all(v.is_contiguous() for v in state.values())
+    torch.save(state, path)
+    again = load_model(path)
+    assert again.settings == {"arch": "u2mambap", "mamba_norm": "gate", "out_ch": 2, "size": 96}
+    assert not again.training
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in net.state_dict().items())
+    twin = U2MAMBAP(out_ch=2, mamba_norm="gate")  # as U-2-Net's code does
+    twin.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    assert cpu_state_dict(again)._metadata["u2mamba"]["size"] == 96  # saved again, it keeps its size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arch": "u2netp", "in_ch": 4},
+        {"arch": "u2mambap", "out_ch": 2},
+        {"arch": "u2mambap", "mamba_at": "encoder", "mamba_norm": "gate"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}}])
+def test_settings_of_files_without_any_are_inferred(settings, wrap, path):
+    net = build_model(settings)
+    state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as old files
+    torch.save(wrap(state), path)
+    again = load_model(path)
+    assert settings.items() <= again.settings.items() and "size" not in again.settings
+    assert list(again.state_dict()) == list(net.state_dict())
+
+
+def test_an_arch_of_the_users_own_is_built_with_the_options_of_its_signature(path, monkeypatch):
+    def tiny(in_ch=3, width=4):
+        return nn.Sequential(nn.Conv2d(in_ch, width, 3))
+
+    monkeypatch.setitem(model.ARCHS, "tiny", tiny)
+    torch.save(cpu_state_dict(build_model({"arch": "tiny", "width": 7, "mamba_at": "none"})), path)
+    assert load_model(path)[0].out_channels == 7
+    monkeypatch.delitem(model.ARCHS, "tiny")
+    with pytest.raises(ValueError, match=r"arch = 'tiny': model\.ARCHS has u2net, ") as error:
+        load_model(path)
+    one_line(error, path)
+
+
+# ------------------------------------------------------------------------------------------------------- bad files
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    torch.save({}, tmp_path / "last.pth")
+    with pytest.raises(ValueError, match=r"no such checkpoint; in that folder there are last\.pth") as error:
+        read_file(tmp_path / "none.pth")
+    one_line(error, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="is a folder") as error:
+        read_file(tmp_path)
+    one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.99])
+def test_a_truncated_file(path, part):
+    torch.save({f"w{i}": torch.randn(100) for i in range(30)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: part if isinstance(part, int) else int(len(content) * part)])
+    with pytest.raises(CorruptFileError) as error:
+        read_file(path)
+    one_line(error, path)
+
+
+def test_a_flipped_bit_in_the_weights(path):
+    torch.save({"w": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(1000)) + 500] = 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match="differs from its checksum"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(60)])
+def test_a_file_of_another_kind(content, path):
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError) as error:
+        read_file(path)
+    one_line(error, path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran.txt"),))
+
+
+@pytest.mark.parametrize("nested", [lambda code: {"w": code}, lambda code: {"model": [code]}, lambda code: code])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        torch.save,
+        lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda content, path: path.write_bytes(pickle.dumps(content)),
+        lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, path, writer, nested):
+    monkeypatch.chdir(tmp_path)
+    writer(nested(Malicious()), path)
+    for read in (read_file, load_model, lambda path: load_pretrained(U2NETP(), path)):
+        with pytest.raises(ValueError, match="refused, it holds code") as error:
+            read(path)
+        one_line(error, path)
+    assert not Path("ran.txt").exists()
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], {"w": 3}, torch.ones(2)], ids=str)
+def test_a_file_without_weights(content, path):
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="holds no state dict") as error:
+        read_state_dict(path)
+    one_line(error, path)
+
+
+def test_weights_of_another_network_are_named(path):
+    with pytest.raises(ValueError, match=r"does not fit arch 'u2mambap' .* first stage1\.mamba7") as error:
+        load_state_dict(build_model({"arch": "u2mambap"}), U2NETP().state_dict(), path)
+    one_line(error, path)
+    torch.save({"layer1.weight": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="another network than U²-Net") as error:
+        load_model(path)
+    one_line(error, path)
+
+
+# ------------------------------------------------------------------------------------------------------- warm start
+
+
+def test_a_warm_start_takes_what_fits_and_counts_the_rest(path):
+    source, net = U2NETP(out_ch=2), U2MAMBAP()
+    torch.save(cpu_state_dict(source), path)
+    line = load_pretrained(net, path, size=320)
+    heads = 2 * 7  # weight and bias of d0's convolution and of the six side outputs
+    mamba = len(net.state_dict()) - len(source.state_dict())
+    matched = len(source.state_dict()) - heads
+    assert f"{matched} tensors matched, {mamba} new, {heads} did not fit: side1.weight" in line
+    own = net.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in source.state_dict().items() if "side" not in k and "outconv" not in k)
+    assert not own["stage1.mamba7.mamba.out_proj.weight"].any()
+
+
+def test_a_warm_start_from_another_network_is_refused(path):
+    net = U2NETP()
+    before = cpu_state_dict(net)
+    for state in ({"layer1.weight": torch.ones(1)}, model.U2NET().state_dict()):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match="find no place in arch 'U2NETP'") as error:
+            load_pretrained(net, path)
+        one_line(error, path)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("trained", "size", "warns"), [(96, 320, True), (None, 320, False), (320, 96, True)])
+def test_weights_trained_at_another_size_are_warned_of(trained, size, warns, path):
+    torch.save(cpu_state_dict(U2NETP(), trained), path)
+    assert (f"warning: weights trained at {trained} pixels" in load_pretrained(U2NETP(), path, size)) == warns
