@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,26 +23,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_loader import find_pairs, open_data, train_val_split, validation_batches
+from data_loader import DataError, find_training_pairs, open_data, train_val_split, validation_batches
 from model import build_model
-from model.weights import load_pretrained
 from u2mamba.dataset.demo import make_demo
-from u2mamba.engine.checkpoint import PER_RANK_KEYS, Checkpointer, acquire_run_dir, release_run_locks
+from u2mamba.engine.checkpoint import Checkpointer, warm_start
 from u2mamba.engine.distributed import DistContext, init_distributed
-from u2mamba.engine.logger import TrainLogger
+from u2mamba.engine.logger import NonFiniteError, TrainLogger
 from u2mamba.engine.overfit import overfit
 from u2mamba.engine.parameters import param_groups_weight_decay
-from u2mamba.engine.schedule import Schedule, train_batches
-from u2mamba.engine.step import MAX_NONFINITE_STEPS, NonFiniteError, TrainStep
+from u2mamba.engine.run_folder import acquire_run_dir, release_run_locks
+from u2mamba.engine.schedule import Schedule, train_batches, validate_config
+from u2mamba.engine.step import TrainStep
 from u2mamba.engine.validation import VAL_BATCH, preview, validate
+from u2mamba.inference.predictor import weights_path
 from u2mamba.runtime.config import Count, CountOrZero, Fraction, Range, Size, Weight, read_settings, to_dict
 from u2mamba.runtime.environment import Environment
-from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, Stopped, StopSignal, UserError, one_line_errors
+from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, one_line_errors
 
 try:
     from u2mamba import fast
 except ImportError:  # the folder was deleted, or Triton is missing
     fast = None
+
+BEST_BY = "maxF"  # the validation score that best.pth is chosen by
 
 # ------- 1. settings --------
 
@@ -66,6 +68,8 @@ class Config:
     data_dir: str = "train_data"  # folder of the next two
     tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir: the images
     tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"  # under data_dir: their masks, with the same names
+    val_image_dir: str = ""  # under data_dir: images for validation; empty: 5 % of the training pairs, by their names
+    val_label_dir: str = ""  # under data_dir: their masks
     rescale: Size = 320  # pixels: every pair is resized to this square
     crop: Size = 288  # pixels: then cropped to this square at random
     early_crop: Annotated[int, Range(0, 4096)] = 0  # progressive resizing: crop of the first epochs, in pixels; 0: off
@@ -73,7 +77,9 @@ class Config:
     vflip_prob: Fraction = 0.5  # probability of a vertical flip
     hflip_prob: Fraction = 0.0  # probability of a horizontal flip; 0 because im_aug may already hold mirrored copies
     scale_min: Fraction = 0.0  # random resized crop: smallest side over the image's; this and the next 0: crop as above
-    scale_max: Annotated[float, Range(0, 2)] = 0.0  # its largest side; above 1 with reflection padding; both 1: whole images
+    scale_max: Annotated[float, Range(0, 2)] = (
+        0.0  # its largest side; above 1: reflection padding; both 1: whole images
+    )
     rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # rotation by up to ± so many degrees
     color_jitter: Fraction = 0.0  # brightness, contrast and saturation by up to ± this fraction
     # training
@@ -82,16 +88,15 @@ class Config:
     batch_size_train: Count = 12  # pairs per GPU and step
     grad_accum_steps: Count = 1  # micro-batches that a batch is split into, where memory is short
     drop_last: bool = False  # leave out the last, smaller batch of an epoch
-    optimizer: Literal["adam", "adamw"] = "adam"
     lr: Annotated[float, Range(0, 10)] = 1e-4  # learning rate
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
     warmup_iters: CountOrZero = 0  # iterations of linear warmup
-    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # of convolutions and matrices
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # of convolutions and matrices; above 0 by AdamW, else Adam
     grad_clip: Annotated[float, Range(0, 1e9)] = 0.0  # maximum norm of the gradient; 0: no clipping
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0  # averaged weights, decay per iteration; 0: no average
     iou_weight: Weight = 0.0  # weight of 1 - soft IoU of each output, added to its BCE
     edge_weight: Weight = 0.0  # extra weight of the BCE near the mask's edges
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, channels_last and the Triton kernels; weights stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, channels_last, Triton kernels; weights stay fp32
     plain: bool = False  # plain PyTorch: without u2mamba/fast (Triton kernels, CUDA graph)
     # output
     log_frq: Count = 10  # iterations between printed lines
@@ -104,7 +109,7 @@ class Config:
 
 
 FAST = Config(
-    model_name="fast", epoch_num=110, precision="bf16", batch_size_train=32, optimizer="adamw", lr=1e-3,
+    model_name="fast", epoch_num=110, precision="bf16", batch_size_train=32, lr=1e-3,
     lr_schedule="cosine", warmup_iters=500, weight_decay=0.02, grad_clip=1.0, ema_decay=0.9995, iou_weight=1.0,
     edge_weight=1.0, crop=320, early_crop=192, scale_min=0.5, scale_max=1.3, rotation_degrees=20.0, color_jitter=0.4,
     vflip_prob=0.0, hflip_prob=0.5, val_frq=5, drop_last=True,
@@ -118,7 +123,7 @@ PRESETS = {
     ),
     "finetune": Config(
         model_name="finetune", arch="u2mambap", pretrained="small", precision="bf16", batch_size_train=8, epoch_num=40,
-        optimizer="adamw", lr=1e-4, lr_schedule="cosine", warmup_iters=20, weight_decay=0.02, grad_clip=1.0,
+        lr=1e-4, lr_schedule="cosine", warmup_iters=20, weight_decay=0.02, grad_clip=1.0,
         vflip_prob=0.0, hflip_prob=0.5,
     ),
     "demo": Config(
@@ -172,7 +177,7 @@ def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
 @release_run_locks()
 def run(cfg: Config, dist: DistContext) -> int:
     """The whole run, in every process of `dist`; returns the exit code."""
-    validate_config(cfg, ARCHS)
+    validate_config(cfg)
     env = Environment.choose(cfg, dist)
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
     if dist.is_main:
@@ -180,9 +185,9 @@ def run(cfg: Config, dist: DistContext) -> int:
 
     # ------- 3. data --------
 
-    pairs = find_pairs(cfg)
+    pairs = find_training_pairs(cfg)
     train, val = train_val_split(pairs)  # for a split of your own, change this line
-    data = open_data(train, val, cfg, dist).to(env.device)
+    data = open_data(train, val, cfg.rescale, dist).to(env.device)
     first = range(min(6, len(data.val or data.train)))
     shown = next(validation_batches(data.val or data.train, first, channels_last=env.channels_last))
 
@@ -195,10 +200,8 @@ def run(cfg: Config, dist: DistContext) -> int:
 
     # ------- 5. optimizer --------
 
-    algorithm = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    optimizer = algorithm(
-        param_groups_weight_decay(net), lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True
-    )
+    groups, algorithm = param_groups_weight_decay(net), torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
+    optimizer = algorithm(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     step = (fast.TrainStep if fast and not cfg.plain else TrainStep)(
         net, optimizer, lambda logits, masks: total_loss(logits, masks, cfg), env, dist,
         grad_clip=cfg.grad_clip, ema_decay=cfg.ema_decay, grad_accum_steps=cfg.grad_accum_steps,
@@ -215,7 +218,8 @@ def run(cfg: Config, dist: DistContext) -> int:
         print(f"{folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
         return EXIT_OK
     if cfg.pretrained and not state.iteration:
-        print(load_pretrained(net, cfg.pretrained, cfg.rescale))
+        print(warm_start(net, weights_path(cfg.pretrained), cfg.rescale))
+    dist.broadcast_weights(net)
     checkpoints.begin(state)
     schedule.start_from(state)
     logger = TrainLogger(folder, [pair.image.name for pair in data.train.pairs], schedule, state, dist.is_main)
@@ -271,7 +275,7 @@ def run(cfg: Config, dist: DistContext) -> int:
         state.finished = True
         checkpoints.save_last(state)
         logger.close()
-    return checkpoints.report_end(state, skipped=data.report.skipped)
+    return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)
 
 
 if __name__ == "__main__":

@@ -4,38 +4,36 @@ A run's folder holds weights files in U-2-Net's naming every `save_frq` iteratio
 everything to resume from; the last.pth of before stays as last_before.pth, in case the newest turns out to be corrupt.
 """
 
-import contextlib
 import errno
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
-from model.weights import CorruptFileError, cpu_state_dict, load_state_dict, read_file
+from model.weights import CorruptFileError, cpu_state_dict, load_pretrained, load_state_dict, read_file
 from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.run_folder import CONFIG_FILE, archive_run, prune, weights_files, weights_name
 from u2mamba.engine.schedule import TrainState
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.config import differences, to_dict
 from u2mamba.runtime.environment import ROOT, provenance
-from u2mamba.runtime.errors import UserError
-from u2mamba.runtime.files import atomic_write, check_folder, replacing
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError
+from u2mamba.runtime.files import atomic_write, replacing
 from u2mamba.runtime.source import source_checksums
 
-CONFIG_FILE = "config.json"
 SAVE_SECONDS = 300.0  # at most between two last.pth
 FIX_HINT = "move it away, or use --resume never"
-WEIGHTS_NAME = re.compile(r".+_bce_itr_(\d+)_train_[^_]+_tar_[^_]+\.pth")
 RESUME_IGNORED_KEYS = {  # settings that do not change what a run computes
-    "resume", "model_name", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir", "log_frq", "val_frq", "save_frq",
-    "keep_checkpoints", "grad_accum_steps", "deterministic", "device", "gpu", "plain", "processes",
+    "resume", "model_name", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir", "val_image_dir",
+    "val_label_dir", "log_frq", "val_frq", "save_frq", "keep_checkpoints", "grad_accum_steps", "deterministic",
+    "device", "gpu", "plain", "processes",
 }  # fmt: skip
 PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings that the processes of a run may have otherwise
 
@@ -54,75 +52,8 @@ def save(content: Any, path: Path, before_rename: Callable[[], None] = lambda: N
             raise cause if isinstance(cause, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
 
 
-def weights_name(model_name: str, iteration: int, train_loss: float, tar_loss: float) -> str:
-    """U-2-Net's name of a weights file, which users sort and parse by eye."""
-    return f"{model_name}_bce_itr_{iteration}_train_{train_loss:3f}_tar_{tar_loss:3f}.pth"
-
-
-def weights_files(folder: Path) -> list[tuple[int, Path]]:
-    """(iteration, file) of the weights files of the run in `folder`, oldest first."""
-    return sorted(
-        (int(match[1]), folder / match[0]) for match in map(WEIGHTS_NAME.fullmatch, os.listdir(folder)) if match
-    )
-
-
-def prune(folder: Path, keep: int, iteration: int) -> None:
-    """Deletes all but the `keep` newest weights files up to `iteration`'s; 0 keeps all. Later ones belong to a run that
-    was resumed from an earlier checkpoint."""
-    written = [path for number, path in weights_files(folder) if number <= iteration]
-    for path in written[:-keep] if keep else []:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-_locks: list[FileLock] = []
-
-
-@contextlib.contextmanager
-def release_run_locks() -> Iterator[None]:
-    """Releases at its end what `acquire_run_dir` locked in it; also a decorator."""
-    try:
-        yield
-    finally:
-        while _locks:
-            _locks.pop().release()
-
-
-def acquire_run_dir(folder: Path) -> None:
-    """Makes the folder of a run and locks it until `release_run_locks` or the end of the process.
-
-    Raises UserError when it cannot be written, or another run uses it.
-    """
-    check_folder(folder)
-    try:
-        lock = FileLock(folder / "run.lock")
-        lock.acquire(timeout=0)
-        _locks.append(lock)
-    except Timeout:
-        raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
-    except (OSError, NotImplementedError) as error:  # a file system without locks
-        print(f"warning: {folder} cannot be locked ({error}): start no second run in it")
-    for file in folder.glob(".*.tmp"):  # left by a killed run
-        with contextlib.suppress(OSError):
-            file.unlink()
-
-
-def archive_run(folder: Path) -> None:
-    """Renames what an earlier run left in `folder`, adding a number."""
-    names = ("last.pth", "last_before.pth", "best.pth", "preview.png", "log.csv", CONFIG_FILE, "tensorboard")
-    files = [folder / name for name in names]
-    files = [f for f in (*files, *(path for _, path in weights_files(folder))) if f.exists()]
-    number = 1
-    while any(f.with_stem(f"{f.stem}_{number}").exists() for f in files):
-        number += 1
-    for f in files:
-        f.rename(f.with_stem(f"{f.stem}_{number}"))
-    if files:
-        print(f"new run: the {len(files)} files of the earlier one ({files[0].name}, ...) now end in _{number}")
-
-
 class Checkpointer:
-    """Saves and resumes the run in `folder`. data: what identifies the training and validation pairs (name -> value)."""
+    """Saves and resumes the run in `folder`. data: identifies the training and validation pairs (name -> value)."""
 
     def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, data: Mapping[str, Any]):
         self.folder, self.cfg, self.step, self.dist = folder, cfg, step, dist
@@ -139,16 +70,13 @@ class Checkpointer:
     # ------- resume
 
     def restore(self) -> TrainState:
-        """Resumes the run in the folder, or begins one; the state in which the loop starts.
+        """Loads the run in the folder into network, step and random state -> its state; a new one where there is none.
 
         Raises UserError where the run there was made with settings, data or code that would now compute something else,
         and for damaged or foreign files.
         """
         saved, path = self.dist.broadcast_object(self._find_latest)
         if saved is None:
-            if self.dist.is_main:
-                archive_run(self.folder)
-                self._write_config()
             return TrainState()
         try:
             state = TrainState(**saved["state"])
@@ -164,18 +92,26 @@ class Checkpointer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(f"{path}: does not hold a run to resume ({reason}); {FIX_HINT}") from None
-        if state.finished and state.epoch < self.cfg.epoch_num:
-            state.finished = False
+        state.finished &= state.epoch >= self.cfg.epoch_num  # stopped early, it stays finished
         if not state.finished:
             print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
-            if self.dist.is_main:
-                self._write_config()
         self.last_is_whole = path == self.last
         return state
 
+    def begin(self, state: TrainState) -> None:
+        """Archives an earlier run, where this one is new, and writes config.json, in the main process."""
+        if self.dist.is_main:
+            if not state.iteration:
+                archive_run(self.folder)
+            content = {**self.settings, **{k: v for k, v in self.run.items() if k not in ("settings", "defaults")}}
+            try:
+                atomic_write(self.folder / CONFIG_FILE, json.dumps(content, indent=1).encode())
+            except UserError as error:
+                print(f"warning: {error}; training continues")
+
     def _find_latest(self) -> tuple[dict[str, Any] | None, Path]:
-        """The content and path of the first whole file of last.pth, last_before.pth and the weights files, newest first;
-        (None, ...) where there is no run, or resume is "never"."""
+        """The content and path of the first whole file of last.pth, last_before.pth and the weights files, newest
+        first; (None, ...) where there is no run, or resume is "never"."""
         files = [path for path in (self.last, self.before) if path.exists()]
         if self.cfg.resume == "never" or not files:
             return None, self.last
@@ -208,7 +144,6 @@ class Checkpointer:
         before, after, old_defaults = saved["run"]["settings"], self.settings, saved["run"]["defaults"]
         known = self.run["defaults"] | before  # a setting that the run did not know counts as its default
         gone = {k for k in before if k not in after and before[k] == old_defaults.get(k)}
-        extends = self.cfg.epoch_num > before["epoch_num"]
         extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
         ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
         other = differences(known, after, ignored)
@@ -220,32 +155,22 @@ class Checkpointer:
             print(f"the same pairs in another folder: {', '.join(f'{k} = {after[k]!r}' for k in folders)}")
         if other and self.cfg.resume == "auto":
             raise UserError(
-                f"{path} was made with other settings ({'; '.join(other)}): set them back, choose another --model_name, "
-                f"or use --resume force (resume with the new ones, at the learning rate of a run of {self.cfg.epoch_num} "
-                "epochs) or --resume never (start over)"
+                f"{path} was made with other settings ({'; '.join(other)}): set them back, choose another "
+                "--model_name, or use --resume force (resume with the new ones, at the learning rate that a run of "
+                f"{self.cfg.epoch_num} epochs has there) or --resume never (start over)"
             )
-        code = [
-            k
-            for k in {**saved["run"]["code"], **self.run["code"]}
-            if saved["run"]["code"].get(k) != self.run["code"].get(k)
-        ]
-        if code and state.finished and not extends and self.cfg.resume == "auto":
-            raise UserError(
-                f"{path} holds a finished run, and the code has changed since: {', '.join(code)}; --resume never trains from scratch"
-            )
-        if code:
-            print(f"the code has changed since this run was started: {', '.join(code)}")
+        old, new = saved["run"]["code"], self.run["code"]
+        if code := ", ".join(file for file in {**old, **new} if old.get(file) != new.get(file)):
+            if state.finished and self.cfg.epoch_num <= before["epoch_num"] and self.cfg.resume == "auto":
+                raise UserError(
+                    f"{path} holds a finished run, and the code has changed since: {code}; "
+                    "--resume never trains from scratch"
+                )
+            print(f"the code has changed since this run was saved: {code}")
         if before["processes"] != self.dist.size:
             print(
                 f"processes: {before['processes']} before, now {self.dist.size}: other batches, the same learning rate"
             )
-
-    def _write_config(self) -> None:
-        content = {**self.settings, **{k: v for k, v in self.run.items() if k not in ("settings", "defaults")}}
-        try:
-            atomic_write(self.folder / CONFIG_FILE, json.dumps(content, indent=1).encode())
-        except UserError as error:
-            print(f"warning: {error}; training continues")
 
     # ------- save
 
@@ -313,3 +238,22 @@ class Checkpointer:
         """What a run that stops now says."""
         where = "here" if self.saved else f"what was saved before, since {self.last} could not be written"
         return f"the same command{' without --resume never' * (self.cfg.resume == 'never')} resumes from {where}"
+
+    def report_end(self, state: TrainState, skipped: int) -> int:
+        """Prints how the run ended -> exit code. Raises UserError where its last.pth could not be written."""
+        if not self.saved:
+            raise UserError(
+                f"the run is over, but {self.last} could not be written; what was saved is in {self.folder}"
+            )
+        took = timedelta(seconds=round(state.seconds))
+        files = f", {skipped} files skipped (exit code {EXIT_SKIPPED})" if skipped else ""
+        print(f"done: {state.iteration} iterations in {took}, checkpoints in {self.folder}{files}")
+        return EXIT_SKIPPED if skipped else EXIT_OK
+
+
+def warm_start(net: nn.Module, path: Path, size: int) -> str:
+    """`load_pretrained`, with a CheckpointError for a file that cannot be used."""
+    try:
+        return load_pretrained(net, path, size)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None

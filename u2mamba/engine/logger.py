@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from u2mamba.dataset.augment import INDEX
 from u2mamba.engine.schedule import Schedule, TrainBatch, TrainState
 from u2mamba.engine.step import HISTORY, RunningMeans
+from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import replacing
 
+MAX_NONFINITE_STEPS = 20  # in a row, before a run ends
 ACTIVATION_LIMIT = 1e4  # standard deviation of a batch norm's input; in trained networks it stays below 100
+
+
+class NonFiniteError(UserError):
+    """Too many steps in a row gave NaN or Inf."""
 
 
 class TrainLogger:
@@ -57,12 +63,16 @@ class TrainLogger:
 
     def update(self, batch: TrainBatch) -> None:
         """Counts an iteration."""
+        self.state.seconds = self.seconds
         self._rows.appendleft(batch.rows)
         self._images += len(batch.rows)
         self._waited += batch.wait
 
     def log_train(self, means: RunningMeans, lr: float) -> None:
-        """The line of an iteration in U-2-Net's form, and its row; warns of batches that gave NaN or Inf."""
+        """The line of an iteration in U-2-Net's form, and its row; warns of batches that gave NaN or Inf.
+
+        Raises NonFiniteError after MAX_NONFINITE_STEPS of them in a row.
+        """
         now, state = time.monotonic(), self.state
         elapsed = max(now - self._mark[0], 1e-9)
         speed, wait = self._images / elapsed, self._waited / elapsed
@@ -83,6 +93,11 @@ class TrainLogger:
         row |= {"images_s": speed, "wait": wait, "memory_GiB": means.memory, "skipped_steps": means.nonfinite_steps}
         self._record("train", row)
         self._restart_clock()
+        if means.consecutive_nonfinite >= MAX_NONFINITE_STEPS:
+            raise NonFiniteError(
+                f"{means.consecutive_nonfinite} steps in a row gave NaN or Inf (the last: {means.nonfinite[0]}); "
+                f"resume {self.folder / 'last.pth'} with a lower lr, grad_clip = 1 or fp32 (and --resume force)"
+            )
 
     def log_validation(self, scores: Mapping[str, float], best: bool, seconds: float, net: nn.Module) -> None:
         values = ", ".join(f"{name}: {value:.4f}" for name, value in scores.items())
@@ -129,10 +144,10 @@ class TrainLogger:
         }
         if large:
             names = ", ".join(f"{name} ({value:.0e})" for name, value in large.items())
-            without_norm = any(getattr(module, "norm_at", "") == "none" for module in net.modules())
+            without_norm = any(getattr(module, "mamba_norm", "") == "none" for module in net.modules())
             self.log(
-                f"warning: activations explode (standard deviation) at {names}; earlier layers no longer receive useful "
-                f"gradients: lower lr or clip the gradient{', or set mamba_norm = gate' if without_norm else ''}"
+                f"warning: activations explode (standard deviation) at {names}; earlier layers no longer receive "
+                f"useful gradients: lower lr or clip the gradient{', or set mamba_norm = gate' if without_norm else ''}"
             )
         self._warned |= large.keys()
 

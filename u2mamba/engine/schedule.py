@@ -1,7 +1,9 @@
 """Epochs, iterations, crop sizes and the order of the pairs of a run, and where in them it stands."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch import Tensor
 from u2mamba.dataset.augment import Augmentation, epoch_plan
 from u2mamba.dataset.batches import DataSource, batches
 from u2mamba.engine.distributed import DistContext
+from u2mamba.runtime.config import MIN_SIZE
+from u2mamba.runtime.errors import UserError
 
 
 @dataclass
@@ -22,6 +26,12 @@ class TrainState:
     best_name: str = ""  # name of that score
     seconds: float = 0.0  # training time, over all starts
     finished: bool = False
+
+    def is_best(self, name: str, scores: Mapping[str, float]) -> bool:
+        """Whether the score `name` is the best so far; of equal ones the later. Scores by another name do not count."""
+        if not scores or not all(map(math.isfinite, scores.values())):
+            return False
+        return name != self.best_name or scores[name] >= self.best
 
     def end_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
@@ -55,9 +65,13 @@ class Schedule:
         self.total_iterations = state.iteration + remaining
         if self.cfg.warmup_iters > self.total_iterations:
             print(
-                f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} iterations: "
-                "lr is never reached; use fewer, or more epochs"
+                f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} "
+                "iterations: lr is never reached; use fewer, or more epochs"
             )
+
+    def epoch_is_over(self, state: TrainState) -> bool:
+        """Whether all pairs of the current epoch were trained on."""
+        return self._steps(self.pairs_per_epoch - state.position) == 0
 
     def _steps(self, rows: int) -> int:
         return -(-(rows // self.processes) // self.cfg.batch_size_train)
@@ -80,10 +94,6 @@ class Schedule:
         )  # fmt: skip
         return plan[: self.pairs_per_epoch]
 
-    def is_due(self, every: int, count: int, last: int) -> bool:
-        """Whether something done `every` so many iterations or epochs is due at `count` of `last`."""
-        return count % every == 0 or count == last
-
 
 def train_batches(
     source: DataSource, schedule: Schedule, state: TrainState, channels_last: bool, dist: DistContext
@@ -100,3 +110,19 @@ def train_batches(
             done += taken
             ends = done // dist.size == len(own)
             yield TrainBatch(batch.x, batch.y, rows[done - taken : done], batch.wait, ends)
+
+
+def validate_config(cfg: Any) -> None:
+    """Raises UserError for settings that are each in range, but do not go together."""
+    if max(cfg.crop, cfg.early_crop) > cfg.rescale:
+        raise UserError(f"crop = {max(cfg.crop, cfg.early_crop)}: cannot be larger than rescale = {cfg.rescale}")
+    if 0 < cfg.early_crop < MIN_SIZE:
+        raise UserError(f"early_crop = {cfg.early_crop}: must be 0 or from {MIN_SIZE}")
+    if cfg.scale_min > cfg.scale_max:
+        raise UserError(f"scale_min = {cfg.scale_min}: cannot be larger than scale_max = {cfg.scale_max}")
+    if cfg.grad_accum_steps > cfg.batch_size_train:
+        raise UserError(f"grad_accum_steps = {cfg.grad_accum_steps}: exceeds the batch size {cfg.batch_size_train}")
+    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
+        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    if not cfg.scale_max and cfg.crop < 0.6 * cfg.rescale:
+        print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")

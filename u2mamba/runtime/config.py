@@ -46,6 +46,7 @@ OLD_NAMES = {  # options, values and the preset of before -> what took their pla
     "--warmup": "now --warmup_iters",
     "--iou_loss": "now --iou_weight",
     "--edge_loss": "now --edge_weight",
+    "--optimizer": "gone (AdamW where weight_decay is above 0, else Adam)",
     "--stretch": "now --normalize",
     "--resume anyway": "now --resume force",
     "--mode soft": "now --mode map",
