@@ -98,24 +98,20 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
 def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[str, Any] | None) -> None:
     option = ""
     for place, word in enumerate(argv):
-        key, value = word, ""
         if word.startswith("--"):
-            option, _, value = word.replace("-", "_").partition("=")
-            option = key = "--" + option.lstrip("_").removeprefix("no_")
-            value = value or (argv[place + 1] if place + 1 < len(argv) else "")
-        elif option:
-            key = f"{option} {word}"
-        elif place or not presets or word in presets:  # a file's name is no preset
+            name, _, value = word[2:].partition("=")
+            option = "--" + name.replace("-", "_").removeprefix("no_")
+            keys = (option, f"{option} {value}")
+        else:
+            value, keys = word, (f"{option} {word}" if option else word,)
+        if not option and (place or not presets):  # a file's name is no preset
             continue
-        if key in OLD_NAMES and key.removeprefix("--") not in fields:
-            if key == "--beyond":
-                with_value = f"--beyond {value}: now --scale_max {1 + float(value):g}" if _is_number(value) else ""
-                raise UserError(with_value or f"{key}: {OLD_NAMES[key]}")
-            raise UserError(f"{key}: {OLD_NAMES[key]}")
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
+        for key in keys:
+            if key in OLD_NAMES and key.removeprefix("--") not in fields:
+                value = value or "".join(argv[place + 1 : place + 2])
+                if key == "--beyond" and value.replace(".", "", 1).isdecimal():
+                    raise UserError(f"{key} {value}: now --scale_max {1 + float(value):g}")
+                raise UserError(f"{key}: {OLD_NAMES[key]}")
 
 
 def check_settings(config: Any) -> None:

@@ -48,10 +48,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 class StopSignal:
-    """Within it SIGINT and SIGTERM are remembered, so that the loop can save first; a second Ctrl-C interrupts at once.
+    """Within it SIGINT, SIGTERM and SIGHUP are remembered, so that the loop can save first; a second Ctrl-C interrupts.
 
-    `exit_code` is 0 until a signal is received, then 130 (Ctrl-C) or 143 (SIGTERM). The handlers of before come back at
-    the end. Outside the main thread, where Python allows no handlers, no signal is caught.
+    `exit_code` is 0 until a signal is received, then 130, 143 or 129. The handlers of before come back at the end.
+    Outside the main thread, where Python allows no handlers, no signal is caught.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,10 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._remember) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+                numbers.append(signal.SIGHUP)
+            self._previous = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +77,7 @@ class StopSignal:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.exit_code = self.exit_code or (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
+        self.exit_code = self.exit_code or 128 + number
         # os.write, because print is not safe inside a signal handler; the reader of a pipe may have exited too
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), b"\nstopping: saving after this iteration (Ctrl-C again stops at once)\n")
