@@ -15,16 +15,16 @@ import torch
 from skimage import color, transform
 from torch.utils.data import Dataset
 
-from u2mamba.dataset.augment import MEAN, STD, Augmentation, augment, epoch_plan, normalize
+from u2mamba.dataset.augment import MEAN, STD, Augmentation, augment, epoch_plan, normalise, normalize  # noqa: F401
 from u2mamba.dataset.batches import Batch, Data, DataSource, batches, open_data, validation_batches
 from u2mamba.dataset.decode import BadFile, read_image, read_mask
 from u2mamba.dataset.image_file import DataError
-from u2mamba.dataset.pairs import find_pairs, find_training_pairs, train_val_split
+from u2mamba.dataset.pairs import find_pairs, pair_folders, train_val_split
 
 __all__ = [
     "MEAN", "STD", "Augmentation", "BadFile", "Batch", "Data", "DataError", "DataSource", "RandomCrop", "Rescale",
     "RescaleT", "SalObjDataset", "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "find_pairs",
-    "find_training_pairs", "normalize", "open_data", "train_val_split", "validation_batches",
+    "normalize", "open_data", "pair_folders", "train_val_split", "validation_batches",
 ]  # fmt: skip
 
 Sample = dict  # {"imidx": (1,) int, "image": (H, W, 3), "label": (H, W, 1)}, arrays; tensors after ToTensor[Lab]

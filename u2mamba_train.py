@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_loader import DataError, find_training_pairs, open_data, train_val_split, validation_batches
+from data_loader import DataError, find_pairs, open_data, train_val_split, validation_batches
 from model import build_model
 from u2mamba.dataset.demo import make_demo
 from u2mamba.engine.checkpoint import Checkpointer, warm_start
@@ -41,7 +41,7 @@ from u2mamba.runtime.environment import Environment
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, one_line_errors
 
 try:
-    from u2mamba import fast
+    from u2mamba import fast_nothing as fast
 except ImportError:  # the folder was deleted, or Triton is missing
     fast = None
 
@@ -185,7 +185,7 @@ def run(cfg: Config, dist: DistContext) -> int:
 
     # ------- 3. data --------
 
-    pairs = find_training_pairs(cfg)
+    pairs = find_pairs(cfg)
     train, val = train_val_split(pairs)  # for a split of your own, change this line
     data = open_data(train, val, cfg.rescale, dist).to(env.device)
     first = range(min(6, len(data.val or data.train)))

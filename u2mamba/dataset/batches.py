@@ -2,7 +2,7 @@
 whole batch at a time (augment.py), on any device. What happens to each image of an epoch is written in a plan, so that
 a run can resume in the middle of an epoch, and streaming from disk gives the same batches as the cache.
 
-    train, val = train_val_split(find_pairs("images", "masks"))
+    train, val = train_val_split(pair_folders("images", "masks"))
     data = open_data(train, val, size=320)
     plan = epoch_plan(len(data.train), epoch=0, seed=0)
     for x, y, rows, wait in batches(data.train, plan, batch_size=12): ...
@@ -160,6 +160,10 @@ class Data(NamedTuple):
     val: DataSource
     report: DataReport
     fingerprint: int
+
+    def to(self, device: str | torch.device) -> Data:
+        """Makes batches on `device`; see `DataSource.to`."""
+        return self._replace(train=self.train.to(device), val=self.val.to(device))
 
 
 def open_data(

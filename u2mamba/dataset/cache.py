@@ -122,7 +122,7 @@ class PairCache:
             raise ValueError("its checksum does not match")
         images, masks = pixels[: 3 * len(pixels) // 4], pixels[3 * len(pixels) // 4 :]
         report = DataReport(**metadata["report"])
-        report.skipped = [tuple(entry) for entry in report.skipped]
+        report.unusable = [tuple(entry) for entry in report.unusable]
         return cls(
             *map(torch.from_numpy, (images.reshape(count, size, size, 3), masks.reshape(count, size, size)))
         ), report

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair
+from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair, read_image, read_map, read_mask, read_pair  # noqa: F401
 from u2mamba.dataset.image_file import DataError, printable
 
+some_of = lambda names, most=5: truncate_list(names, most)  # noqa: E731
 VAL_EVERY = 20  # one pair of 20 is for validation
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
@@ -99,16 +100,19 @@ def is_file(entry: os.DirEntry) -> bool:
         return False
 
 
-def find_pairs(
-    image_dir: str | os.PathLike, mask_dir: str | os.PathLike, log: Callable[[str], None] = print
+def pair_folders(
+    image_dir: str | os.PathLike,
+    mask_dir: str | os.PathLike,
+    log: Callable[[str], None] = print,
+    options: tuple[str, str] = ("tra_image_dir", "tra_label_dir"),
 ) -> PairList:
     """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
 
-    Raises DataError if a folder is missing or there are no pairs.
+    options: what to set for other folders. Raises DataError if a folder is missing or there are no pairs.
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
     names, irregular = [], []
-    for folder, kind, option in ((image_dir, "image", "tra_image_dir"), (mask_dir, "mask", "tra_label_dir")):
+    for folder, kind, option in ((image_dir, "image", options[0]), (mask_dir, "mask", options[1])):
         try:
             with os.scandir(folder) as entries:
                 regular = {entry.name: is_file(entry) for entry in entries}
@@ -118,7 +122,7 @@ def find_pairs(
         for name in (n for n in regular if not regular[n] and not n.startswith(".")):
             irregular.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"{image_dir} is the folder of images and of masks; set tra_image_dir and tra_label_dir to two")
+        raise DataError(f"{image_dir} is the folder of images and of masks; set {' and '.join(options)} to two folders")
     paired, unpaired = pair_names(*names)
     unpaired.others.extend(sorted(irregular))
     if not paired:
@@ -140,18 +144,19 @@ def find_pairs(
     return pairs
 
 
-def find_training_pairs(cfg, log: Callable[[str], None] = print) -> PairList:
+def find_pairs(cfg, log: Callable[[str], None] = print) -> PairList:
     """The pairs of a run: of tra_image_dir and tra_label_dir, and where val_image_dir and val_label_dir are set theirs
     too, with `split` set; relative folders are below data_dir. Raises DataError."""
     images, masks = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
     if not images.is_dir() and not masks.is_dir():
         raise DataError(f"data_dir and tra_image_dir: there is no folder {images.absolute()}\n{DATA_HELP}")
-    pairs = find_pairs(images, masks, log)
+    pairs = pair_folders(images, masks, log)
     if bool(cfg.val_image_dir) != bool(cfg.val_label_dir):
         raise DataError("val_image_dir and val_label_dir: set both, or neither")
     if not cfg.val_image_dir:
         return pairs
-    val = find_pairs(Path(cfg.data_dir, cfg.val_image_dir), Path(cfg.data_dir, cfg.val_label_dir), log)
+    options = "val_image_dir", "val_label_dir"
+    val = pair_folders(*(Path(cfg.data_dir, getattr(cfg, option)) for option in options), log, options)
     both = PairList([p._replace(split="train") for p in pairs] + [p._replace(split="val") for p in val])
     both.skipped = pairs.skipped + val.skipped
     return both
@@ -180,11 +185,11 @@ def truncate_list(names: Sequence[str], limit: int = 5) -> str:
 
 @dataclass
 class DataReport:
-    """What the check found. `skipped` pairs are not used; the rest of the report is about pairs that are."""
+    """What the check found. `unusable` pairs are skipped; the rest of the report is about usable ones."""
 
     usable: list[int] = field(default_factory=list)  # indices
     checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
+    unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
     resized: list[str] = field(default_factory=list)  # masks of another size than their image
     noise: list[str] = field(default_factory=list)  # masks treated as empty
     gray: int = 0  # masks of which a fifth or more is neither black nor white
@@ -193,9 +198,14 @@ class DataReport:
     empty: int = 0  # masks without an object, noise included
     black: int = 0  # images that are black everywhere
 
+    @property
+    def skipped(self) -> int:
+        """Number of pairs that are not used."""
+        return len(self.unusable)
+
     def lines(self) -> list[str]:
         """What is printed: one line per finding."""
-        pairs, skipped = len(self.usable), [f"{name} ({reason})" for name, reason in self.skipped]
+        pairs, skipped = len(self.usable), [f"{name} ({reason})" for name, reason in self.unusable]
         out = [f"data: {pairs:,} pairs, mask values {self.mask_low}-{self.mask_high}, {self.empty:,} empty masks"]
         for names, text in (
             (skipped, "warning: skipped {} pairs that are unreadable or do not match"),
@@ -249,7 +259,7 @@ def check_pairs(
         start = last_log = time.monotonic()
         for index, found in enumerate(pool.map(visit, range(len(pairs)))):
             if isinstance(found, BadFile):
-                report.skipped.append((found.path.name, found.reason))
+                report.unusable.append((found.path.name, found.reason))
                 continue
             report.usable.append(index)
             report.checksums.append(found["checksum"])

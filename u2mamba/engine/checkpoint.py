@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,17 @@ def save(content: Any, path: Path, before_rename: Callable[[], None] = lambda: N
 
 
 class Checkpointer:
-    """Saves and resumes the run in `folder`. data: identifies the training and validation pairs (name -> value)."""
+    """Saves and resumes the run in `folder`. fingerprint: a checksum of names and contents of its pairs."""
 
-    def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, data: Mapping[str, Any]):
+    def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, fingerprint: int):
         self.folder, self.cfg, self.step, self.dist = folder, cfg, step, dist
         self.last, self.before = folder / "last.pth", folder / "last_before.pth"
         self.settings = to_dict(cfg) | {"processes": dist.size}
         self.run = {
-            "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": dict(data),
+            "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": fingerprint,
             "code": source_checksums(ROOT), "made": provenance(step.device),
         }  # fmt: skip
+        dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
         self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
         self.saved = True  # whether the last writing of last.pth succeeded
         self._written, self._took = time.monotonic(), 0.0  # end and seconds of the last writing of last.pth
@@ -80,8 +81,12 @@ class Checkpointer:
             return TrainState()
         try:
             state = TrainState(**saved["state"])
-            if not all(isinstance(v, (int, float, str)) for v in saved["state"].values()):
+            if any(
+                type(v) is not type(default) for v, default in zip(astuple(state), astuple(TrainState()), strict=True)
+            ):
                 raise TypeError(f"state is {state}")
+            # a larger epoch_num continues a finished run, one that was stopped early as well
+            state.finished &= self.cfg.epoch_num <= saved["run"]["settings"]["epoch_num"]
             self._check_settings(saved, state, path)
             load_state_dict(self.step.net, saved["model"], path)
             if saved["step"] is not None:  # else it is a weights file
@@ -92,7 +97,6 @@ class Checkpointer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(f"{path}: does not hold a run to resume ({reason}); {FIX_HINT}") from None
-        state.finished &= state.epoch >= self.cfg.epoch_num  # stopped early, it stays finished
         if not state.finished:
             print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
         self.last_is_whole = path == self.last
@@ -147,8 +151,7 @@ class Checkpointer:
         extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
         ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
         other = differences(known, after, ignored)
-        data_before, data_after = saved["run"]["data"], self.run["data"]
-        if data_before != data_after:
+        if saved["run"]["data"] != self.run["data"]:
             other.append("other training or validation pairs (names, sizes or contents)")
         folders = [k for k in ("data_dir", "tra_image_dir", "tra_label_dir") if before.get(k) != after.get(k)]
         if folders and not other:
@@ -161,7 +164,7 @@ class Checkpointer:
             )
         old, new = saved["run"]["code"], self.run["code"]
         if code := ", ".join(file for file in {**old, **new} if old.get(file) != new.get(file)):
-            if state.finished and self.cfg.epoch_num <= before["epoch_num"] and self.cfg.resume == "auto":
+            if state.finished and self.cfg.resume == "auto":
                 raise UserError(
                     f"{path} holds a finished run, and the code has changed since: {code}; "
                     "--resume never trains from scratch"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from model import ARCHS
 from u2mamba.dataset.augment import Augmentation, epoch_plan
 from u2mamba.dataset.batches import DataSource, batches
 from u2mamba.engine.distributed import DistContext
@@ -90,7 +91,7 @@ class Schedule:
         cfg = self.cfg
         plan = epoch_plan(
             self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
-            numbers=any(Augmentation.from_config(cfg)),
+            random=any(Augmentation.from_config(cfg)),
         )  # fmt: skip
         return plan[: self.pairs_per_epoch]
 
@@ -114,6 +115,8 @@ def train_batches(
 
 def validate_config(cfg: Any) -> None:
     """Raises UserError for settings that are each in range, but do not go together."""
+    if cfg.arch not in ARCHS:
+        raise UserError(f"arch = {cfg.arch!r}: must be one of {', '.join(ARCHS)}")
     if max(cfg.crop, cfg.early_crop) > cfg.rescale:
         raise UserError(f"crop = {max(cfg.crop, cfg.early_crop)}: cannot be larger than rescale = {cfg.rescale}")
     if 0 < cfg.early_crop < MIN_SIZE:

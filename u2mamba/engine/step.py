@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import fused
-from u2mamba.engine.distributed import DistContext, MeanOfAll
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.gradients import MeanOfAll
 from u2mamba.engine.parameters import flatten_statistics
 from u2mamba.engine.validation import iou_per_image
 from u2mamba.fast import compile_only, join

@@ -217,7 +217,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         commit = _output([*git, "rev-parse", "HEAD"])
         commit += " with changes" if _output([*git, "status", "--porcelain", "-uno"]) else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"version": VERSION, "commit": commit, "torch": torch.__version__, "device": name}
+    return {"version": VERSION, "commit": commit, "torch": str(torch.__version__), "device": name}
 
 
 def _output(command: list[str]) -> str:
