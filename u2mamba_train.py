@@ -41,9 +41,10 @@ from u2mamba.runtime.environment import Environment
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, one_line_errors
 
 try:
-    from u2mamba import fast_nothing as fast
-except ImportError:  # the folder was deleted, or Triton is missing
-    fast = None
+    from u2mamba.fast import TrainStep as FastTrainStep
+    from u2mamba.fast import install
+except ImportError:  # the folder was deleted
+    FastTrainStep = install = None
 
 BEST_BY = "maxF"  # the validation score that best.pth is chosen by
 
@@ -177,7 +178,8 @@ def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
 @release_run_locks()
 def run(cfg: Config, dist: DistContext) -> int:
     """The whole run, in every process of `dist`; returns the exit code."""
-    validate_config(cfg)
+    pretrained = weights_path(cfg.pretrained) if cfg.pretrained else None
+    validate_config(cfg, pretrained)
     env = Environment.choose(cfg, dist)
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
     if dist.is_main:
@@ -195,14 +197,15 @@ def run(cfg: Config, dist: DistContext) -> int:
 
     net = build_model(to_dict(cfg)).to(env.device, memory_format=env.memory_format).train()
     print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
-    for line in fast.install(net) if fast and not cfg.plain else ["step: plain PyTorch"]:
+    plain = cfg.plain or not install
+    for line in ["step: plain PyTorch"] if plain else install(net):
         print(line)
 
     # ------- 5. optimizer --------
 
     groups, algorithm = param_groups_weight_decay(net), torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
     optimizer = algorithm(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
-    step = (fast.TrainStep if fast and not cfg.plain else TrainStep)(
+    step = (TrainStep if plain else FastTrainStep)(
         net, optimizer, lambda logits, masks: total_loss(logits, masks, cfg), env, dist,
         grad_clip=cfg.grad_clip, ema_decay=cfg.ema_decay, grad_accum_steps=cfg.grad_accum_steps,
     )  # fmt: skip
@@ -217,8 +220,8 @@ def run(cfg: Config, dist: DistContext) -> int:
     if state.finished:
         print(f"{folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
         return EXIT_OK
-    if cfg.pretrained and not state.iteration:
-        print(warm_start(net, weights_path(cfg.pretrained), cfg.rescale))
+    if pretrained and not state.iteration:
+        print(warm_start(net, pretrained, cfg.rescale))
     dist.broadcast_weights(net)
     checkpoints.begin(state)
     schedule.start_from(state)

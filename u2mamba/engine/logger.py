@@ -144,7 +144,7 @@ class TrainLogger:
         }
         if large:
             names = ", ".join(f"{name} ({value:.0e})" for name, value in large.items())
-            without_norm = any(getattr(module, "mamba_norm", "") == "none" for module in net.modules())
+            without_norm = any(getattr(module, "norm_at", "") == "none" for module in net.modules())
             self.log(
                 f"warning: activations explode (standard deviation) at {names}; earlier layers no longer receive "
                 f"useful gradients: lower lr or clip the gradient{', or set mamba_norm = gate' if without_norm else ''}"

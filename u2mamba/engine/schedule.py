@@ -113,8 +113,8 @@ def train_batches(
             yield TrainBatch(batch.x, batch.y, rows[done - taken : done], batch.wait, ends)
 
 
-def validate_config(cfg: Any) -> None:
-    """Raises UserError for settings that are each in range, but do not go together."""
+def validate_config(cfg: Any, weights: Path | None) -> None:
+    """Raises UserError for settings that are each in range, but do not go together; weights: the file `pretrained`."""
     if cfg.arch not in ARCHS:
         raise UserError(f"arch = {cfg.arch!r}: must be one of {', '.join(ARCHS)}")
     if max(cfg.crop, cfg.early_crop) > cfg.rescale:
@@ -127,5 +127,8 @@ def validate_config(cfg: Any) -> None:
         raise UserError(f"grad_accum_steps = {cfg.grad_accum_steps}: exceeds the batch size {cfg.batch_size_train}")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
+    if begins and weights and not weights.is_file():
+        raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if not cfg.scale_max and cfg.crop < 0.6 * cfg.rescale:
         print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")

@@ -15,7 +15,7 @@ from u2mamba.dataset.augment import MEAN, STD
 from u2mamba.dataset.batches import Batch
 from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
-from u2mamba.runtime.errors import Stopped, StopSignal, UserError
+from u2mamba.runtime.errors import StopSignal, UserError
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009, used by every SOD paper
 LEVELS = 256  # thresholds
@@ -130,6 +130,3 @@ def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     columns = [photos, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
     tiles = torch.stack(columns, 1).flatten(0, 1)
     return (make_grid(tiles, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8)
-
-
-__all__ = ["VAL_BATCH", "SODMetric", "Stopped", "iou_per_image", "preview", "validate"]
