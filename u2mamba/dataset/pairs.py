@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair, read_image, read_map, read_mask, read_pair  # noqa: F401
+from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair
 from u2mamba.dataset.image_file import DataError, printable
 
-some_of = lambda names, most=5: truncate_list(names, most)  # noqa: E731
 VAL_EVERY = 20  # one pair of 20 is for validation
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
