@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from u2mamba.runtime.config import LIMITS, check_together, read_settings
+from u2mamba.runtime.config import read_settings
 from u2mamba_train import PRESETS, Config
 
 ROOT = Path(__file__).parents[1]
@@ -27,4 +27,4 @@ def test_the_trainer_takes_its_commands():
     given = {words for words in commands if words.startswith((" --", *(f" {preset}" for preset in PRESETS)))}
     assert len(given) >= 10, given
     for words in given:
-        check_together(read_settings(Config(), PRESETS, LIMITS, words.split()), files=False)
+        read_settings(Config(), PRESETS, words.split())
