@@ -229,6 +229,7 @@ def check_pairs(
     pairs: Sequence[Pair],
     keep: Callable[[int, np.ndarray, np.ndarray], None] = lambda index, image, mask: None,
     log: Callable[[str], None] = lambda line: None,
+    threads: int = 8,
 ) -> DataReport:
     """Decodes every pair once.
 
@@ -253,7 +254,7 @@ def check_pairs(
         except MemoryError:
             return BadFile(pair.image, "does not fit into memory")
 
-    pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(32, threads))
     try:
         start = last_log = time.monotonic()
         for index, found in enumerate(pool.map(visit, range(len(pairs)))):
