@@ -1,6 +1,5 @@
 """u2mamba/inference/predictor.py: the prepared network computes what the network computes."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -52,26 +51,6 @@ def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
     assert (d0 - expected).abs().max() <= tolerance
     assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="changes what glibc does")
-@pytest.mark.parametrize("kept", [True, False])
-def test_later_maps_use_the_memory_of_earlier_ones_where_there_is_enough(kept):
-    """In a process of its own: how many pages the system had to bring for the fourth map; without it some 50,000."""
-    code = f"""
-import resource, torch
-from u2mamba.inference import predictor as inference
-from u2mamba.runtime import environment as device
-from model import U2NETP
-device.available_memory = lambda: {2**40 if kept else 0}
-predict = inference.Predictor(U2NETP(), torch.device("cpu"))
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    predict(torch.zeros(1, 320, 320, 3, dtype=torch.uint8))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 20_000) == kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA GPU")
