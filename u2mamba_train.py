@@ -137,18 +137,24 @@ PRESETS = {
 # ------- 2. loss: binary cross-entropy of the final output d0 and the six side outputs; soft IoU, edges --------
 
 
+def stack(logits: tuple[Tensor, ...] | Tensor) -> Tensor:
+    """d0, ..., d6, each (B, 1, H, W), as one fp32 tensor (7, B, 1, H, W), or the tensor that an earlier call made."""
+    return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits)).float()
+
+
 def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean BCE of d0, ..., d6, each (B, 1, H, W) before the sigmoid, against masks in [0, 1] -> (7,).
 
     Their sum is U²-Net's loss (arXiv 2005.09007, equation 1, all weights 1). From logits and in fp32, because
     sigmoid + BCELoss loses log(1 - p) under mixed precision. weights: per pixel, shape of the masks.
     """
-    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, weights) for d in logits])
+    d = stack(logits)
+    return F.binary_cross_entropy_with_logits(d, masks.expand_as(d), weights, reduction="none").mean((1, 2, 3, 4))
 
 
 def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     """1 - soft IoU of d0, ..., d6, averaged over the images -> (7,): small objects count as much as large ones."""
-    p = torch.sigmoid(torch.stack([d.float() for d in logits]))  # (7, B, 1, H, W)
+    p = torch.sigmoid(stack(logits))
     both = (p * masks).sum((2, 3, 4))
     return 1 - ((both + 1) / (p.sum((2, 3, 4)) + masks.sum((1, 2, 3)) - both + 1)).mean(1)
 
@@ -162,6 +168,7 @@ def edge_weights(masks: Tensor) -> Tensor:
 
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, cfg: Config) -> Tensor:
     """The loss of each output -> (7,); training minimizes their sum."""
+    logits = stack(logits)
     weights = 1 + cfg.edge_weight * edge_weights(masks) if cfg.edge_weight else None
     losses = multi_bce_loss_fusion(logits, masks, weights)
     return losses + cfg.iou_weight * soft_iou_loss(logits, masks) if cfg.iou_weight else losses
