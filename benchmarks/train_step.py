@@ -15,12 +15,14 @@ import tyro
 from torch import Tensor
 
 from benchmarks.hardware import lines, median_and_spread, time_calls
-from model import ARCHS
+from model import ARCHS, Mamba
 from model.selective_scan import choose_backend
+from u2mamba import fast
 from u2mamba.engine.distributed import DistContext, init_distributed
-from u2mamba.engine.parameters import decayed_and_not
+from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
-from u2mamba.runtime.environment import choose_device, choose_kernels, choose_precision
+from u2mamba.runtime.environment import Environment, choose_device, choose_precision
+from u2mamba_train import Config as TrainConfig
 from u2mamba_train import total_loss
 
 
@@ -46,23 +48,25 @@ def make_step(
     precision = "fp32" if baseline else choose_precision("bf16", device)[0]
     channels_last = not baseline and (device.type == "cuda" or precision == "bf16")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    kernels = variant == "fast" and choose_kernels(True, device, precision, True)[0]
-    backend, _ = choose_backend(device)
+    net = ARCHS[cfg.arch](**{"mamba_at": cfg.mamba_at} if cfg.arch.startswith("u2mamba") else {})
+    net.to(device, memory_format=memory_format).train()
+    dist.broadcast_weights(net)
+    if variant == "fast" or (baseline and device.type == "cuda"):
+        fast.install(net)  # of the baseline, only the scan: its layers are not channels_last
     if baseline and device.type == "cuda":
         with contextlib.suppress(ValueError):
-            backend, _ = choose_backend(device, "mamba_ssm")
-    settings = {"mamba_at": cfg.mamba_at, "backend": backend} if cfg.arch.startswith("u2mamba") else {}
-    net = ARCHS[cfg.arch](**settings).to(device, memory_format=memory_format)
-    dist.prepare(net, synchronise_batch_norm=False)
+            choose_backend(device, "mamba_ssm")
+            for layer in (m for m in net.modules() if isinstance(m, Mamba)):
+                layer.backend = "mamba_ssm"
     if variant == "compiled":
         net.compile()
-    optimizer = torch.optim.Adam(decayed_and_not(net), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(param_groups_weight_decay(net), lr=1e-4, fused=True)
 
     def loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
-        return total_loss(logits, masks, 0.0, 0.0, kernels)
+        return total_loss(logits, masks, TrainConfig())
 
-    graph = not baseline
-    return TrainStep(net, optimizer, loss, device, precision, graph=graph, kernels=kernels, world=dist), memory_format
+    make = TrainStep if baseline else fast.TrainStep
+    return make(net, optimizer, loss, Environment(device, precision, channels_last), dist), memory_format
 
 
 def main(cfg: Config, dist: DistContext) -> None:
