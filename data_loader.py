@@ -1,7 +1,8 @@
-"""The transforms and the dataset that U-2-Net published, with scikit-image on every access: they define the pictures.
+"""The dataset and the transforms that U-2-Net published, with scikit-image on every access: they define the images.
 
-Source: Qin et al., U-2-Net's data_loader.py (github.com/xuebinqin/U-2-Net), whose numbers they keep; its slips are
-mended and named. The training run takes the quick way to the same pictures in data_loader.py.
+A training run does not call them. It uses their fast equivalents in u2mamba/dataset/rescale.py and augment.py, which a
+test compares with them: to change what is trained on, edit those. Source: Qin et al., U-2-Net's data_loader.py
+(github.com/xuebinqin/U-2-Net); its bugs are fixed and named. The batches of a run can be imported from here too.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ import torch
 from skimage import color, transform
 from torch.utils.data import Dataset
 
-from u2mamba.dataset.augment import MEAN, STD, Changes, augment, epoch_plan, normalise
-from u2mamba.dataset.batches import HOW_TO_GET_DATA, Batch, Data, DataSource, batches, open_data, validation_batches
-from u2mamba.dataset.pairs import DataError, read_image, read_mask
+from u2mamba.dataset.augment import MEAN, STD, Augmentation, augment, epoch_plan, normalise, normalize  # noqa: F401
+from u2mamba.dataset.batches import Batch, Data, DataSource, batches, open_data, validation_batches
+from u2mamba.dataset.decode import BadFile, read_image, read_mask
+from u2mamba.dataset.image_file import DataError
+from u2mamba.dataset.pairs import find_pairs, pair_folders, train_val_split
 
 __all__ = [
-    "HOW_TO_GET_DATA", "MEAN", "STD", "Batch", "Changes", "Data", "DataError", "DataSource", "RandomCrop", "Rescale",
-    "RescaleT", "SalObjDataset", "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "normalise",
-    "open_data", "validation_batches",
+    "MEAN", "STD", "Augmentation", "BadFile", "Batch", "Data", "DataError", "DataSource", "RandomCrop", "Rescale",
+    "RescaleT", "SalObjDataset", "ToTensor", "ToTensorLab", "augment", "batches", "epoch_plan", "find_pairs",
+    "normalize", "open_data", "pair_folders", "train_val_split", "validation_batches",
 ]  # fmt: skip
 
 Sample = dict  # {"imidx": (1,) int, "image": (H, W, 3), "label": (H, W, 1)}, arrays; tensors after ToTensor[Lab]
 
 
-def _flip_upside_down(sample: Sample) -> Sample:
+def _random_vflip(sample: Sample) -> Sample:
     if torch.rand(()) >= 0.5:  # torch's generator: DataLoader seeds it differently in every worker
         return {**sample, "image": sample["image"][::-1], "label": sample["label"][::-1]}
     return sample
@@ -40,10 +43,11 @@ def _resize(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 class RescaleT:
-    """Squash image and label to `output_size` (a side, or height and width); the image becomes float in 0-1."""
+    """Resizes image and label to `output_size` (a side, or height and width) without keeping the aspect ratio; the
+    image becomes float in [0, 1]."""
 
     def __init__(self, output_size: int | tuple[int, int]):
-        # Slip mended: the published one takes a tuple and then fails on it.
+        # Fixed: the published one accepts a tuple and then fails on it.
         self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
 
     def __call__(self, sample: Sample) -> Sample:
@@ -51,7 +55,7 @@ class RescaleT:
 
 
 class Rescale:
-    """Turn upside down with p = 0.5, then scale the shorter side to `output_size`, or to (height, width)."""
+    """Vertical flip with p = 0.5, then resizes the shorter side to `output_size`, or to (height, width)."""
 
     def __init__(self, output_size: int | tuple[int, int]):
         self.output_size = output_size
@@ -61,42 +65,39 @@ class Rescale:
         size = self.output_size
         if isinstance(size, int):
             size = (int(size * height / width), size) if height > width else (size, int(size * width / height))
-        return _resize(_flip_upside_down(sample), tuple(size))
+        return _resize(_random_vflip(sample), tuple(size))
 
 
 class RandomCrop:
-    """Turn upside down with p = 0.5, then cut out a window of `output_size` at random.
-
-    Raises ValueError when the image is smaller.
-    """
+    """Vertical flip with p = 0.5, then a random crop of `output_size`. Raises ValueError if the image is smaller."""
 
     def __init__(self, output_size: int | tuple[int, int]):
         self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
 
     def __call__(self, sample: Sample) -> Sample:
-        sample = _flip_upside_down(sample)
+        sample = _random_vflip(sample)
         (height, width), (rows, columns) = sample["image"].shape[:2], self.output_size
         if rows > height or columns > width:
             raise ValueError(f"RandomCrop({self.output_size}): the image is only {height}x{width}")
-        # Slip mended: randint(0, h - rows) never takes the last offset, and fails when the sizes match.
+        # Fixed: randint(0, h - rows) never returns the last offset, and fails if the sizes match.
         top, left = (int(torch.randint(room + 1, ())) for room in (height - rows, width - columns))
-        window = np.s_[top : top + rows, left : left + columns]
-        return {**sample, "image": sample["image"][window], "label": sample["label"][window]}
+        crop = np.s_[top : top + rows, left : left + columns]
+        return {**sample, "image": sample["image"][crop], "label": sample["label"][crop]}
 
 
 def _divide(values: np.ndarray, by: float) -> np.ndarray:
-    # Slip mended: an all-black image or a channel of one value is divided by zero and the loss becomes nan.
+    # Fixed: an all-black image or a constant channel was divided by zero, and the loss became NaN.
     return values / by if by > 1e-6 else values
 
 
 def _label_in_01(label: np.ndarray) -> np.ndarray:
-    # Slip mended: divided by the crop's own maximum, a crop that holds only noise or a soft rim of the object becomes
-    # full foreground. read_mask has put the file's maximum at 255; labels that end at 1 stay.
+    # Fixed: divided by the crop's own maximum, a crop that holds only noise or a soft edge of the object became full
+    # foreground. read_mask has scaled the file's maximum to 255; labels that end at 1 stay.
     return label / (255 if label.max() > 1 else 1)
 
 
-def _standardise(channels: np.ndarray) -> np.ndarray:
-    """Each channel to 0-1 by its own range, then to mean 0 and deviation 1."""
+def _standardize(channels: np.ndarray) -> np.ndarray:
+    """Each channel to [0, 1] by its own range, then to mean 0 and standard deviation 1."""
     out = np.empty(channels.shape)
     for c in range(channels.shape[2]):
         plane = channels[:, :, c] - channels[:, :, c].min()
@@ -106,10 +107,10 @@ def _standardise(channels: np.ndarray) -> np.ndarray:
 
 
 class ToTensorLab:
-    """Arrays -> tensors {"imidx", "image" (3 or 6, H, W), "label" (1, H, W) in 0-1}, float64 as published.
+    """Arrays -> tensors {"imidx", "image" (3 or 6, H, W), "label" (1, H, W) in [0, 1]}, float64 as published.
 
-    flag 0: RGB divided by the image's maximum, then ImageNet mean and deviation; 1: Lab; 2: RGB and Lab, both
-    standardised channel by channel.
+    flag 0: RGB divided by the image's maximum, then ImageNet mean and standard deviation; 1: Lab; 2: RGB and Lab, both
+    standardized per channel.
     """
 
     def __init__(self, flag: int = 0):
@@ -120,9 +121,9 @@ class ToTensorLab:
         if image.shape[2] == 1:
             image = np.repeat(image, 3, axis=2)
         if self.flag == 1:
-            image = _standardise(color.rgb2lab(image))
+            image = _standardize(color.rgb2lab(image))
         elif self.flag == 2:
-            image = _standardise(np.concatenate([image, color.rgb2lab(image)], axis=2))
+            image = _standardize(np.concatenate([image, color.rgb2lab(image)], axis=2))
         else:
             image = (_divide(image, image.max()) - MEAN) / STD
         to_chw = (torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))) for array in (image, label))
@@ -137,7 +138,7 @@ class ToTensor(ToTensorLab):
 
 
 class SalObjDataset(Dataset):
-    """Samples of image files and mask files, in the order given; no mask names: labels of zeros."""
+    """Samples of image files and mask files, in the order given; without mask names: labels of zeros."""
 
     def __init__(
         self,

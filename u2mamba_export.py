@@ -31,7 +31,7 @@ from benchmarks.hardware import lines, median_and_spread
 from data_loader import MEAN, STD, normalise
 from u2mamba.dataset.cache import rescale_image, rescale_mask
 from u2mamba.dataset.demo import PHOTOGRAPHS
-from u2mamba.dataset.pairs import IMAGE_TYPES, BadFile, find_pairs, read_image, read_pair
+from u2mamba.dataset.pairs import IMAGE_TYPES, BadFile, pair_folders, read_image, read_pair
 from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
 from u2mamba.runtime.config import check_input_size, check_settings, input_size
 from u2mamba.runtime.environment import choose_precision, choose_scan
@@ -163,9 +163,7 @@ def gather(options: Options, size: int) -> tuple[Tensor, Tensor | None, int]:
         for folder in (options.images, options.gt):
             if not Path(folder).is_dir():
                 raise UserError(f"{folder}: there is no such folder")
-        files, unpaired = find_pairs(options.images, options.gt)
-        for name in unpaired[0]:
-            print(f"left out: {name} has no mask", file=sys.stderr)
+        files = pair_folders(options.images, options.gt, log=lambda line: print(line, file=sys.stderr))
     elif options.images:
         files = [p for p in sorted(Path(options.images).rglob("*")) if p.suffix.lower() in IMAGE_TYPES]
         if not files:

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_loader import HOW_TO_GET_DATA, Changes, batches, epoch_plan, open_data, validation_batches
+from data_loader import (
+    Augmentation,
+    batches,
+    epoch_plan,
+    find_pairs,
+    open_data,
+    train_val_split,
+    validation_batches,
+)
 from model import ARCHS
 from u2mamba.dataset.demo import make_demo
 from u2mamba.engine import checkpoint, resume
@@ -77,12 +85,11 @@ class Config:
     early: float = 0.6  # share of the epochs that crop_early is for
     window: float = 0.0  # smallest share of a picture's sides that is cut out and brought to crop; 0: crop as it is
     beyond: float = 0.0  # by how much the largest window is larger than the picture, which is mirrored at its edges
-    rotate: float = 0.0  # degrees either way; with this or colour or paste, and no window, whole pictures are taken
+    rotate: float = 0.0  # degrees either way; with this or colour, and no window, whole pictures are taken
     colour: float = 0.0  # share by which brightness, contrast and saturation change
-    paste: float = 0.0  # probability that another picture's object is put in
     mirror: float = 0.0  # probability that a pair is mirrored; 0 because im_aug may already hold mirrored copies
-    cache: bool = True  # keep the decoded pairs in memory as bytes, where they fit
-    num_workers: int = 4  # threads that read and decode pairs where the cache does not fit
+    val_image_dir: str = ""  # under data_dir: images for validation; then no training pair is used for it
+    val_label_dir: str = ""  # under data_dir: their masks
     # the training
     overfit: int = 0  # pairs to learn by heart, to see that it can learn; 0: train
     epoch_num: int = 720  # passes over the pairs; 720 of DUTS-TR in batches of 12 are the paper's 600,000 iterations
@@ -198,19 +205,15 @@ def run(cfg: Config, world: DistContext) -> int:
 
     # ------- 3. data --------
 
-    with world.main_process_first():  # it decodes the pairs and leaves the others a file of them
+    with world.main_process_first():
         if cfg.data_dir == PRESETS["demo"].data_dir:
             make_demo(cfg.data_dir)
-        image_dir, mask_dir = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
-        if not image_dir.is_dir() and not mask_dir.is_dir():
-            raise UserError(f"data_dir and tra_image_dir: there is no folder {image_dir}\n{HOW_TO_GET_DATA}")
         if world.is_main:
             checkpoint.open_folder(folder)
-        data = open_data(
-            image_dir, mask_dir, cfg.cache, size=cfg.rescale, need=world.size, workers=cfg.num_workers,
-            copies=world.local_size,
-        )  # fmt: skip
-        source, held_out = data.train.to(device), data.val.to(device)
+    pairs = find_pairs(cfg)
+    train, val = train_val_split(pairs)  # for a split of your own, change this line: two lists of pairs
+    data = open_data(train, val, cfg.rescale, world).to(device)
+    source, held_out = data.train, data.val
     constants = as_plain_dict(cfg) | resume.what_is_there(source, held_out, world.size)
     world.check_same(constants, MAY_DIFFER)
     first = range(min(6, len(held_out or source)))
@@ -280,12 +283,16 @@ def run(cfg: Config, world: DistContext) -> int:
             report.picture(preview(kept, shown.x, shown.y), progress.iteration)
         step.reset()
 
-    changes, chances, stopped = Changes.of(cfg), (cfg.flip_upside_down, cfg.mirror), 0  # a signal's exit code
+    resized = bool(cfg.window or cfg.beyond)
+    augmentation = Augmentation(resized * (cfg.window or 1.0), resized * (1 + cfg.beyond), cfg.rotate, cfg.colour)
+    chances, stopped = (cfg.flip_upside_down, cfg.mirror), 0  # a signal's exit code
     for epoch in range(progress.epoch, cfg.epoch_num):
         crop = cfg.crop_early if cfg.crop_early and epoch < cfg.early * cfg.epoch_num else cfg.crop
-        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, numbers=any(changes))[:used]
+        plan = epoch_plan(len(source), epoch, cfg.seed, cfg.rescale, crop, *chances, random=any(augmentation))[:used]
         own = world.shard(plan[progress.position :])
-        for batch in resume.saving(save_last, batches(source, own, cfg.batch_size_train, crop, channels_last, changes)):
+        for batch in resume.saving(
+            save_last, batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation)
+        ):
             rows = plan[progress.position :][: len(batch.rows) * world.size]  # of all processes
             progress.iteration += 1
             progress.position += len(rows)
@@ -342,7 +349,8 @@ def run(cfg: Config, world: DistContext) -> int:
     if not last.is_safe:
         raise UserError(f"the run is over, but {last.path} could not be written; what was saved is in {folder}")
     took = timedelta(seconds=round(report.seconds))
-    aside = f", {data.report.set_aside} files set aside (exit code 1)" if data.report.set_aside else ""
+    skipped = pairs.skipped + data.report.skipped
+    aside = f", {skipped} files skipped (exit code 1)" if skipped else ""
     print(f"done: {progress.iteration} iterations in {took}, checkpoints in {folder}{aside}")
     return EXIT_SKIPPED if aside else EXIT_OK
 

@@ -22,7 +22,7 @@ from benchmarks.hardware import lines, median_and_spread
 from data_loader import RandomCrop, RescaleT, SalObjDataset, ToTensorLab
 from u2mamba.dataset.augment import epoch_plan
 from u2mamba.dataset.batches import DataSource, batches, open_data
-from u2mamba.dataset.pairs import DataError
+from u2mamba.dataset.pairs import DataError, pair_folders, train_val_split
 
 BATCH = 12
 PUBLISHED_BATCHES = 10  # at 20 images/s a pass over all pairs would take most of the time
@@ -55,9 +55,10 @@ def main(cfg: Config) -> int:
     folders = [Path(cfg.data, name) for name in ("im_aug", "gt_aug")]
     with tempfile.TemporaryDirectory() as cache:  # so that the cache is filled, and nothing is left behind
         try:
-            source = open_data(*folders, cache_dir=cache, need=4 * BATCH).train
+            train, val = train_val_split(pair_folders(*folders))
+            source = open_data(train, val, cache_dir=cache).train
             started = time.perf_counter()
-            open_data(*folders, cache_dir=cache, say=lambda _: None)
+            open_data(train, val, cache_dir=cache, log=lambda _: None)
         except DataError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.hardware import lines
-from data_loader import open_data, validation_batches
+from data_loader import open_data, pair_folders, train_val_split, validation_batches
 from model.mamba import MambaLayer
 from u2mamba.engine.metrics import iou_per_image
 from u2mamba.inference.predictor import trained_network
@@ -61,7 +61,7 @@ def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
     print("\n".join(lines(device)))
     folders = [Path(cfg.data_dir, name) for name in (cfg.tra_image_dir, cfg.tra_label_dir)]
-    source = open_data(*folders, size=cfg.size).val.to(device)
+    source = open_data(*train_val_split(pair_folders(*folders)), cfg.size).val.to(device)
     net = trained_network(cfg.checkpoint)[0].to(device)
     layers = {name: m for name, m in net.named_modules() if isinstance(m, MambaLayer)}
     variants = {"all": layers} | ({name: {name: layer} for name, layer in layers.items()} if cfg.each else {})

@@ -66,9 +66,9 @@ def test_zip_to_layout_with_mirrored_copies_twice(tmp_path, capsys):
     assert np.abs(image[:, ::-1] - mirrored).mean() < 4  # stored as JPEG again; the waves unmirrored: 90
     mask, turned = (pairs_module.read_mask(root / f"gt_aug/n1{m}.png") for m in ("", "_mirror"))
     np.testing.assert_array_equal(mask[:, ::-1], turned)
-    pairs, unpaired = pairs_module.find_pairs(root / "im_aug", root / "gt_aug")
+    pairs = pairs_module.pair_folders(root / "im_aug", root / "gt_aug")
     assert len(pairs) == 6
-    assert not any(unpaired)
+    assert not pairs.skipped
 
     (root / "im_aug/n0.jpg").write_bytes(b"half")  # what an interruption without our renaming would leave
     (root / "gt_aug/n2_mirror.png").unlink()
@@ -92,7 +92,7 @@ def test_folder_as_source(tmp_path, below):
     assert len(files(tmp_path / "out")) == 6
 
 
-def test_files_set_aside(tmp_path, capsys):
+def test_bad_files_are_skipped(tmp_path, capsys):
     content = members(4)
     content["DUTS-TR/DUTS-TR-Image/n0.jpg"] = content["DUTS-TR/DUTS-TR-Image/n0.jpg"][:-200]
     content["DUTS-TR/DUTS-TR-Mask/n1.png"] = encoded(np.zeros((32, 32), np.uint8), "PNG")
@@ -106,10 +106,10 @@ def test_files_set_aside(tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare_duts.main([str(source), "--out", str(out)]) == 1
     said = capsys.readouterr().out
-    assert "set aside: DUTS-TR-Image/n0.jpg: image file is truncated" in said
+    assert "skipped DUTS-TR-Image/n0.jpg: image file is truncated" in said
     assert "DUTS-TR-Mask/n1.png: mask is 32x32, its image 48x32" in said
     assert "DUTS-TR-Image/n2.jpg: damaged in the zip" in said
-    assert "without a partner: 1 files, alone.jpg" in said
+    assert "skipped 1 files without a partner: alone.jpg" in said
     assert set(files(out)) == {f"DUTS-TR/DUTS-TR/{n}" for n in ("im_aug/n3.jpg", "gt_aug/n3.png")}
 
 
@@ -153,7 +153,7 @@ def test_bombs_and_a_full_disk(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare_duts.shutil, "copyfileobj", full)
         assert prepare_duts.main([str(source), "--out", str(out)]) == 2
-    assert capsys.readouterr().err.strip() == f"{out}: No space left on device; mend that and run it again"
+    assert capsys.readouterr().err.strip() == f"{out}: No space left on device; fix that and run it again"
     assert not files(out)
     assert prepare_duts.main([str(source), "--out", str(out)]) == 0
 
@@ -168,4 +168,4 @@ def test_unusable_sources_as_a_user_runs_it(tmp_path):
         [sys.executable, str(SCRIPT), "missing.zip"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["missing.zip: not there; DUTS-TR.zip is at http://saliencydetection.net/duts/"]
+    assert done.stderr.splitlines() == ["missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"]

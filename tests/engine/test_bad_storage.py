@@ -231,15 +231,16 @@ def test_a_longer_run_would_have_small_crops_for_longer(run):
         run(crop_early=33, epoch_num=2)
 
 
-def test_a_file_that_goes_while_pairs_are_streamed_costs_no_step(run, data, tmp_path, capsys):
+def test_a_file_that_goes_while_pairs_are_streamed_costs_no_step(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("u2mamba.dataset.batches.MEMORY_SHARE", 0)  # stream
     copy = shutil.copytree(data, tmp_path / "data")
     goes = partial((copy / "images" / "d12.png").unlink, missing_ok=True)
-    with pytest.raises(DataError, match=r"d12\.png.*--resume anyway"):
-        run(at={3: goes}, data_dir=str(copy), cache=False, epoch_num=2, save_frq=1000)
+    with pytest.raises(DataError, match=r"d12\.png.*--resume force"):
+        run(at={3: goes}, data_dir=str(copy), epoch_num=2, save_frq=1000)
     done = int(re.findall(r"ite: (\d+)\]", capsys.readouterr().out)[-1])
     assert checkpoint.load(tmp_path / "tiny" / "last.pth")["progress"]["iteration"] == done
     (copy / "masks" / "d12.png").unlink()
-    code, out = run(data_dir=str(copy), cache=False, epoch_num=2, resume="anyway")
+    code, out = run(data_dir=str(copy), epoch_num=2, resume="anyway")
     assert code == 0 and f"iteration {done}" in out
 
 

@@ -287,12 +287,6 @@ def test_damaged_files_are_set_aside_and_the_exit_code_tells(data, tmp_path):
     assert "d11.png" in done.stdout and "d12" in done.stdout
 
 
-def test_streaming_gives_what_the_cache_gives(finished, data, tmp_path):
-    done = train(data, tmp_path, "--no-cache")
-    assert done.returncode == 0, done.stderr
-    assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
-
-
 def test_averaged_mixed_precision_run_with_cosine_goes_on_exactly(data, tmp_path):
     more = "--ema_decay 0.9 --precision bf16 --channels_last --lr_schedule cosine --optimizer adamw --clip 1".split()
     assert train(data, tmp_path / "whole", *more).returncode == 0

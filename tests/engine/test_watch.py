@@ -5,21 +5,19 @@ import math
 import re
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import plot_run
-from data_loader import epoch_plan, open_data
+from data_loader import DataSource, epoch_plan, pair_folders, train_val_split
 from model import U2MAMBAP, U2NET, U2NETP
 from model.weights import cpu_state_dict
 from tests.engine import long_run
 from tests.engine import test_bad_storage as storage
 from tests.engine import test_train as tiny
 from tests.engine.test_step import Net, batch, make
-from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset.augment import INDEX
 from u2mamba.engine import overfit as module
 from u2mamba.engine.logger import TrainLogger
@@ -55,7 +53,7 @@ def test_overfit_learns_one_pair_and_writes_one_picture(run, tmp_path):
 
 
 def source_of(data):
-    return open_data(data / "images", data / "masks", cache=False, size=32, say=lambda line: None).train
+    return DataSource(train_val_split(pair_folders(data / "images", data / "masks"))[0], 32)
 
 
 def test_overfit_says_that_it_failed(data, tmp_path, monkeypatch):
@@ -290,13 +288,6 @@ def test_a_run_of_a_thousand_iterations_does_not_grow(data, monkeypatch):
 
 
 # ------- what the start says
-
-
-def test_a_cache_for_which_the_disk_has_no_room_names_what_is_kept_free(data, tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 29))
-    open_data(data / "images", data / "masks", size=40, cache_dir=tmp_path, say=said.append)
-    assert any(line.endswith("0 MB needed and 1.1 GB to stay free") for line in said), said
 
 
 def test_a_warm_up_that_never_ends_is_warned_of(run):

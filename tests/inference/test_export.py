@@ -19,7 +19,7 @@ from model import U2MAMBAP
 from model.mamba import MambaLayer
 from u2mamba.dataset.cache import rescale_image, rescale_mask
 from u2mamba.dataset.demo import PHOTOGRAPHS
-from u2mamba.dataset.pairs import find_pairs, read_image, read_pair
+from u2mamba.dataset.pairs import pair_folders, read_image, read_pair
 from u2mamba.runtime.config import CONSTANTS
 from u2mamba.runtime.errors import UserError
 from u2mamba_export import Options, gather, run
@@ -239,7 +239,7 @@ def test_masks_are_turned_as_the_trainer_turns_them(tmp_path):
     image.save(tmp_path / "images" / "a.jpg", exif=exif)
     image.convert("L").point(lambda v: 255 * (v > 128)).save(tmp_path / "masks" / "a.png")  # as stored
     _, masks, aside = gather(Options(images=str(tmp_path / "images"), gt=str(tmp_path / "masks")), SIZE)
-    mask = read_pair(find_pairs(tmp_path / "images", tmp_path / "masks")[0][0]).mask
+    mask = read_pair(pair_folders(tmp_path / "images", tmp_path / "masks")[0]).mask
     assert aside == 0 and mask.shape == (60, 40)
     assert np.array_equal(masks[0].numpy(), rescale_mask(mask, SIZE) / np.float32(255))
 

@@ -1,20 +1,20 @@
-"""Pairs on disk -> batches for training.
+"""Batches of a training run: pairs at training size as bytes in memory (cache.py), cropped, flipped and normalized a
+whole batch at a time (augment.py), on any device. What happens to each image of an epoch is written in a plan, so that
+a run can resume in the middle of an epoch, and streaming from disk gives the same batches as the cache.
 
-Two ways to the same pictures: the classes that users of U-2-Net know (`SalObjDataset`, `RescaleT`, `RandomCrop`,
-`ToTensorLab`, ... in data_loader.py), which define them, and the quick way that the training run takes:
-pairs at 320x320 as bytes in memory (cache.py), and crop, flips and normalisation of a whole batch at once
-(augment.py), on any device. What happens to each picture of an epoch stands in a plan, so that a run can go on in
-the middle of an epoch and streaming from disk gives what the cache gives.
-
-    data = open_data("train_data/DUTS-TR/DUTS-TR/im_aug", "train_data/DUTS-TR/DUTS-TR/gt_aug")
-    for x, y, rows, wait in batches(data.train, epoch_plan(len(data.train), epoch=0, seed=0), batch_size=12): ...
+    train, val = train_val_split(pair_folders("images", "masks"))
+    data = open_data(train, val, size=320)
+    plan = epoch_plan(len(data.train), epoch=0, seed=0)
+    for x, y, rows, wait in batches(data.train, plan, batch_size=12): ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,108 +23,86 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from u2mamba.dataset.augment import INDEX, Changes, augment
-from u2mamba.dataset.cache import (
-    MEMORY_SHARE,
-    PairCache,
-    available_memory,
-    cached_pairs,
-    in_words,
-    rescale_image,
-    rescale_mask,
-)
-from u2mamba.dataset.pairs import (
-    BadFile,
-    DataError,
-    Pair,
-    Report,
-    check_pairs,
-    find_pairs,
-    hold_out,
-    is_held_out,
-    reading,
-)
+from u2mamba.dataset.augment import INDEX, Augmentation, augment
+from u2mamba.dataset.cache import PairCache, available_memory, cached_pairs, format_bytes
+from u2mamba.dataset.decode import Pair, open_pair
+from u2mamba.dataset.image_file import BadFile, DataError
+from u2mamba.dataset.pairs import DataReport, check_pairs
+from u2mamba.dataset.rescale import rescale_image, rescale_mask
 
+MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
 STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
-STREAM_AHEAD = 64  # pictures that they read ahead, 0.4 MB each
-
-HOW_TO_GET_DATA = """\
-  DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
-    python train_data/prepare_duts.py DUTS-TR.zip
-  your own pairs: images and masks of the same names in two folders, then
-    python u2mamba_train.py PRESET --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
-  (PRESET finetune goes on from the weights that ship, which needs few pairs; fast, small and best begin anew)
-  without any data, a small set is made and trained on in minutes by
-    python u2mamba_train.py demo"""
+STREAM_AHEAD = 64  # images that they read ahead, 0.4 MB each
 
 
 class DataSource:
-    """Pairs that batches can be made of: from `cache`, or where it is None read from disk by worker threads."""
+    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them."""
 
-    def __init__(
-        self, pairs: Sequence[Pair], size: int = 320, cache: PairCache | None = None, workers: int = STREAM_WORKERS
-    ):
-        self.pairs, self.size, self.cache, self.workers = list(pairs), size, cache, max(1, workers)
+    def __init__(self, pairs: Sequence[Pair], size: int, cache: PairCache | None = None, rows: Sequence[int] = ()):
+        self.pairs, self.size, self.cache = list(pairs), size, cache
+        self.rows = torch.as_tensor(rows, dtype=torch.int64)  # of the cache, one per pair
         self.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def to(self, device: str | torch.device, say: Callable[[str], None] = print) -> DataSource:
-        """Make batches on `device`; the cache moves there too where it takes at most a quarter of the free GPU memory:
-        the training step wants the rest."""
+    def to(self, device: str | torch.device, log: Callable[[str], None] = print) -> DataSource:
+        """Makes batches on `device`. The cache, which training and validation share, moves to a GPU if it takes at most
+        a quarter of the free memory there: the training step needs the rest."""
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        if self.cache is None or self.device.type != "cuda":
+        if self.cache is None or self.device.type != "cuda" or self.in_gpu_memory():
             return self
-        need = PairCache.bytes_for(len(self), self.size)
-        free = torch.cuda.mem_get_info(self.device)[0]
+        need, free = self.cache.nbytes, torch.cuda.mem_get_info(self.device)[0]
         if need > free / 4:
-            say(f"cache: stays in memory, {in_words(need)} are over a quarter of the {in_words(free)} free on the GPU")
+            log(f"cache: stays in CPU memory, {format_bytes(need)} exceed 1/4 of {format_bytes(free)} GPU memory")
         else:
-            self.cache = PairCache(self.cache.images.to(self.device), self.cache.masks.to(self.device))
-            say(f"cache: {in_words(need)} moved to GPU memory")
+            self.cache.images, self.cache.masks = (t.to(self.device) for t in (self.cache.images, self.cache.masks))
+            log(f"cache: {format_bytes(need)} moved to GPU memory")
         return self
 
     def in_gpu_memory(self) -> bool:
         return self.cache is not None and self.cache.images.is_cuda
 
-    def _streamed(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, and
-        # shared memory, of which a container has 64 MB; and they outlive a parent that is killed.
-        def read(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            with reading(self.pairs[index]) as got:
-                small = rescale_image(got.image, self.size), rescale_mask(got.mask, self.size)
-            return tuple(torch.from_numpy(np.require(a, requirements="W")) for a in small)  # Pillow's are read-only
+    def _stream(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, need
+        # shared memory, of which a container has 64 MB, and outlive a parent that is killed.
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            with open_pair(self.pairs[index]) as pair:
+                arrays = rescale_image(pair.image, self.size), rescale_mask(pair.mask, self.size)
+            return tuple(torch.from_numpy(np.require(a, requirements="W")) for a in arrays)  # Pillow's are read-only
 
         indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
         ahead: deque[Future] = deque()
-        pool = ThreadPoolExecutor(self.workers)
+        pool = ThreadPoolExecutor(STREAM_WORKERS)
         try:
             for part in parts:
-                more = len(part) + STREAM_AHEAD - len(ahead)
-                ahead.extend(pool.submit(read, index) for index in itertools.islice(indices, more))
+                count = len(part) + STREAM_AHEAD - len(ahead)
+                ahead.extend(pool.submit(read, index) for index in itertools.islice(indices, count))
                 images, masks = zip(*(ahead.popleft().result() for _ in part), strict=True)
                 yield torch.stack(images), torch.stack(masks)
         except BadFile as error:
             raise DataError(
-                f"{error}; it was readable at the start: mend it, or remove it and give --resume anyway"
+                f"{error}; it was readable at the start: repair it, or remove it and use --resume force"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fetched(self, parts: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(images, masks, rows) on self.device, in which the rows' INDEX counts."""
-        if self.cache is not None and self.cache.images.device == self.device:
-            if parts:  # one copy to the device for the epoch: one for each batch would wait for the step before
-                whole = torch.cat(parts).to(self.device)
-                for part in whole.split([len(part) for part in parts]):
-                    yield self.cache.images, self.cache.masks, part
-            return
+    def _fetch(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(images, masks, rows of the plan) on self.device, where the rows' INDEX counts in these images."""
         if self.cache is None:
-            groups = self._streamed(parts)
+            groups = self._stream(parts)
         else:
-            groups = ((self.cache.images[part[:, INDEX]], self.cache.masks[part[:, INDEX]]) for part in parts)
+            cache, places = self.cache, [self.rows[part[:, INDEX]] for part in parts]
+            if cache.images.device == self.device:
+                if parts:  # one copy to the device for the epoch: one per batch would wait for the step before
+                    whole = torch.cat(parts)
+                    whole[:, INDEX] = torch.cat(places)
+                    for part in whole.to(self.device).split([len(part) for part in parts]):
+                        yield cache.images, cache.masks, part
+                return
+            groups = ((cache.images[rows], cache.masks[rows]) for rows in places)
         for part, group in zip(parts, groups, strict=True):
             part = part.clone()
             part[:, INDEX] = torch.arange(len(part))
@@ -134,40 +112,40 @@ class DataSource:
 
 
 class Batch(NamedTuple):
-    """x and y as `augment` makes them, the rows of the plan they came from, seconds waited (0 from GPU memory)."""
+    """x and y as `augment` makes them, their rows of the plan, seconds waited for them (0 from GPU memory)."""
 
-    x: torch.Tensor
-    y: torch.Tensor
-    rows: torch.Tensor
+    x: Tensor
+    y: Tensor
+    rows: Tensor
     wait: float
 
 
 def batches(
     source: DataSource,
-    plan: torch.Tensor,
+    plan: Tensor,
     batch_size: int,
     crop: int = 288,
     channels_last: bool = False,
-    changes: Changes | None = None,
+    augmentation: Augmentation | None = None,
 ) -> Iterator[Batch]:
-    """Batches of a plan in its order, the last one smaller where they do not divide.
+    """Batches of a plan in its order; the last one is smaller if they do not divide.
 
-    Of a cache nothing is prepared ahead: a batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
-    Raises DataError when a file that was readable at the start no longer is.
+    From a cache nothing is prepared ahead: a batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
+    Raises DataError if a file that was readable at the start no longer is.
     """
     parts = [part for part in plan.split(batch_size) if len(part)]
-    fetched = source._fetched(parts)
-    ready = source.in_gpu_memory()  # else launching waits for the GPU, where the loop is ahead of it by many steps
+    fetched = source._fetch(parts)
+    ready = source.in_gpu_memory()  # else the time below is that of waiting for the GPU, which runs many steps behind
     for part in parts:
-        before = time.perf_counter()
-        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, changes=changes)
-        yield Batch(x, y, part, 0.0 if ready else time.perf_counter() - before)
+        start = time.perf_counter()
+        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, augmentation=augmentation)
+        yield Batch(x, y, part, 0.0 if ready else time.perf_counter() - start)
 
 
 def validation_batches(
     source: DataSource, indices: Sequence[int] | None = None, batch_size: int = 12, channels_last: bool = False
 ) -> Iterator[Batch]:
-    """Whole pictures in order, neither cropped nor flipped, normalised by the maximum of each."""
+    """Whole images in order, neither cropped nor flipped, normalized as in training."""
     chosen = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
     plan = torch.zeros((len(chosen), 4), dtype=torch.int64)
     plan[:, INDEX] = chosen
@@ -175,60 +153,64 @@ def validation_batches(
 
 
 class Data(NamedTuple):
-    """What `open_data` gives: training pairs, held-out pairs (may be none), and the report of the check."""
+    """Training pairs, validation pairs (may be none), the report of the check, and a checksum of names and contents of
+    all pairs, which tells two data sets of the same file names apart."""
 
     train: DataSource
     val: DataSource
-    report: Report
+    report: DataReport
+    fingerprint: int
+
+    def to(self, device: str | torch.device) -> Data:
+        """Makes batches on `device`; see `DataSource.to`."""
+        return self._replace(train=self.train.to(device), val=self.val.to(device))
 
 
 def open_data(
-    image_dir: str | os.PathLike,
-    mask_dir: str | os.PathLike,
-    cache: bool = True,
-    cache_dir: str | os.PathLike | None = None,
+    train: Sequence[Pair],
+    val: Sequence[Pair],
     size: int = 320,
-    need: int = 1,
-    workers: int = STREAM_WORKERS,
-    say: Callable[[str], None] = print,
-    copies: int = 1,
+    dist=None,
+    cache_dir: str | Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> Data:
-    """Find, check and report all pairs, and keep them in memory at size x size where they fit.
+    """Decodes and reports the pairs once, and keeps them in memory at size x size if they fit; else batches stream from
+    disk. The cache is also stored in `cache_dir`, by default next to the image folder.
 
-    cache=False streams from disk. The cache is stored in `cache_dir`, by default beside the image folder. `need`:
-    fewest training pairs that will do; `workers`: threads that read where there is no cache; `copies`: processes of
-    this machine that each keep the pairs.
-    Raises DataError (one line to print) when the data cannot be used.
+    dist: the `DistContext` of a run with several processes; the first one of each machine decodes.
+    Raises DataError (one line to print) if the data cannot be used.
     """
-    pairs, unpaired = find_pairs(image_dir, mask_dir)
-    train, val = hold_out(pairs)
-    pairs = train + val  # so that each of the two is one piece of the cache
-    total, free = PairCache.bytes_for(len(pairs), size), available_memory()
-    if cache and copies * total > free * MEMORY_SHARE:
-        say(f"cache: {in_words(copies * total)} do not fit into {in_words(free)} of memory; {workers} threads stream")
-        cache = False
-    kept = None
-    if not cache:
-        good, report = check_pairs(pairs, unpaired, say=say)
-    else:
-        say(f"cache: {len(pairs):,} pairs, {in_words(total)} in memory")
-        kept, good, report = cached_pairs(pairs, unpaired, Path(cache_dir or Path(image_dir).parent), size, say)
-    pairs = [pairs[index] for index in good]
+    processes, here = (dist.size, dist.local_size) if dist else (1, 1)
+    with dist.main_process_first() if dist else contextlib.nullcontext():
+        pairs = sorted({*train, *val}, key=lambda pair: (pair.image, pair.mask))  # the same cache for every split
+        if not pairs:
+            raise DataError("no pairs to train on")
+        need, free = PairCache.bytes_for(len(pairs), size) * here, available_memory()
+        if need > free * MEMORY_SHARE:
+            text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory are free; "
+            log(f"{text}streaming from disk with {STREAM_WORKERS} threads")
+            cache, report = None, check_pairs(pairs, log=log)
+        else:
+            log(f"cache: {len(pairs):,} pairs, {format_bytes(need // here)} in memory")
+            cache, report = cached_pairs(pairs, Path(cache_dir or pairs[0].image.parent.parent), size, log)
     for line in report.lines():
-        say(line)
-    if pairs and report.empty == report.pairs:
-        raise DataError(f"no mask in {mask_dir} holds an object (bright on dark), so there is nothing to learn")
-    count = sum(not is_held_out(pair.stem) for pair in pairs)
-    say(f"data: {count:,} pairs for training, {len(pairs) - count:,} held out for validation")
-    if count == len(pairs):
-        say(
-            "warning: the names of these pairs hold none out (one of twenty is, by its checksum): no validation, "
-            "no best.pth; the weights will be in the newest <model_name>_bce_itr_*.pth"
+        log(line)
+    if report.usable and report.empty == len(report.usable):
+        raise DataError(f"no mask in {pairs[0].mask.parent} shows an object (bright on dark): nothing to learn from")
+    row_of = {pairs[index]: row for row, index in enumerate(report.usable)}
+    sources, fingerprint = [], 0
+    for part in (train, val):
+        part = [pair for pair in part if pair in row_of]
+        rows = [row_of[pair] for pair in part]
+        sources.append(DataSource(part, size, cache, rows))
+        content = "".join(f"{pair.stem} {report.checksums[row]}\n" for pair, row in zip(part, rows, strict=True)) + "\n"
+        fingerprint = zlib.crc32(content.encode(errors="surrogateescape"), fingerprint)
+    log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")
+    if len(sources[0]) < processes:
+        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed")
+    if not len(sources[1]):
+        log(
+            "warning: no pair falls into the 5 % validation split (selected by a hash of the file name): no validation "
+            "scores and no best.pth; the weights will be in the newest <model_name>_bce_itr_*.pth"
         )
-    if count < need:
-        raise DataError(f"{count} usable training pairs in {image_dir}, at least {need} are needed")
-    return Data(
-        DataSource(pairs[:count], size, kept and kept[:count], workers),
-        DataSource(pairs[count:], size, kept and kept[count:], workers),
-        report,
-    )
+    return Data(*sources, report, fingerprint)

@@ -1,18 +1,15 @@
-"""Pairs of image and mask: find them in two folders, read them, look at every one once before training.
-
-What cannot be used is set aside and named in the `Report`; nothing here stops at one bad file. How a single file is
-read stands in u2mamba.dataset.decode.py.
+"""Pairs of an image and its mask: found in two folders, split into training and validation, each decoded once before
+the training starts. Files that cannot be used are skipped and named; none of them ends the run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,290 +17,260 @@ from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.decode import (
-    NOISE_BELOW,
-    ROOM,
-    BadFile,
-    DataError,
-    as_mask,
-    decode,
-    grey,
-    opened,
-    printable,
-    read_image,
-    read_map,
-    read_mask,
-    rgb,
-    scale_mask,
-    turn,
-)
+from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair, read_image, read_map, read_mask, read_pair  # noqa: F401
+from u2mamba.dataset.image_file import DataError, printable
 
-__all__ = [
-    "BadFile", "DataError", "Pair", "Reading", "Report", "Unpaired", "check_pairs", "find_pairs", "hold_out",
-    "is_held_out", "pair_names", "read_image", "read_map", "read_mask", "read_pair", "reading", "scale_mask",
-]  # fmt: skip
+some_of = lambda names, most=5: truncate_list(names, most)  # noqa: E731
+VAL_EVERY = 20  # one pair of 20 is for validation
+MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
+IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
+MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", ".jpg", ".jpeg")  # saved maps, the most precise first
+MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless types first
+DATA_HELP = """\
+  DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
+    python train_data/prepare_duts.py DUTS-TR.zip
+  your own pairs: images and masks with the same file names in two folders, then
+    python u2mamba_train.py PRESET --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
+  (preset finetune starts from the included weights and needs few pairs; fast and small train from scratch)
+  without any data: generate a small synthetic dataset and train on it in minutes by
+    python u2mamba_train.py demo"""
 
-ASPECT_TOLERANCE = 0.01  # a mask of another size is used when its aspect ratio is within 1 % of the image's
-HOLD_OUT = 20  # one pair of 20 is held out of training
-MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a mirrored copy
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first one found is taken
-MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", ".jpg", ".jpeg")  # saved maps, the most exact first
-MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless ones first
-
-
-class Pair(NamedTuple):
-    """An image, its mask, and the file stem that they share."""
-
-    stem: str
-    image: Path
-    mask: Path
+# --------------------------------------------------------------------------------------------------------- finding
 
 
 class Unpaired(NamedTuple):
-    """File names that take no part: without a partner; one of several with the same stem (the better type wins); of a
-    type that is not read, or no files at all (folders, pipes and broken links)."""
+    """Names of files that are not used."""
 
-    images: list[str]
-    masks: list[str]
-    duplicates: list[str]
-    others: list[str]
+    images: list[str]  # without a mask
+    masks: list[str]  # without an image
+    duplicates: list[str]  # of another type than a file with the same stem
+    others: list[str]  # of a type that is not read, or no regular file (folders, pipes, broken links)
 
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-class Reading(NamedTuple):
-    """One decoded pair: image (H, W, 3) uint8, mask (h, w) uint8, and what the report counts."""
-
-    image: np.ndarray
-    mask: np.ndarray
-    low: int  # the mask file's own range of values
-    high: int
-    noise: bool
-    resized: bool
+    @property
+    def skipped(self) -> int:
+        """Number of files that count for the exit code; notes and the like, in `others`, do not."""
+        return len(self.images) + len(self.masks) + len(self.duplicates)
 
 
-@contextlib.contextmanager
-def reading(pair: Pair) -> Iterator[Reading]:
-    """`read_pair` for many threads: of large pictures, only some are in memory before the others leave the block."""
-    with contextlib.ExitStack() as held:
-        with opened(pair.image) as image_file, opened(pair.mask) as mask_file:
-            pixels = image_file.width * image_file.height + mask_file.width * mask_file.height
-            held.enter_context(ROOM.take(pixels))
-            image, orientation = decode(pair.image, image_file, rgb)
-            light, mask_orientation = decode(pair.mask, mask_file, grey)
-        (height, width), (rows, columns) = image.shape[:2], light.shape
-        if orientation >= 5 and mask_orientation == 1 and (rows, columns) == (width, height) != (height, width):
-            light = np.ascontiguousarray(turn(light, orientation))
-            rows, columns = light.shape
-        resized = (rows, columns) != (height, width)
-        if resized and abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
-            raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
-        mask, noise = as_mask(pair.mask, light)
-        yield Reading(image, mask, int(light.min()), int(light.max()), noise, resized)
+class PairList(list[Pair]):
+    """A list of pairs; `skipped` counts the files that were left without a partner."""
 
-
-def read_pair(pair: Pair) -> Reading:
-    """Decode a pair; a mask without EXIF tag that was drawn on the unturned image is turned with it.
-
-    Raises BadFile for a file that cannot be read and for a mask whose aspect ratio is not the image's.
-    """
-    with reading(pair) as got:
-        return got
-
-
-# ---------------------------------------------------------------------------------------------------- finding
+    skipped = 0
 
 
 def pair_names(
     images: Iterable[str], masks: Iterable[str], image_types: tuple[str, ...] = IMAGE_TYPES
 ) -> tuple[list[tuple[str, str, str]], Unpaired]:
-    """File names -> sorted [(stem, image name, mask name)] and the names left over.
+    """File names -> sorted [(stem, image name, mask name)] and the names that are left over.
 
-    Stems are compared in Unicode's composed form, so that a list made on macOS orders and holds out like any other.
+    Stems are compared in Unicode's composed form, so that names written by macOS sort and split like any others.
     """
-
     others: list[str] = []
 
     def by_stem(names: Iterable[str], types: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-        found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        candidates: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for name in names:
             stem, extension = os.path.splitext(name)
             if name.startswith("."):
                 continue
             if extension.lower() in types:
-                found[unicodedata.normalize("NFC", stem)].append((types.index(extension.lower()), name))
+                candidates[unicodedata.normalize("NFC", stem)].append((types.index(extension.lower()), name))
             else:
                 others.append(name)
-        ordered = {stem: sorted(several) for stem, several in found.items()}
-        return (
-            {stem: several[0][1] for stem, several in ordered.items()},
-            [f"{name} ({several[0][1]} is taken)" for several in ordered.values() for _, name in several[1:]],
-        )
+        best = {stem: min(several)[1] for stem, several in candidates.items()}
+        return best, [
+            f"{name} ({best[stem]} is used)" for stem, several in candidates.items() for _, name in sorted(several)[1:]
+        ]
 
-    image_of, image_doubles = by_stem(images, image_types)
-    mask_of, mask_doubles = by_stem(masks, MASK_TYPES)
-    paired = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
-    return paired, Unpaired(
+    image_of, image_duplicates = by_stem(images, image_types)
+    mask_of, mask_duplicates = by_stem(masks, MASK_TYPES)
+    return [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())], Unpaired(
         sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys()),
         sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys()),
-        sorted(image_doubles + mask_doubles),
+        sorted(image_duplicates + mask_duplicates),
         sorted(others),
     )
 
 
 def is_file(entry: os.DirEntry) -> bool:
-    """Whether a folder's entry is a regular file or leads to one; a link that leads in a circle does not."""
+    """Whether a folder's entry is a regular file or a link to one; a link that leads in a circle is not."""
     try:
         return entry.is_file()
     except OSError:
         return False
 
 
-def find_pairs(image_dir: str | os.PathLike, mask_dir: str | os.PathLike) -> tuple[list[Pair], Unpaired]:
-    """Pairs of the two folders by file stem, in an order that is the same on all systems, and what has no partner.
+def pair_folders(
+    image_dir: str | os.PathLike,
+    mask_dir: str | os.PathLike,
+    log: Callable[[str], None] = print,
+    options: tuple[str, str] = ("tra_image_dir", "tra_label_dir"),
+) -> PairList:
+    """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
 
-    Raises DataError when a folder is missing or there is no pair at all.
+    options: what to set for other folders. Raises DataError if a folder is missing or there are no pairs.
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
-    names, odd = [], []
-    for folder, what, constant in ((image_dir, "image", "tra_image_dir"), (mask_dir, "mask", "tra_label_dir")):
+    names, irregular = [], []
+    for folder, kind, option in ((image_dir, "image", options[0]), (mask_dir, "mask", options[1])):
         try:
             with os.scandir(folder) as entries:
-                kinds = {entry.name: is_file(entry) for entry in entries}
+                regular = {entry.name: is_file(entry) for entry in entries}
         except OSError as error:
-            raise DataError(f"{what} folder {folder}: {error.strerror}; set {constant}") from None
-        names.append([name for name, regular in kinds.items() if regular])
-        for name in (n for n, regular in kinds.items() if not regular and not n.startswith(".")):
-            odd.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
+            raise DataError(f"{kind} folder {folder}: {error.strerror}; set {option}") from None
+        names.append([name for name in regular if regular[name]])
+        for name in (n for n in regular if not regular[n] and not n.startswith(".")):
+            irregular.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(
-            f"images and masks are both looked for in {image_dir}; set tra_image_dir and tra_label_dir to two folders"
-        )
+        raise DataError(f"{image_dir} is the folder of images and of masks; set {' and '.join(options)} to two folders")
     paired, unpaired = pair_names(*names)
-    unpaired.others.extend(sorted(odd))
+    unpaired.others.extend(sorted(irregular))
     if not paired:
-        sides = ((len(unpaired.images), "images", image_dir), (len(unpaired.masks), "masks", mask_dir))
-        what = ", ".join(f"{count} {kind} in {folder}" for count, kind, folder in sides)
+        message = f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
         if unpaired.images and unpaired.masks:
-            what += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
-        if unpaired.others:
-            what += f"; not read: {some_of(unpaired.others)}"
-        raise DataError(f"no pairs: {what}")
-    return [Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired], unpaired
+            message += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
+        raise DataError(message + (f"; not read: {truncate_list(unpaired.others)}" if unpaired.others else ""))
+    for skipped, what in (
+        (unpaired.images, "images without a mask"),
+        (unpaired.masks, "masks without an image"),
+        (unpaired.duplicates, "files with the name of another"),
+    ):
+        if skipped:
+            log(f"warning: skipped {len(skipped):,} {what}: {truncate_list(skipped)}")
+    if unpaired.others:
+        log(f"data: {len(unpaired.others):,} entries of other types, not read: {truncate_list(unpaired.others)}")
+    pairs = PairList(Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired)
+    pairs.skipped = unpaired.skipped
+    return pairs
 
 
-def is_held_out(stem: str) -> bool:
-    """Whether a pair is for validation; a mirrored copy goes where its original goes, or validation would be leaked."""
-    return zlib.crc32(stem.removesuffix(MIRROR_SUFFIX).encode(errors="surrogateescape")) % HOLD_OUT == 0
+def find_pairs(cfg, log: Callable[[str], None] = print) -> PairList:
+    """The pairs of a run: of tra_image_dir and tra_label_dir, and where val_image_dir and val_label_dir are set theirs
+    too, with `split` set; relative folders are below data_dir. Raises DataError."""
+    images, masks = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
+    if not images.is_dir() and not masks.is_dir():
+        raise DataError(f"data_dir and tra_image_dir: there is no folder {images.absolute()}\n{DATA_HELP}")
+    pairs = pair_folders(images, masks, log)
+    if bool(cfg.val_image_dir) != bool(cfg.val_label_dir):
+        raise DataError("val_image_dir and val_label_dir: set both, or neither")
+    if not cfg.val_image_dir:
+        return pairs
+    options = "val_image_dir", "val_label_dir"
+    val = pair_folders(*(Path(cfg.data_dir, getattr(cfg, option)) for option in options), log, options)
+    both = PairList([p._replace(split="train") for p in pairs] + [p._replace(split="val") for p in val])
+    both.skipped = pairs.skipped + val.skipped
+    return both
 
 
-def hold_out(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, validation pairs); by name alone, so that figures compare across runs and machines."""
-    return [p for p in pairs if not is_held_out(p.stem)], [p for p in pairs if is_held_out(p.stem)]
+def is_validation(pair: Pair) -> bool:
+    """Whether a pair is for validation: by its folder, else by a hash of its name, so that scores of several runs and
+    machines are comparable. A flipped copy goes with its original, which would leak into validation otherwise."""
+    name = pair.stem.removesuffix(MIRROR_SUFFIX).encode(errors="surrogateescape")
+    return pair.split == "val" if pair.split else zlib.crc32(name) % VAL_EVERY == 0
 
 
-# --------------------------------------------------------------------------------------------------- checking
+def train_val_split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, validation pairs)."""
+    return [p for p in pairs if not is_validation(p)], [p for p in pairs if is_validation(p)]
 
 
-def some_of(names: Sequence[str], most: int = 5) -> str:
-    """The first few of many names, and how many more there are."""
-    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+# -------------------------------------------------------------------------------------------------------- checking
+
+
+def truncate_list(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more
 
 
 @dataclass
-class Report:
-    """What the check found. Set aside: unpaired and bad files. Used all the same: everything below them."""
+class DataReport:
+    """What the check found. `unusable` pairs are skipped; the rest of the report is about usable ones."""
 
-    pairs: int = 0  # usable
-    unpaired_images: list[str] = field(default_factory=list)
-    unpaired_masks: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)  # of other types, or no files; not counted as set aside
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
+    usable: list[int] = field(default_factory=list)  # indices
+    checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
+    unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
     resized: list[str] = field(default_factory=list)  # masks of another size than their image
-    noise: list[str] = field(default_factory=list)  # masks taken for empty
-    grey: int = 0  # masks of which a fifth or more is neither object nor ground
+    noise: list[str] = field(default_factory=list)  # masks treated as empty
+    gray: int = 0  # masks of which a fifth or more is neither black nor white
     mask_low: int = 255
     mask_high: int = 0
     empty: int = 0  # masks without an object, noise included
-    black: int = 0  # images without any light
+    black: int = 0  # images that are black everywhere
 
     @property
-    def set_aside(self) -> int:
-        """Number of files that take no part."""
-        return len(self.unpaired_images) + len(self.unpaired_masks) + len(self.duplicates) + len(self.bad)
+    def skipped(self) -> int:
+        """Number of pairs that are not used."""
+        return len(self.unusable)
 
     def lines(self) -> list[str]:
-        """The report as it is printed: one line a finding, none for what was not found."""
-        out = [f"data: {self.pairs:,} pairs, mask values {self.mask_low}-{self.mask_high}, {self.empty:,} empty masks"]
-        for names, what in (
-            (self.unpaired_images, "images without a mask, set aside"),
-            (self.unpaired_masks, "masks without an image, set aside"),
-            (self.duplicates, "files with the name of another, set aside"),
-            (self.others, "of another type, not read"),
-            ([f"{name} ({reason})" for name, reason in self.bad], "pairs that cannot be read or do not fit, set aside"),
-            (self.resized, "masks of another size than their image, same shape, used"),
-            (self.noise, f"masks never brighter than {NOISE_BELOW - 1}, taken for empty"),
+        """What is printed: one line per finding."""
+        pairs, skipped = len(self.usable), [f"{name} ({reason})" for name, reason in self.unusable]
+        out = [f"data: {pairs:,} pairs, mask values {self.mask_low}-{self.mask_high}, {self.empty:,} empty masks"]
+        for names, text in (
+            (skipped, "warning: skipped {} pairs that are unreadable or do not match"),
+            (self.resized, "data: {} masks have another size than their image, but its aspect ratio"),
+            (self.noise, f"data: {{}} masks have no value above {NOISE_BELOW - 1} and count as empty"),
         ):
             if names:
-                out.append(f"data: {len(names):,} {what}: {some_of(names)}")
-        if 2 * self.grey > self.pairs:
-            out.append(f"data: warning: {self.grey:,} masks are grey pictures: have the two folders changed places?")
-        if self.black:
-            out.append(f"data: {self.black:,} images all black, used")
-        return out
+                out.append(f"{text.format(f'{len(names):,}')}: {truncate_list(names)}")
+        if 2 * self.gray > pairs:
+            out.append(f"warning: {self.gray:,} masks are gray-level images: are the image and mask folders swapped?")
+        return out + ([f"data: {self.black:,} images are entirely black"] if self.black else [])
+
+
+def _file_checksum(path: Path, value: int) -> int:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def check_pairs(
     pairs: Sequence[Pair],
-    unpaired: Unpaired | None = None,
-    keep: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
-    say: Callable[[str], None] | None = None,
-    threads: int | None = None,
-) -> tuple[list[int], Report]:
-    """Decode every pair once and report -> (indices of the usable pairs, report).
+    keep: Callable[[int, np.ndarray, np.ndarray], None] = lambda index, image, mask: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> DataReport:
+    """Decodes every pair once.
 
-    keep(index, image, mask) is called for every usable pair, from several threads: the cache fills itself there, so
-    that no file is read twice. Pillow's decoders and the matrix products run outside Python's lock. `say` gets
-    a line of progress every ten seconds.
+    keep(index, image, mask) is called for each usable pair, from several threads (decoding and rescaling run outside
+    Python's lock): the cache is filled there, so that no file is decoded twice. Progress goes to `log`.
     """
-    report = Report(0, *map(list, unpaired or ()))
-    good: list[int] = []
+    report = DataReport()
 
-    def visit(index: int) -> tuple[int, int, bool, bool, bool, bool, bool] | BadFile:
+    def visit(index: int) -> dict[str, int | bool] | BadFile:
+        pair = pairs[index]
         try:
-            with reading(pairs[index]) as got:
-                if keep:
-                    keep(index, got.image, got.mask)
-                grey = ((got.mask > 63) & (got.mask < 192)).mean() > 0.2
-                return got.low, got.high, got.noise, got.resized, not got.mask.any(), not got.image.any(), bool(grey)
+            with open_pair(pair) as (image, mask, low, high, noise, resized):
+                keep(index, image, mask)
+                gray = ((mask > 63) & (mask < 192)).mean() > 0.2
+                counts = {"gray": bool(gray), "empty": not mask.any(), "black": not image.any()}
+            checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
+            return counts | {"low": low, "high": high, "noise": noise, "resized": resized, "checksum": checksum}
         except BadFile as error:
             return error
+        except OSError as error:
+            return BadFile(pair.image, error.strerror or str(error))
         except MemoryError:
-            return BadFile(pairs[index].image, "does not fit into memory")
+            return BadFile(pair.image, "does not fit into memory")
 
-    pool = ThreadPoolExecutor(threads or min(32, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
     try:
-        started = spoken = time.monotonic()
-        for index, result in enumerate(pool.map(visit, range(len(pairs)))):
-            if isinstance(result, BadFile):
-                report.bad.append((result.path.name, result.reason))
+        start = last_log = time.monotonic()
+        for index, found in enumerate(pool.map(visit, range(len(pairs)))):
+            if isinstance(found, BadFile):
+                report.unusable.append((found.path.name, found.reason))
                 continue
-            low, high, noise, resized, empty, black, grey = result
-            good.append(index)
-            report.mask_low, report.mask_high = min(report.mask_low, low), max(report.mask_high, high)
-            report.empty, report.black = report.empty + empty, report.black + black
-            report.grey += grey
-            if noise:
-                report.noise.append(pairs[index].mask.name)
-            if resized:
-                report.resized.append(pairs[index].mask.name)
-            now = time.monotonic()
-            if say and now - spoken > 10:
-                spoken, done = now, index + 1
-                say(f"data: {done:,} of {len(pairs):,} pairs read, {done / (now - started):.0f} a second")
+            report.usable.append(index)
+            report.checksums.append(found["checksum"])
+            report.mask_low, report.mask_high = min(report.mask_low, found["low"]), max(report.mask_high, found["high"])
+            for name in ("gray", "empty", "black"):
+                setattr(report, name, getattr(report, name) + found[name])
+            for name in ("noise", "resized"):
+                getattr(report, name).extend([pairs[index].mask.name] * found[name])
+            if (now := time.monotonic()) - last_log > 10:
+                last_log = now
+                log(f"data: {index + 1:,} of {len(pairs):,} pairs read, {(index + 1) / (now - start):.0f} pairs/s")
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C too: the files not begun are not read
-    report.pairs = len(good)
-    return good, report
+        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C the remaining files are not read
+    return report

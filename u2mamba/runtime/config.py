@@ -20,18 +20,18 @@ CONSTANTS = "constants.json"  # in a run's folder
 SMALLEST = 33  # pixels: the deepest maps of 32 are one pixel, which batch norm cannot normalise in a batch of one
 LIMITS = {  # a training constant: (least, most)
     "rescale": (SMALLEST, 4096), "crop": (SMALLEST, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1),
-    "num_workers": (1, 256),
     "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
     "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
     "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
     "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "beyond": (0, 1), "rotate": (0, 180),
-    "colour": (0, 1), "paste": (0, 1), "iou_loss": (0, 1000), "edge_loss": (0, 1000),
+    "colour": (0, 1), "iou_loss": (0, 1000), "edge_loss": (0, 1000),
     "val_frq": (1, 10**9), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
     "overfit": (0, 10**9), "accumulate": (1, 65536), "keep_checkpoints": (0, 10**9),
 }  # fmt: skip
 MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
     "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
-    "scan_backend", "cache", "num_workers", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
+    "val_image_dir", "val_label_dir",
+    "scan_backend", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
     "keep_checkpoints", "accumulate", "deterministic", "device", "gpu", "processes", "val_frq",
 }  # fmt: skip
 MAY_DIFFER = MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}  # between the processes of a run

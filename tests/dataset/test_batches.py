@@ -1,0 +1,154 @@
+"""Batches: they follow the plan, streaming gives the same, the split is the caller's."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data_loader
+from data_loader import ToTensorLab, augment, batches, epoch_plan, validation_batches
+from tests.dataset.samples import disc, make_folders, open_folders, photo, sample
+from u2mamba.dataset import batches as batches_module
+from u2mamba.dataset.augment import INDEX
+from u2mamba.dataset.batches import DataSource, open_data
+from u2mamba.dataset.image_file import DataError
+from u2mamba.dataset.pairs import pair_folders
+from u2mamba.dataset.rescale import rescale_image
+
+
+def test_batches_follow_the_plan(tmp_path):
+    images, masks = make_folders(tmp_path, 20)
+    data, *_ = open_folders(images, masks)
+    n = len(data.train)
+    plan = epoch_plan(n, 0, 0, rescale=32, crop=24)
+    whole = list(batches(data.train, plan, 6, crop=24))
+    assert [len(b.x) for b in whole] == [6] * (n // 6) + [n % 6] * (n % 6 > 0)
+    assert torch.equal(torch.cat([b.rows for b in whole]), plan)
+    cache, moved = data.train.cache, plan.clone()
+    moved[:, INDEX] = data.train.rows[plan[:, INDEX]]
+    x, y = augment(cache.images, cache.masks, moved, crop=24)
+    assert torch.equal(torch.cat([b.x for b in whole]), x)
+    assert torch.equal(torch.cat([b.y for b in whole]), y)
+    late = list(batches(data.train, plan[12:], 6, crop=24))  # what is left after a stop
+    assert torch.equal(torch.cat([b.x for b in late]), x[12:])
+    assert all(b.wait >= 0 for b in whole)
+
+
+def test_validation_batches_are_whole_images(tmp_path):
+    images, masks = make_folders(tmp_path, 5)
+    data, *_ = open_folders(images, masks)
+    got = list(validation_batches(data.train, batch_size=2))
+    image = rescale_image(photo(60, 80, seed=0), 32)
+    expected = ToTensorLab()(sample(image / 255.0, disc(32, 32)))["image"].float()
+    torch.testing.assert_close(got[0].x[0], expected)
+    assert sum(len(b.x) for b in got) == len(data.train)
+    (one,) = validation_batches(data.train, indices=[3, 1])
+    assert torch.equal(one.x, torch.cat([got[1].x[1:], got[0].x[1:]]))
+
+
+def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches_module, "STREAM_WORKERS", 1)
+    images, masks = make_folders(tmp_path, 8)
+    cached, *_ = open_folders(images, masks)
+    monkeypatch.setattr(batches_module, "available_memory", lambda: 8 * 32 * 32 * 4)  # all of it, not four fifths
+    streamed, log, _ = open_folders(images, masks)
+    assert "streaming from disk with 1 threads" in log and streamed.train.cache is None
+    assert (streamed.report, streamed.fingerprint) == (cached.report, cached.fingerprint)
+    for epoch in range(2):
+        plan = epoch_plan(len(cached.train), epoch, 0, rescale=32, crop=24)
+        abandoned = batches(streamed.train, plan, 2, crop=24)
+        next(abandoned)  # stopped in the middle of an epoch
+        for one, other in zip(
+            batches(cached.train, plan, 3, crop=24),
+            batches(streamed.train, plan, 3, crop=24),
+            strict=True,
+        ):
+            assert torch.equal(one.x, other.x)
+            assert torch.equal(one.y, other.y)
+            assert torch.equal(one.rows, other.rows)
+    gone = cached.train.pairs[0].image
+    gone.unlink()
+    with pytest.raises(DataError, match=f"{gone.name}.*readable at the start"):
+        list(batches(streamed.train, plan, 3, crop=24))
+
+
+def test_pairs_of_the_right_size_stream_without_a_warning(tmp_path):
+    """They are not rescaled, and Pillow's arrays are read-only, of which PyTorch warns."""
+    images, masks = make_folders(tmp_path, 3)
+    for path in (*images.iterdir(), *masks.iterdir()):
+        Image.open(path).resize((32, 32)).save(path)
+    source = DataSource(pair_folders(images, masks), 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(batches(source, epoch_plan(len(source), 0, 0, 32, 24), 2, crop=24))) > 0
+
+
+def test_open_data_in_a_plain_process(tmp_path):
+    """Nothing but the two lines of the docstring, in a fresh interpreter: no warning, no line on stderr."""
+    images, masks = make_folders(tmp_path, 3)
+    code = (
+        f"from data_loader import *\npairs = pair_folders({str(images)!r}, {str(masks)!r})\n"
+        "data = open_data(*train_val_split(pairs), 32)\n"
+        "print(len(list(batches(data.train, epoch_plan(len(data.train), 0, 0, 32, 24), 2, crop=24))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(data_loader.__file__).parent,
+        check=False,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "2"
+
+
+def test_masks_without_any_object_are_refused(tmp_path):
+    images, masks = make_folders(tmp_path, 3)
+    for path in masks.iterdir():
+        Image.fromarray(np.zeros((60, 80), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"no mask in .* shows an object"):
+        open_folders(images, masks)
+
+
+def test_any_split_is_served_by_the_same_cache(tmp_path):
+    pairs = pair_folders(*make_folders(tmp_path, 9))
+    lines: list[str] = []
+    for fold in range(3):
+        val = pairs[fold::3][::-1]  # in any order
+        train = [pair for pair in pairs if pair not in val]
+        data = open_data(train, val, 32, log=lines.append)
+        assert (data.train.pairs, data.val.pairs) == (train, val)
+        for source in (data.train, data.val):
+            x = torch.cat([batch.x for batch in validation_batches(source, batch_size=2)])
+            expected = torch.cat([batch.x for batch in validation_batches(DataSource(source.pairs, 32))])
+            assert torch.equal(x, expected)
+    assert sum("filled" in line for line in lines) == 1
+    assert lines.count("data: 6 pairs for training, 3 for validation") == 3
+    with pytest.raises(DataError, match="at least 12 are needed"):
+        open_data(pairs, [], 32, dist=Processes())
+
+
+class Processes:
+    """Of a `DistContext`, what is read: twelve processes, of which this machine runs one."""
+
+    size, local_size = 12, 1
+
+    def main_process_first(self):
+        return warnings.catch_warnings()
+
+
+def test_the_fingerprint_is_of_names_contents_and_split(tmp_path):
+    pairs = pair_folders(*make_folders(tmp_path / "a", 4))
+    first = open_data(pairs[:3], pairs[3:], 32).fingerprint
+    assert open_data(pairs[:3], pairs[3:], 48).fingerprint == first  # read from files, not from the rescaled images
+    assert open_data(pairs[:2], pairs[2:], 32).fingerprint != first
+    copies = pair_folders(*make_folders(tmp_path / "b", 4))  # other files, other times
+    assert open_data(copies[:3], copies[3:], 32).fingerprint == first
+    Image.fromarray(255 - disc(60, 80)).save(copies[0].mask)  # a corrected mask under the same name
+    assert open_data(copies[:3], copies[3:], 32).fingerprint != first

@@ -1,0 +1,285 @@
+"""Reading image, mask and map files of every mode, measured by Pillow and NumPy."""
+
+import os
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from tests.dataset.samples import disc, make_folders, photo
+from u2mamba.dataset import image_file
+from u2mamba.dataset.decode import Pair, read_image, read_map, read_mask, read_pair, scale_mask, to_rgb
+from u2mamba.dataset.image_file import BadFile, PixelSemaphore
+
+GRAY = photo(12, 16)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "expected", "tolerance"),
+    [
+        ("1", "a.png", np.where(GRAY[..., None] > 127, 255, 0).repeat(3, 2), 0),
+        ("L", "a.png", GRAY[..., None].repeat(3, 2), 0),
+        ("RGB", "a.bmp", photo(12, 16), 0),
+        ("RGB", "a.webp", photo(12, 16), 0),
+        ("RGB", "a.TIFF", photo(12, 16), 0),
+        ("CMYK", "a.tif", photo(12, 16), 0),
+        ("YCbCr", "a.tif", photo(12, 16), 4),
+        ("CMYK", "a.jpg", photo(12, 16), 40),
+        ("I;16", "a.png", GRAY[..., None].repeat(3, 2), 0),
+        ("I;16", "a.tif", GRAY[..., None].repeat(3, 2), 0),
+        ("I", "a.tif", GRAY[..., None].repeat(3, 2), 0),
+        ("F", "a.tif", GRAY[..., None].repeat(3, 2), 0),
+        ("unit F", "a.tif", GRAY[..., None].repeat(3, 2), 0),
+    ],
+)
+def test_image_modes(tmp_path, mode, name, expected, tolerance):
+    path = tmp_path / name
+    if mode in ("1", "L"):
+        file = Image.fromarray(GRAY).convert(mode, dither=Image.Dither.NONE)
+    elif mode == "I;16":
+        file = Image.fromarray(GRAY.astype(np.uint16) * 257)
+    elif mode == "I":
+        file = Image.fromarray(GRAY.astype(np.int32) * 257)
+    elif mode == "F":
+        file = Image.fromarray(GRAY.astype(np.float32))
+    elif mode == "unit F":
+        file = Image.fromarray((GRAY / np.float32(255)).astype(np.float32))
+    else:
+        file = Image.fromarray(photo(12, 16)).convert(mode)
+    file.save(path, **({"lossless": True} if name.endswith("webp") else {}))
+    got = read_image(path)
+    assert got.dtype == np.uint8
+    assert np.abs(got.astype(int) - expected).max() <= tolerance
+    gray = read_mask(path)
+    assert (gray.shape, gray.dtype, gray.max()) == ((12, 16), np.uint8, 255)
+
+
+def test_palette_alpha_and_hsv(tmp_path):
+    red, half = (200, 0, 0), 128
+    palette = Image.new("P", (4, 2), 1)
+    palette.putpalette([0, 0, 0, *red, 0, 9, 0])
+    palette.putpixel((0, 0), 2)
+    palette.save(tmp_path / "p.png", transparency=2)
+    got = read_image(tmp_path / "p.png")
+    assert got[1, 1].tolist() == list(red)
+    assert got[0, 0].tolist() == [255, 255, 255]  # transparent parts lie on white
+    Image.new("RGBA", (3, 3), (*red, half)).save(tmp_path / "rgba.png")
+    np.testing.assert_allclose(read_image(tmp_path / "rgba.png")[0, 0], [227, 127, 127], atol=1)
+    Image.new("LA", (3, 3), (50, 255)).save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png")[1, 1].tolist() == [50, 50, 50]
+    np.testing.assert_allclose(to_rgb(Image.new("RGB", (2, 2), red).convert("HSV"))[0, 0], red, atol=2)
+    # masks drawn in their alpha alone, and masks with an opaque alpha
+    alpha = Image.fromarray(disc(20, 20))
+    black = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    black.putalpha(alpha)
+    black.save(tmp_path / "cut.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "cut.png"), disc(20, 20))
+    Image.merge("LA", (alpha, Image.new("L", (20, 20), 255))).save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "opaque.png"), disc(20, 20))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_image_and_mask(tmp_path, orientation, kind):
+    stored = Image.fromarray(photo(16, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{kind}", exif=exif, **({"quality": 95, "subsampling": 0} if kind == "jpg" else {}))
+    if kind == "jpg":  # the loss is not the question here
+        stored = Image.open(tmp_path / "a.jpg")
+    stored.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(read_image(tmp_path / f"a.{kind}"), np.asarray(ImageOps.exif_transpose(stored)))
+    # the mask has no tag: drawn on the picture as stored, or on the picture as seen
+    label = Image.fromarray(disc(16, 24))
+    label.getexif()[0x0112] = orientation
+    seen = np.asarray(ImageOps.exif_transpose(label))
+    Image.fromarray(seen).save(tmp_path / "seen.png")
+    np.testing.assert_array_equal(read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "seen.png")).mask, seen)
+    if orientation >= 5:
+        Image.fromarray(disc(16, 24)).save(tmp_path / "stored.png")
+        decoded = read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "stored.png"))
+        np.testing.assert_array_equal(decoded.mask, seen)
+        assert not decoded.resized
+
+
+def test_animation_gives_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), shade) for shade in ((250, 0, 0), (0, 250, 0))]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert read_image(tmp_path / "a.webp")[0, 0].tolist() == [250, 0, 0]
+
+
+def test_damaged_files_are_bad_files_with_a_reason(tmp_path):
+    def reason(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadFile) as caught:
+            read_image(tmp_path / name)
+        assert caught.value.path == tmp_path / name
+        assert "\n" not in str(caught.value)
+        return caught.value.reason
+
+    Image.fromarray(photo(64, 64)).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    assert "truncated" in reason("cut.jpg", whole[: len(whole) // 2])
+    assert reason("empty.jpg", b"") == "empty file"
+    assert "not an image" in reason("text.jpg", b"hello")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    assert "pixels" in reason("bomb.png", bomb + struct.pack(">I", 9) + b"IDAT" + bytes(13))
+    with pytest.raises(BadFile, match="No such file"):
+        read_image(tmp_path / "nowhere.jpg")
+
+
+def test_own_pixel_limit_holds_where_pillows_is_off(tmp_path, monkeypatch):
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 399)
+    with pytest.raises(BadFile, match="declares 20x20 pixels; MAX_PIXELS = 399"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "noise"),
+    [
+        ([0, 0, 0], [0, 0, 0], False),
+        ([0, 1, 1], [0, 255, 255], False),
+        ([1, 1, 1], [255, 255, 255], False),
+        ([0, 255, 128], [0, 255, 128], False),
+        ([0, 3, 3], [0, 255, 255], False),
+        ([0, 76, 76], [0, 255, 255], False),
+        ([0, 2, 5], [0, 0, 0], True),
+        ([0, 1, 63], [0, 0, 0], True),
+        ([0, 1, 64], [0, 4, 255], False),
+        ([0, 100, 200], [0, 128, 255], False),
+        ([200, 200, 200], [255, 255, 255], False),
+    ],
+)
+def test_mask_rules(values, expected, noise):
+    # small regions: large ones of few dark values are a label map
+    mask, is_noise = scale_mask("mask.png", np.tile(np.array(values, np.uint8), (30, 20)))
+    assert (mask[0, :3].tolist(), mask.dtype, is_noise) == (expected, np.uint8, noise)
+
+
+def pieces(*values: int) -> np.ndarray:
+    """Stripes of these values, (60, 80)."""
+    return np.repeat(np.array(values, np.uint8), 80 // len(values))[None].repeat(60, 0)
+
+
+@pytest.mark.parametrize(
+    ("light", "labels"),
+    [
+        (pieces(0, 1, 2, 2), "0, 1, 2"),
+        (pieces(1, 2), "1, 2"),  # and trimaps, of which nobody can know what 3 is
+        (pieces(1, 2, 3, 2), "1, 2, 3"),
+        (np.where(disc(60, 80) > 128, 255, pieces(0, 15, 15, 15)), "0, 15, 255"),  # 255: the border
+        (pieces(0, 1, 1, 255), "0, 1, 255"),
+        (pieces(0, 255), None),
+        (pieces(0, 128, 128, 255), None),  # a trimap
+        (pieces(0, 42, 42, 255), None),  # graded by how many people chose it
+        (pieces(0, 50, 100, 255), None),
+        (pieces(0, 16, 16, 235), None),
+        (pieces(0, 253, 254, 255), None),
+        (pieces(3, 255), None),
+        (pieces(0, 1), None),
+        (pieces(0, 38), None),
+        (np.random.default_rng(0).normal(0, 0.5, (60, 80)).clip(0), None),  # noise on an empty mask
+        (np.arange(4800, dtype=np.uint8).reshape(60, 80) % 5, None),  # noise
+        (np.arange(4800, dtype=np.uint8).reshape(60, 80), None),
+    ],
+)
+def test_labels_are_no_mask(light, labels, tmp_path):
+    light = np.asarray(light, np.uint8)
+    Image.fromarray(light).save(tmp_path / "mask.png")
+    if labels:
+        with pytest.raises(BadFile, match=rf"mask\.png: is a label map \({labels}\)"):
+            read_mask(tmp_path / "mask.png")
+    else:
+        read_mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("under", ["kept", "black", "white", "noise"])
+def test_the_alpha_of_a_cut_out_is_its_mask(under, tmp_path):
+    """As `u2mamba_predict.py --mode rgba` and picture editors write it, whatever lies under the transparent part."""
+    alpha = disc(60, 80)
+    pixels = photo(60, 80, 3).copy()
+    hidden = {"kept": pixels, "black": 0, "white": 255, "noise": photo(60, 80, 4)}[under]
+    pixels = np.where(alpha[..., None] > 0, pixels, hidden).astype(np.uint8)
+    Image.fromarray(np.dstack((pixels, alpha))).save(tmp_path / "cut.png")
+    assert (read_mask(tmp_path / "cut.png") == alpha).all()
+    assert (read_map(tmp_path / "cut.png") == alpha / 255).all()
+
+
+@pytest.mark.parametrize("value", [255, 150, 60])
+def test_a_soft_mask_with_transparent_corners_is_no_cut_out(value, tmp_path):
+    y, x = np.mgrid[:60, :80]
+    light = (value * np.exp(-((y - 30) ** 2 + (x - 40) ** 2) / 300)).astype(np.uint8)
+    alpha = np.full_like(light, 255)
+    alpha[:8, :8] = 0
+    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
+    expected = np.where(alpha > 0, light, 0)
+    assert (read_mask(tmp_path / "mask.png") == scale_mask("mask.png", expected)[0]).all()
+
+
+def test_a_mask_in_black_and_white_with_some_alpha_is_both(tmp_path):
+    light, alpha = disc(60, 80), pieces(255, 255, 255, 0)
+    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
+    assert (read_mask(tmp_path / "mask.png") == np.where(alpha > 0, light, 0)).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no Unix permissions")
+def test_a_file_without_permission(tmp_path):
+    Image.fromarray(photo(9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").chmod(0)
+    is_root = os.geteuid() == 0  # who may read everything
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BadFile, match="Permission denied"):
+            read_image(tmp_path / "a.png")
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_pair_blames_the_file_that_is_bad(tmp_path):
+    images, masks = make_folders(tmp_path, 1)
+    pair = Pair("p000", images / "p000.png", masks / "p000.png")
+    content = pair.image.read_bytes()
+    for path in (pair.image, pair.mask):
+        for damage in (content[: len(content) // 2], b""):
+            kept = path.read_bytes()
+            path.write_bytes(damage)
+            with pytest.raises(BadFile) as caught:
+                read_pair(pair)
+            assert caught.value.path == path
+            path.write_bytes(kept)
+    read_pair(pair)
+
+
+def test_decoding_waits_for_memory():
+    semaphore, inside, most = PixelSemaphore(10), 0, []
+    lock = threading.Lock()
+
+    def work(pixels: int) -> None:
+        nonlocal inside
+        with semaphore.hold(pixels):
+            with lock:
+                inside += pixels
+                most.append(inside)
+            time.sleep(0.002)
+            with lock:
+                inside -= pixels
+
+    threads = [threading.Thread(target=work, args=(1 + k % 10,)) for k in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) <= 10
+    assert len(most) == 40
+    with pytest.raises(KeyError), semaphore.hold(10):
+        raise KeyError
+    with semaphore.hold(99):  # above the limit, but alone
+        pass

@@ -1,0 +1,164 @@
+"""Pairs: found by name, split by name or by folder, checked and reported."""
+
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.dataset.samples import disc, make_folders, open_folders, photo
+from u2mamba.dataset.decode import Pair
+from u2mamba.dataset.image_file import DataError
+from u2mamba.dataset.pairs import check_pairs, find_pairs, is_validation, pair_folders, pair_names, train_val_split
+
+
+def pair_named(stem: str) -> Pair:
+    return Pair(stem, Path(), Path())
+
+
+def test_find_pairs(tmp_path):
+    images, masks = make_folders(tmp_path, 2, (8, 8))
+    for name in ("p000.JPG", "lonely.webp", ".hidden.jpg", "notes.txt", "B.Tif", "a.b.bmp"):
+        (images / name).write_bytes(b"x")
+    for name in ("p001.jpg", "other.png", "B.bmp", "a.b.png", "Thumbs.db"):
+        (masks / name).write_bytes(b"x")
+    (images / "folder.png").mkdir()
+    lines: list[str] = []
+    pairs = pair_folders(images, str(masks), lines.append)
+    assert [(p.stem, p.image.name, p.mask.name) for p in pairs] == [
+        ("B", "B.Tif", "B.bmp"),
+        ("a.b", "a.b.bmp", "a.b.png"),
+        ("p000", "p000.JPG", "p000.png"),
+        ("p001", "p001.png", "p001.png"),
+    ]
+    assert lines == [
+        "warning: skipped 1 images without a mask: lonely.webp",
+        "warning: skipped 1 masks without an image: other.png",
+        "warning: skipped 2 files with the name of another: p000.png (p000.JPG is used), p001.jpg (p001.png is used)",
+        "data: 3 entries of other types, not read: Thumbs.db, notes.txt, folder.png (a folder)",
+    ]
+    assert pairs.skipped == 4
+
+
+def test_stems_are_compared_composed():
+    paired, _ = pair_names(["cafe\u0301.jpg"], ["caf\u00e9.png"])
+    assert paired == [("caf\u00e9", "cafe\u0301.jpg", "caf\u00e9.png")]
+
+
+def test_unusable_folders_are_data_errors(tmp_path):
+    images, masks = make_folders(tmp_path, 1, (8, 8))
+    with pytest.raises(DataError, match=r"image folder .*missing"):
+        pair_folders(tmp_path / "missing", masks)
+    with pytest.raises(DataError, match=r"mask folder .*p000"):
+        pair_folders(images, images / "p000.png")
+    with pytest.raises(DataError, match="two folders"):
+        pair_folders(images, images)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no pairs: 1 images in .*, 0 masks"):
+        pair_folders(images, tmp_path / "empty")
+    (images / "p000.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^0 usable"):
+        open_folders(images, masks)
+
+
+def test_no_pairs_says_what_there_is(tmp_path):
+    images, masks = make_folders(tmp_path, 1)
+    (masks / "p000.png").rename(masks / "p000_mask.png")
+    (images / "more").mkdir()
+    (images / "a.heic").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); not read: a\.heic, more \(a folder\)"):
+        pair_folders(images, masks)
+
+
+def test_the_validation_split_is_fixed_by_name():
+    names = [f"ILSVRC2012_test_{k:08d}" for k in range(2000)]
+    train, val = train_val_split([pair_named(name) for name in names])
+    assert [p.stem for p in val[:3]] == [f"ILSVRC2012_test_{k:08d}" for k in (14, 23, 37)]
+    assert 70 <= len(val) <= 130  # 5 % of 2,000
+    assert len(train) + len(val) == 2000
+    assert all(is_validation(pair) == (zlib.crc32(pair.stem.encode()) % 20 == 0) for pair in train + val)
+    flipped = [pair_named(f"{pair.stem}_mirror") for pair in train + val]
+    assert [is_validation(pair) for pair in flipped] == [False] * len(train) + [True] * len(val)
+
+
+def test_the_check_reports_and_skips(tmp_path):
+    images, masks = make_folders(tmp_path, 12)
+    (images / "p001.png").write_bytes(b"")
+    Image.fromarray(disc(30, 40)).save(masks / "p002.png")  # same shape: used
+    Image.fromarray(disc(60, 60)).save(masks / "p003.png")  # another shape: skipped
+    Image.fromarray(np.zeros((60, 80), np.uint8)).save(masks / "p004.png")
+    Image.fromarray(np.arange(4800, dtype=np.uint8).reshape(60, 80) % 5).save(masks / "p005.png")  # noise
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(images / "p006.png")
+    Image.fromarray(photo(60, 80)).save(images / "lonely.png")
+    pairs = pair_folders(images, masks)
+    kept = {}
+    report = check_pairs(pairs, keep=lambda k, image, mask: kept.update({k: (image, mask)}))
+    assert report.usable == [0, 2, *range(4, 12)]
+    assert sorted(kept) == report.usable
+    np.testing.assert_array_equal(kept[7][0], photo(60, 80, 7))
+    assert report.unusable == [("p001.png", "empty file"), ("p003.png", "mask is 60x60, its image 80x60")]
+    assert (report.resized, report.noise, report.empty, report.black) == (["p002.png"], ["p005.png"], 2, 1)
+    assert (report.mask_low, report.mask_high, report.skipped) == (0, 255, 2)
+    text = "\n".join(report.lines())
+    assert "data: 10 pairs, mask values 0-255, 2 empty masks" in text
+    assert "warning: skipped 2 pairs that are unreadable or do not match: p001.png (empty file), p003.png (mask" in text
+
+
+def test_report_names_five_and_counts_the_rest(tmp_path):
+    images, masks = make_folders(tmp_path, 8, (8, 8))
+    for k in range(8):
+        (images / f"p{k:03d}.png").write_bytes(b"")
+    report = check_pairs(pair_folders(images, masks))
+    line = report.lines()[1]
+    assert "p004.png (empty file) and 3 more" in line
+    assert "p005" not in line
+
+
+def test_swapped_folders_and_an_empty_validation_split(tmp_path):
+    images, masks = make_folders(tmp_path)
+    rng = np.random.default_rng(0)
+    for path in images.iterdir():  # as photographs are: mostly neither black nor white
+        Image.fromarray(rng.normal(120, 40, (60, 80, 3)).clip(0, 255).astype(np.uint8)).save(path)
+    assert "folders swapped" not in open_folders(images, masks).log
+    data, said, _ = open_folders(masks, images)
+    assert "warning: 6 masks are gray-level images: are the image and mask folders swapped?" in said
+    assert "warning: no pair falls into the 5 % validation split" in said and len(data.val) == 0  # p000 to p005
+    validation = next(f"x{i}" for i in range(1000) if is_validation(pair_named(f"x{i}")))
+    for path in (*images.iterdir(), *masks.iterdir()):
+        path.rename(path.with_stem(path.stem if path.stem != "p000" else validation))
+    data, said, _ = open_folders(images, masks)
+    assert len(data.val) == 1 and "no pair falls" not in said
+
+
+def test_a_pair_that_does_not_fit_into_memory_is_skipped(tmp_path):
+    def keep(index: int, image: np.ndarray, mask: np.ndarray) -> None:
+        if index == 1:
+            raise MemoryError
+
+    report = check_pairs(pair_folders(*make_folders(tmp_path, 4)), keep=keep)
+    assert report.usable == [0, 2, 3]
+    assert report.unusable == [("p001.png", "does not fit into memory")]
+
+
+def test_validation_folders_of_their_own(tmp_path):
+    make_folders(tmp_path / "train", 40)
+    images, masks = make_folders(tmp_path / "val", 6)
+    (images / "lonely.png").write_bytes(b"x")
+    cfg = SimpleNamespace(data_dir=tmp_path, tra_image_dir="train/im_aug", tra_label_dir="train/gt_aug")
+    cfg.val_image_dir, cfg.val_label_dir = "val/im_aug", str(masks)  # an absolute path stays
+    pairs = find_pairs(cfg)
+    train, val = train_val_split(pairs)
+    assert (len(train), len(val), pairs.skipped) == (40, 6, 1)
+    assert {pair.image.parent for pair in val} == {images}
+    assert any(is_validation(pair._replace(split="")) for pair in train)  # which the names alone would have taken out
+    cfg.val_label_dir = ""
+    with pytest.raises(DataError, match="set both, or neither"):
+        find_pairs(cfg)
+    cfg.val_label_dir = "nowhere"
+    with pytest.raises(DataError, match=r"nowhere: .*; set val_label_dir"):
+        find_pairs(cfg)
+    cfg.data_dir = tmp_path / "gone"
+    with pytest.raises(DataError, match=r"there is no folder .*gone.*im_aug\n  DUTS-TR"):
+        find_pairs(cfg)

@@ -1,0 +1,145 @@
+"""Opens image files that come from anywhere: what one file can cost is bounded, equally on every machine.
+
+Regular files only (reading a pipe would block), six formats (some of Pillow's others start programs), limits on pixels,
+JPEG scans and read calls. `DECODE_BUDGET` bounds the memory of all threads together. decode.py reads the pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import logging
+import os
+import re
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from u2mamba.runtime.errors import UserError
+
+MAX_PIXELS = 1 << 26  # 67 megapixels: 0.2 GB of RGB, 1 to 4 s to decode; larger images are refused unread
+MAX_SIDE = 65_535  # JPEG's own limit
+MAX_SCANNED = 30 * MAX_PIXELS  # pixels times scans of a JPEG: 100 kB can hold thousands of scans, each a full pass
+MAX_READS = 1_000_000  # read calls for one file: Pillow skips junk before a JPEG marker byte by byte
+LARGE = 1 << 24  # pixels; before decoding as many, freed memory is returned to the system
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # found by content, whatever the file is called
+
+# Pillow's remarks on odd metadata name no file, so a user cannot act on them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def printable(text: object) -> str:
+    """Text as one line for a terminal: control characters and undecodable bytes of a file name become escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class DataError(UserError):
+    """The data cannot be trained on; the message is the one line to print (exit code 2)."""
+
+
+class BadFile(DataError):
+    """A file that cannot be used. `path`: the file, `reason`: why."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(printable(f"{path}: {reason}"))
+        self.path, self.reason = Path(path), printable(reason)
+
+    def __reduce__(self):  # for pickling between processes; the default would call BadFile(message)
+        return BadFile, (self.path, self.reason)
+
+
+class PixelSemaphore:
+    """Bounds the pixels that threads decode at the same time; an image above the limit is decoded alone."""
+
+    def __init__(self, limit: int):
+        self._limit, self._held, self._changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        """Waits until `pixels` more fit, and holds them inside the `with` block. Not reentrant."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._limit)
+            self._held += pixels
+        if pixels >= LARGE and sys.platform == "linux":
+            # glibc keeps freed memory for the thread that freed it: 12 threads held 2.1 GB where one image takes 0.2
+            with contextlib.suppress(AttributeError, OSError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+DECODE_BUDGET = PixelSemaphore(2 * MAX_PIXELS)  # decoding takes 10 to 20 bytes of memory per pixel
+
+
+class _CountedFile(io.BufferedReader):
+    """A file that fails after MAX_READS read calls."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise ValueError("the header is damaged")
+        return super().read(size)
+
+
+def _check_declared(path: str | os.PathLike, image: Image.Image, file: io.BufferedReader) -> None:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise BadFile(path, f"declares {width}x{height} pixels; MAX_PIXELS = {MAX_PIXELS:,}")
+    if max(width, height) > MAX_SIDE:
+        raise BadFile(path, f"declares {width}x{height} pixels; MAX_SIDE = {MAX_SIDE:,}")
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        blocks = iter(lambda: file.read(1 << 20), b"")
+        scans = sum(len(re.findall(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)", block)) for block in blocks)
+        limit = MAX_SCANNED // (width * height)
+        if scans > limit:
+            raise BadFile(path, f"a JPEG with {scans:,} scans; the limit at this size is {limit:,}")
+
+
+@contextlib.contextmanager
+def errors_as_bad_file(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except BadFile:
+        raise
+    except UnidentifiedImageError:
+        raise BadFile(path, "not an image (JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
+    except Image.DecompressionBombError:
+        raise BadFile(path, f"declares more than MAX_PIXELS = {MAX_PIXELS:,} pixels") from None
+    except MemoryError:
+        raise BadFile(path, "does not fit into memory") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise BadFile(path, reason.splitlines()[0]) from None
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Pillow's image of a file, its declared size checked, its pixels not yet decoded. Raises BadFile."""
+    with errors_as_bad_file(path):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadFile(path, "not a regular file")
+        if not status.st_size:
+            raise BadFile(path, "empty file")
+        with _CountedFile(io.FileIO(path)) as file:
+            image = Image.open(file, formats=FORMATS)
+            _check_declared(path, image, file)
+            if image.format == "PNG":  # decoding does not look at the checksums of pixel data
+                image.verify()
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:  # opened again, as verify() requires
+                yield image

@@ -1,0 +1,105 @@
+"""Images and masks of any size -> the square that the network sees, and saliency maps of that square -> any size.
+
+The two directions stand side by side because every command uses both: an edit to one (padding, say) needs the other.
+`skimage.transform.resize`, which `RescaleT` uses, is linear and works on one axis at a time. It is therefore a product
+with one small sparse matrix per axis, and these are read off skimage itself: 1.2 ms instead of 30 ms for an image of
+400x300 on one core.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from scipy import sparse
+from scipy.ndimage import gaussian_filter1d
+from skimage.transform import resize
+
+BLOCK = 1 << 22  # pixels that are processed at once, 50 MB of floats
+
+
+@functools.lru_cache(maxsize=4096)
+def axis_operator(length: int, size: int) -> sparse.csr_array:
+    """What `skimage.transform.resize(..., mode="constant")` does along one axis: (size, length) float32, sparse.
+
+    skimage is given combs of impulses that lie wider apart than its interpolation reaches, so that each value it
+    returns is the weight of one known input. The low-pass filter that it applies before is scipy's Gaussian, cut off
+    at 4 standard deviations.
+    """
+    period = 4  # linear interpolation reads two neighbors
+    combs = np.zeros((length, period))
+    combs[np.arange(length), np.arange(length) % period] = 1
+    weights = resize(combs, (size, period), mode="constant", anti_aliasing=False)
+    rows, phase = np.arange(size)[:, None], np.arange(period)
+    center = (rows + 0.5) * length / size - 0.5
+    columns = phase + period * np.rint((center - phase) / period).astype(np.int64)
+    sigma = max(0.0, (length / size - 1) / 2)
+    radius = int(4 * sigma + 0.5)
+    impulse = np.zeros(2 * radius + 1)
+    impulse[radius] = 1
+    low_pass = gaussian_filter1d(impulse, sigma, mode="constant") if radius else impulse
+    weights, columns = weights[..., None] * low_pass, columns[..., None] + np.arange(-radius, radius + 1)
+    used = (weights != 0) & (columns >= 0) & (columns < length)
+    rows = np.broadcast_to(rows[..., None], used.shape)
+    return sparse.csr_array(  # the constructor adds weights of the same place
+        (weights[used], (rows[used], columns[used])), shape=(size, length)
+    ).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def axis_index(length: int, size: int) -> np.ndarray:
+    """The input that each output takes in skimage's resize of order 0 along one axis: (size,) int64."""
+    ramp = np.arange(length, dtype=np.int32)[:, None]
+    return resize(ramp, (size, 1), order=0, mode="constant", preserve_range=True)[:, 0].astype(np.int64)
+
+
+def rescale_image(image: np.ndarray, size: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3) uint8: `RescaleT`'s image, rounded to bytes."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    vertical, horizontal = axis_operator(height, size), axis_operator(width, size)
+    rows = np.zeros((size, width * 3), np.float32)
+    step = max(1, BLOCK // width)
+    for top in range(0, height, step):  # a 48-megapixel image as float32 would take 0.6 GB per thread
+        block = image[top : top + step].reshape(-1, width * 3).astype(np.float32)
+        rows += (vertical if height <= step else vertical[:, top : top + step]) @ block
+    columns = horizontal @ rows.reshape(size, width, 3).swapaxes(0, 1).reshape(width, size * 3)
+    # skimage clips to the range of its input; it matters at the border, where mode="constant" mixes in black
+    out = np.rint(columns).clip(image.min(), image.max()).astype(np.uint8)
+    return np.ascontiguousarray(out.reshape(size, size, 3).swapaxes(0, 1))
+
+
+def rescale_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) uint8 -> (size, size) uint8, exactly `RescaleT`'s (order 0)."""
+    if mask.shape == (size, size):
+        return mask
+    return mask[axis_index(mask.shape[0], size)[:, None], axis_index(mask.shape[1], size)]
+
+
+@functools.lru_cache(maxsize=64)
+def _linear_operator(length: int, size: int) -> sparse.csr_array:
+    """Linear interpolation along one axis without a low-pass filter: (size, length) float64, sparse."""
+    places = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
+    low = places.astype(np.int64).clip(max=max(0, length - 2))
+    high = np.minimum(low + 1, length - 1)
+    weights, rows = np.stack((1 - (places - low), places - low)), np.tile(np.arange(size), 2)
+    return sparse.csr_array((weights.ravel(), (rows, np.concatenate((low, high)))), shape=(size, length))
+
+
+def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of `rescale_image`: a saliency map (h, w) in [0, 1] of the network -> (H, W), of the same float type.
+
+    Bilinear, as `F.interpolate(..., mode="bilinear", align_corners=False)`, which other SOD evaluations use too.
+    """
+    if saliency.shape == shape:
+        return saliency
+    vertical, horizontal = (
+        _linear_operator(length, size).astype(saliency.dtype)
+        for length, size in zip(saliency.shape, shape, strict=True)
+    )
+    rows, out = vertical @ saliency, np.empty(shape, saliency.dtype)
+    step = max(1, BLOCK // shape[1])
+    for top in range(0, shape[0], step):  # the product comes transposed; a copy of all of it would double the memory
+        out[top : top + step] = (horizontal @ rows[top : top + step].T).T
+    return out.clip(0, 1, out=out)
