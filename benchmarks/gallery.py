@@ -33,10 +33,10 @@ def main(cfg: Config) -> int:
     folder = Path(find_spec("skimage").origin).parent / "data"
     inputs = tuple(str(folder / name) for name in PHOTOGRAPHS)
     rows: list[list[np.ndarray]] = [[] for _ in PHOTOGRAPHS]  # of each photograph, a sheet from each network
-    for checkpoint in ("", *cfg.checkpoint):
+    for checkpoint in ("small", *cfg.checkpoint):
         with tempfile.TemporaryDirectory() as out:
-            wanted = u2mamba_predict.Options(inputs, checkpoint, out, mode=("sheet",), precision="fp32", device="cpu")
-            if code := u2mamba_predict.run(wanted):
+            wanted = u2mamba_predict.Config(inputs, checkpoint, out, mode=("sheet",), precision="fp32", device="cpu")
+            if code := u2mamba_predict.main(wanted):
                 return code
             for row, name in zip(rows, PHOTOGRAPHS, strict=True):
                 sheet = np.asarray(Image.open(Path(out, "sheet", name).with_suffix(".jpg")))

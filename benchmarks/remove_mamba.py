@@ -17,7 +17,7 @@ from benchmarks.hardware import lines
 from data_loader import open_data, pair_folders, train_val_split, validation_batches
 from model.mamba import MambaLayer
 from u2mamba.engine.metrics import iou_per_image
-from u2mamba.inference.predictor import trained_network
+from u2mamba.inference.predictor import load_model
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import one_line_errors
 
@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
     print("\n".join(lines(device)))
     folders = [Path(cfg.data_dir, name) for name in (cfg.tra_image_dir, cfg.tra_label_dir)]
     source = open_data(*train_val_split(pair_folders(*folders)), cfg.size).val.to(device)
-    net = trained_network(cfg.checkpoint)[0].to(device)
+    net = load_model(cfg.checkpoint).to(device)
     layers = {name: m for name, m in net.named_modules() if isinstance(m, MambaLayer)}
     variants = {"all": layers} | ({name: {name: layer} for name, layer in layers.items()} if cfg.each else {})
     with torch.autocast(device.type, torch.bfloat16, enabled=choose_precision("bf16", device)[0] == "bf16"):

@@ -8,10 +8,11 @@ import pytest
 import skimage.data
 import torch
 
-from data_loader import normalise
 from model import U2MAMBAP, U2NETP
-from u2mamba.dataset.cache import rescale_image
-from u2mamba.inference.predictor import Predictor, fold_batch_norm, trained_network
+from u2mamba.dataset.augment import normalize
+from u2mamba.dataset.rescale import rescale_image
+from u2mamba.inference import Predictor, load_model
+from u2mamba.inference.predictor import fold_batch_norm, weights_path
 
 
 def trained(net: torch.nn.Module) -> torch.nn.Module:
@@ -32,7 +33,7 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("network", [U2NETP, U2MAMBAP])
 def test_folded_batch_norm_changes_rounding_only(network, images):
     net = trained(network())
-    x = normalise(images)
+    x = normalize(images)
     with torch.no_grad():
         for a, b in zip(net(x, logits=True), fold_batch_norm(net)(x, logits=True), strict=True):
             assert (a - b).abs().max() <= 1e-4 * a.abs().max()
@@ -43,7 +44,7 @@ def test_folded_batch_norm_changes_rounding_only(network, images):
 def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     net = trained(U2MAMBAP())
     with torch.no_grad():
-        expected = net(normalise(images))[0]
+        expected = net(normalize(images))[0]
     d0 = Predictor(net, torch.device("cpu"), precision)(images)
     assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
     assert (d0 - expected).abs().max() <= tolerance
@@ -82,10 +83,10 @@ def test_graph_and_eager_predictor_agree(images):
     assert torch.equal(first, kept)  # a later call does not write into an earlier result
 
 
-def test_the_weights_that_ship_find_the_cup_and_not_the_table():
+def test_the_included_weights_find_the_cup_and_not_the_table():
     """On scikit-image's photograph of a cup of coffee, which they have not seen."""
-    net, path = trained_network()
-    assert path.stat().st_size < 6e6
+    net = load_model()
+    assert weights_path().stat().st_size < 6e6
     picture = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
     d0 = Predictor(net, torch.device("cpu"))(picture[None])[0, 0]
     assert d0[80:160, 130:190].mean() > 0.9  # the coffee

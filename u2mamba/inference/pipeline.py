@@ -1,141 +1,134 @@
-"""Image files -> saliency maps, with reading, network and writing at the same time.
+"""Image files -> saliency maps, with reading, network and the caller's work at the same time: prediction, evaluation.
 
 with ThreadPoolExecutor(THREADS) as pool:
-    for found in compute_maps(predict, [Source(path, path.stem) for path in paths], pool, size=320, batch=8):
-        ...  # a Map, or a BadFile that says why there is none
+    for source, saliency, extra in compute_maps(predict, sources, read, pool, batch=8):
+        ...
 """
 
 import contextlib
+import functools
+import itertools
 import os
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
-from u2mamba.dataset.cache import rescale_image
-from u2mamba.dataset.decode import FORMATS
-from u2mamba.dataset.pairs import BadFile, read_image
+from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_image, open_pair, to_rgb
+from u2mamba.dataset.rescale import rescale_image
+from u2mamba.inference.evaluation import Item
 from u2mamba.inference.predictor import Predictor
-from u2mamba.runtime.workers import in_order
+from u2mamba.runtime.environment import peak_memory
+from u2mamba.runtime.errors import UserError
 
-PIXELS_AT_ONCE = 50_000_000  # decoded at a time by all threads, up to 20 bytes each; a larger image goes alone
-THREADS = min(16, os.cpu_count() or 1)  # that read and write
-
-
-class Source(NamedTuple):
-    """An image file, and what its outputs are called: a path under OUT/MODE, without the extension."""
-
-    path: Path
-    name: Path
+THREADS = min(16, os.cpu_count() or 1)  # that read and write files
+S = TypeVar("S")  # what names an image file, by an attribute `image`
+Read = Callable[[S], tuple[np.ndarray, Any]]  # -> (image of the network's size, (S, S, 3) uint8; what goes with it)
 
 
-class Map(NamedTuple):
-    """d0 of one image, (size, size) float32, and the image's width and height as seen."""
-
-    source: Source
-    d0: np.ndarray
-    width: int
-    height: int
+@contextlib.contextmanager
+def held_image(path: Path) -> Iterator[np.ndarray]:
+    """The image of a file, (H, W, 3) uint8 RGB, upright; inside the block they count as decoded. Raises BadFile."""
+    with open_image(path) as file, DECODE_BUDGET.hold(file.width * file.height):
+        yield decode(path, file, to_rgb)[0]
 
 
-class PixelBudget:
-    """Threads wait until what they are about to decode fits; a single image always does."""
-
-    def __init__(self, most: int):
-        self._most, self._held, self._changed = most, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._most)
-            self._held += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= pixels
-                self._changed.notify_all()
-
-
-budget = PixelBudget(PIXELS_AT_ONCE)
-
-
-def declared_pixels(path: Path) -> int:
-    """What the file's header says; 0 for one that `read_image` will refuse."""
-    if not path.is_file():  # opening a pipe would wait
-        return 0
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            return file.width * file.height
-    except Exception:
-        return 0
-
-
-def read(source: Source, size: int) -> tuple[Source, np.ndarray, int, int] | BadFile:
-    """(source, image squashed to (size, size, 3) uint8, width, height)."""
-    try:
-        with budget.hold(declared_pixels(source.path)):
-            image = read_image(source.path)
-            return source, rescale_image(image, size), image.shape[1], image.shape[0]
-    except BadFile as error:
-        return error
-    except MemoryError:
-        return BadFile(source.path, "does not fit into memory")
+def ordered_map(pool: Executor, task: Callable[[S], Any], items: Iterable[S], ahead: int) -> Iterator[tuple[S, Any]]:
+    """(item, task(item)) in the order of `items`; at most `ahead` of them are started before they are asked for."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append((item, pool.submit(task, item)))
+        if len(waiting) > ahead:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    while waiting:
+        item, future = waiting.popleft()
+        yield item, future.result()
 
 
 def compute_maps(
-    predict: Predictor, sources: Iterable[Source], pool: ThreadPoolExecutor, size: int, batch: int
-) -> Iterator[Map | BadFile]:
-    """The map of each image, or why there is none, in the order of `sources`; files are read ahead by `pool`."""
+    predict: Predictor, sources: Iterable[S], read: Read, pool: ThreadPoolExecutor, batch: int
+) -> Iterator[tuple[S, np.ndarray | BadFile, Any]]:
+    """(source, saliency map (S, S) float32 or why there is none, what `read` returned with the image).
+
+    `pool` reads the files ahead of the network. Maps come in the order of `sources`.
+    """
+    cuda = predict.device.type == "cuda"
+
+    def read_or_say_why(source: S) -> tuple[np.ndarray | BadFile, Any]:
+        try:
+            return read(source)
+        except BadFile as error:
+            return error, None
+        except MemoryError:
+            return BadFile(source.image, "does not fit into memory"), None
 
     def launch(group: list) -> tuple[list, torch.Tensor, torch.cuda.Event | None]:
-        images = torch.from_numpy(np.stack([image for _, image, *_ in group]))
-        images = images.pin_memory() if predict.device.type == "cuda" else images
-        d0, done = predict(images).to("cpu", non_blocking=predict.device.type == "cuda"), None
-        if predict.device.type == "cuda":
+        images = torch.from_numpy(np.stack([image for _, (image, _) in group]))
+        maps, done = predict(images.pin_memory() if cuda else images).to("cpu", non_blocking=cuda), None
+        if cuda:
             done = torch.cuda.Event()
             done.record()
-        return group, d0, done
+        return group, maps, done
 
-    def finish(group: list, d0: torch.Tensor, done: torch.cuda.Event | None) -> Iterator[Map | BadFile]:
+    def finish(group: list, maps: torch.Tensor, done: torch.cuda.Event | None) -> Iterator[tuple[S, Any, Any]]:
         if done:
             done.synchronize()
-        for (source, _, width, height), one in zip(group, d0[:, 0].numpy(), strict=True):
-            if np.isfinite(one).all():
-                yield Map(source, one, width, height)
-            else:
-                yield BadFile(source.path, "its map is not finite: damaged weights, or try --precision fp32")
+        for (source, (_, extra)), saliency in zip(group, maps[:, 0].numpy(), strict=True):
+            if not np.isfinite(saliency).all():
+                saliency = BadFile(source.image, "its map has NaN/Inf values: damaged weights, or try --precision fp32")
+            yield source, saliency, extra
 
-    group, running = [], None
-    for _, got in in_order(pool, lambda source: read(source, size), sources, 2 * batch + THREADS):
-        if isinstance(got, BadFile):
-            yield got
-            continue
-        group.append(got)
-        if len(group) == batch:
-            before, running, group = running, launch(group), []
-            if before:  # a GPU computes the next batch while the host looks at this one
+    running = None
+    results = ordered_map(pool, read_or_say_why, sources, ahead=2 * batch + THREADS)
+    while chunk := list(itertools.islice(results, batch)):
+        yield from ((source, image, None) for source, (image, _) in chunk if isinstance(image, BadFile))
+        if group := [entry for entry in chunk if not isinstance(entry[1][0], BadFile)]:
+            before, running = running, launch(group)
+            if before:  # a GPU computes the next batch while the host handles this one
                 yield from finish(*before)
-    for launched in (running, launch(group) if group else None):
-        if launched:
-            yield from finish(*launched)
+    if running:
+        yield from finish(*running)
 
 
-def at_size(d0: np.ndarray, width: int, height: int, threshold: float | None = None) -> np.ndarray:
-    """(S, S) float32 -> (height, width) uint8, bilinear: 0 to 255, or where a threshold is given 0 and 255.
+def read_pair_rescaled(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(image resized to (size, size, 3), mask (H, W)) of an item. Raises BadFile where they do not fit together."""
+    with open_pair(Pair(item.stem, item.image, item.mask)) as pair:
+        return rescale_image(pair.image, size), pair.mask
 
-    In strips, since 48 million pixels of float32 are 0.2 GB; what Pillow filters does not end at a strip's edge.
+
+def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: int) -> Iterator[Item]:
+    """The items with mask and map in memory, or with the reason why there is no map in its place."""
+    read = functools.partial(read_pair_rescaled, size=size)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for item, saliency, mask in compute_maps(predict, items, read, pool, batch):
+            yield item._replace(map=saliency, mask=item.mask if mask is None else mask)
+
+
+def measure_speed(predict: Predictor, items: Iterable[Item], size: int, batch: int) -> dict[str, float]:
+    """{"img_s": images per second of the network alone, over at least three seconds, "memory_GiB": peak memory}.
+
+    The memory is that of tensors on a GPU, and of the process on a CPU. Raises UserError when no image can be read.
     """
-    small, out = Image.fromarray(d0), np.empty((height, width), np.uint8)
-    rows = max(1, 2**20 // width)
-    for top in range(0, height, rows):
-        end = min(top + rows, height)
-        box = (0, top * d0.shape[0] / height, d0.shape[1], end * d0.shape[0] / height)
-        strip = np.asarray(small.resize((width, end - top), Image.Resampling.BILINEAR, box))
-        out[top:end] = np.rint(strip * 255) if threshold is None else (strip > threshold) * 255
-    return out
+    images = []
+    for item in items:
+        with contextlib.suppress(BadFile):
+            images.append(read_pair_rescaled(item, size)[0])
+        if len(images) == batch:
+            break
+    if not images:
+        raise UserError("--speed: no image can be read")
+    stack = torch.from_numpy(np.stack(images))
+    for _ in range(2):
+        predict(stack)
+    start, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - start < 3:
+        predict(stack)[-1].sum().item()  # .item() waits for the device
+        calls += 1
+    speed = calls * len(images) / (time.perf_counter() - start)
+    return {"img_s": speed, "memory_GiB": peak_memory(predict.device)}

@@ -1,12 +1,14 @@
-"""A trained network as fast as the machine runs it, for whoever wants maps: evaluation, prediction, export.
+"""A trained network, prepared to predict saliency maps as fast as the device allows.
 
-net, path = trained_network("saved_models/u2net/best.pth")
-predict = Predictor(net, device, precision)
-d0 = predict(images)  # (B, S, S, 3) uint8 -> (B, 1, S, S) float32 probabilities
+net = load_model("saved_models/u2net/best.pth")
+predict = Predictor(net, torch.device("cpu"))
+saliency = predict(images)  # (B, S, S, 3) uint8 RGB -> (B, 1, S, S) float32 probabilities; net.settings has S
 """
 
+import contextlib
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,91 +16,121 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
 from model.u2net import REBNCONV
-from u2mamba.dataset.augment import normalise
+from u2mamba.dataset.augment import normalize
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
-SHIPPED = Path(__file__).parents[2] / "saved_models"  # small weights come with the code as u2mambap*.pth
-GRAPHS = 4  # batch shapes kept as CUDA graphs; more of them run eagerly
+PRETRAINED_DIR = Path(__file__).parents[2] / "saved_models"
+PRETRAINED = {"small": "u2mambap.pth", "large": "u2mamba.pth"}  # what --checkpoint may name instead of a path
+MAX_GRAPHS = 4  # batch shapes that are kept as CUDA graphs; others run eagerly
 
 
-def weights_path(checkpoint: str = "") -> Path:
-    """The file that `checkpoint` names; "" is the newest that ships. Raises UserError where none does."""
-    shipped = sorted(SHIPPED.glob("u2mambap*.pth"))
-    if not checkpoint and not shipped:
-        raise UserError(
-            "no weights: give --checkpoint PATH, of your own run, of `python u2mamba_train.py demo` "
-            "(saved_models/demo/best.pth, minutes), or U-2-Net's public u2netp.pth (github.com/xuebinqin/U-2-Net)"
-        )
-    return Path(checkpoint) if checkpoint else shipped[-1]
+def weights_path(checkpoint: str | Path = "small") -> Path:
+    """The weights file that `checkpoint` names: "small" and "large" are included, anything else is a path.
 
-
-def trained_network(checkpoint: str = "", backend: str = "auto") -> tuple[nn.Module, Path]:
-    """The network of a checkpoint (`weights_path`), in eval mode, and the file that it came from.
-
-    Raises UserError where there is none, or for one that is not of this project's networks.
+    Raises UserError where there is no such file.
     """
-    path = weights_path(checkpoint)
+    path = PRETRAINED_DIR / PRETRAINED[checkpoint] if checkpoint in PRETRAINED else Path(checkpoint)
+    if checkpoint in PRETRAINED and not path.is_file():
+        raise UserError(
+            f'checkpoint "{checkpoint}": {path} is not there; give the path of a weights file (one of your own '
+            "training, or U-2-Net's public u2net.pth or u2netp.pth)"
+        )
+    return path
+
+
+def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
+    """The network of a weights file (`weights_path`) on the CPU, in eval mode; options: as `model.weights.load_model`.
+
+    `net.settings` holds what it was built with, and "size", its training size in pixels, where the file specifies it.
+    Raises UserError with one line where the file cannot be used.
+    """
     try:
-        return weights.load_model(path, backend=backend), path
+        return weights.load_model(weights_path(checkpoint), **options)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
+def input_size(net: nn.Module, size: int = 0) -> int:
+    """Pixels of the square that images are resized to: `size`, or for 0 the training size. Raises UserError."""
+    if 0 < size < 32:
+        raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the training size")
+    return size or net.settings.get("size", weights.DEFAULT_SIZE)
+
+
 def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """A copy of `net` in eval mode, each batch norm multiplied into the convolution before it: the same function."""
+    """A copy of `net` in eval mode that computes the same, each batch norm folded into the convolution before it."""
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for block in net.modules():
-        if isinstance(block, REBNCONV):
+        if isinstance(block, REBNCONV) and isinstance(block.bn_s1, nn.BatchNorm2d):
             block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
             block.bn_s1 = nn.Identity()
     return net
 
 
-class Predictor:
-    """Maps of batches of images, by a copy of `net` that is prepared once: batch norm folded, channels_last.
+def saliency_map(logits: Tensor) -> Tensor:
+    """Logits of the final output d0, (B, K, H, W) -> saliency map, (B, 1, H, W) in [0, 1].
 
-    precision: "fp32"; or "bf16", convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
-    graph: on CUDA, replay one graph for each batch shape. tta: the mean with the mirrored images' maps. On a CPU the
-    process keeps the memory that a batch took for the next one (`HeapRetention`): a sixth less time.
+    One channel is an object's logit; of several, channel 0 is the background.
+    """
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - torch.softmax(logits, 1)[:, :1]
+
+
+class Predictor:
+    """Saliency maps of batches of images, by a copy of `net`: batch norm folded, channels_last.
+
+    precision: "fp32"; or "bf16": convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
+    graph: on CUDA, replay one CUDA graph per batch shape. tta: flip test-time augmentation, the mean with the map of
+    the horizontally flipped image. On a CPU memory is kept from one batch to the next (`HeapRetention`), which saves a
+    sixth of the time.
     """
 
     def __init__(
-        self, net: nn.Module, device: torch.device, precision: str = "fp32", graph: bool = True, tta: bool = False
+        self,
+        net: nn.Module,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        precision: str = "fp32",
+        graph: bool = True,
+        tta: bool = False,
     ):
-        self.device, self.tta, self.graphs, self.memory = device, tta, {}, HeapRetention(device)
-        self.wants_graph = graph and device.type == "cuda"
+        self.device, self.tta, self.memory = device, tta, HeapRetention(device)
+        self._uses_graphs, self._graphs = graph and device.type == "cuda", {}
         self.net = fold_batch_norm(net).to(device, memory_format=torch.channels_last)
         self.dtype = torch.float32
         if precision == "bf16":
-            self.dtype = torch.bfloat16
+            self.dtype, fusion = torch.bfloat16, getattr(self.net, "outconv", None)
             for layer in self.net.modules():
-                if isinstance(layer, nn.Conv2d) and layer is not self.net.outconv:
+                if isinstance(layer, nn.Conv2d) and layer is not fusion:
                     layer.to(self.dtype)
-            self.net.outconv.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+            if fusion is not None:
+                fusion.register_forward_pre_hook(lambda _, x: (x[0].float(),))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8, on any device -> d0, (B, 1, H, W) float32 probabilities on the predictor's device.
+        """(B, H, W, 3) uint8 RGB, on any device -> saliency maps, (B, 1, H, W) float32 on the predictor's device.
 
-        The result is the caller's own. Raises UserError naming a batch size to try when the memory does not suffice.
+        A later call does not overwrite the result. Raises UserError naming a batch size to try when memory runs out.
         """
-        d0 = self._maps(images)
-        return (d0 + self._maps(images.flip(2)).flip(3)) / 2 if self.tta else d0
+        # Triton launches on the thread's current GPU, which need not be this one
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            saliency = self._predict(images)
+            return (saliency + self._predict(images.flip(2)).flip(3)) / 2 if self.tta else saliency
 
-    def _maps(self, images: Tensor) -> Tensor:
+    def _predict(self, images: Tensor) -> Tensor:
         try:
-            if not self.wants_graph:
+            if not self._uses_graphs:
                 with self.memory:
                     return self._forward(images.to(self.device))
-            if images.shape not in self.graphs:
-                if len(self.graphs) >= GRAPHS:
+            if images.shape not in self._graphs:
+                if len(self._graphs) >= MAX_GRAPHS:
                     return self._forward(images.to(self.device))
-                self.graphs[images.shape] = self._capture(images.to(self.device))
-            graph, taken, given = self.graphs[images.shape]
-            taken.copy_(images, non_blocking=True)
+                self._graphs[images.shape] = self._capture(images.to(self.device))
+            graph, static_input, static_output = self._graphs[images.shape]
+            static_input.copy_(images, non_blocking=True)
             graph.replay()
-            return given.clone()
+            return static_output.clone()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -107,17 +139,18 @@ class Predictor:
             raise UserError(f"{n} images of {w}x{h} do not fit into the memory of {self.device}: try {less}") from None
 
     def _forward(self, images: Tensor) -> Tensor:
-        return self.net(normalise(images, channels_last=True).to(self.dtype))[0]
+        logits = self.net(normalize(images, channels_last=True).to(self.dtype), logits=True)[0]
+        return saliency_map(logits.float())
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        taken = images.clone()
+        static_input = images.clone()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled, convolution algorithms chosen
-                self._forward(taken)
+            for _ in range(2):  # compiles kernels and selects convolution algorithms
+                self._forward(static_input)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            given = self._forward(taken)
-        return graph, taken, given
+            static_output = self._forward(static_input)
+        return graph, static_input, static_output

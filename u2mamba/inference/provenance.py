@@ -1,0 +1,87 @@
+"""OUT/<mode>/settings.json: with which settings, and from which state of its image, each output was predicted."""
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.files import atomic_write
+
+ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, as hexadecimal digits."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
+
+
+class Provenance:
+    """The record of one folder of outputs.
+
+    Outputs are recorded before they are written, since a killed process could not do so afterward: from then on, a
+    complete file at a recorded path is done.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings, self.path = folder, settings, folder / "settings.json"
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self.path.read_bytes())
+            self._variants, self._outputs = list(content["settings"]), dict(content["outputs"])
+            for entry in self._outputs.values():  # raises for anything but a record
+                self._variants[entry["settings"]].keys(), entry["bytes"], entry["modified"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+            self._variants, self._outputs = [], {}
+
+    def is_done(self, output: Path, image: Path) -> bool:
+        """Whether `output` was predicted from `image` with these settings.
+
+        Raises UserError if it exists and was not: it must neither count as done nor be lost.
+        """
+        if not os.path.lexists(output):
+            return False
+        entry = self._outputs.get(output.relative_to(self.folder).as_posix())
+        before = self._variants[entry["settings"]] if entry else {}
+        changed = [f"{k} {before.get(k)}" for k, v in self.settings.items() if k != "weights" and before.get(k) != v]
+        if not entry or not output.is_file():
+            reason = f"and {self.path} does not list it"
+        elif changed:
+            reason = f"predicted by {before.get('weights')} with {', '.join(changed)}"
+        elif _state(image) != {key: entry[key] for key in _state(image)}:
+            reason = f"predicted from another image, or before {image} changed"
+        else:
+            return _is_complete(output)
+        raise UserError(f"{output} exists, {reason}: choose another --out, or give --overwrite")
+
+    def start(self, images: Mapping[Path, Path]) -> None:
+        """Records {output: image}, and deletes those that exist, which would count as done from now on."""
+        self._read()  # another process may have recorded outputs of its own
+        if self.settings not in self._variants:
+            self._variants.append(self.settings)
+        for output, image in images.items():
+            with contextlib.suppress(OSError):
+                output.unlink()
+            entry = {"input": str(image), **_state(image), "settings": self._variants.index(self.settings)}
+            self._outputs[output.relative_to(self.folder).as_posix()] = entry
+        atomic_write(self.path, json.dumps({"settings": self._variants, "outputs": self._outputs}, indent=1).encode())
+
+
+def _state(path: Path) -> dict[str, int]:
+    try:
+        status = path.stat()
+    except OSError:  # reading it will fail too, and says why
+        return {"bytes": -1, "modified": -1}
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
+def _is_complete(path: Path) -> bool:
+    """False for what a power cut leaves of a file that was written without a flush."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 8), os.SEEK_END)
+        return file.read().endswith(ENDINGS)

@@ -1,0 +1,82 @@
+"""Worker processes (joblib's) that end with the process that started them, however it ends."""
+
+import contextlib
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+import joblib
+import psutil
+
+from u2mamba.runtime.errors import UserError
+
+T = TypeVar("T")
+MAX_WORKERS = 60  # Windows cannot wait for more processes
+
+
+def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> Iterator[tuple[T, Any]]:
+    """(item, task(item)) in the order of `items`, by `workers` processes (1: this one).
+
+    `items` may be endless: two per worker are taken in advance, in a thread of joblib's. Raises UserError when a worker
+    was killed. Close the generator where it is not exhausted.
+    """
+    waiting: deque[T] = deque()
+
+    def calls() -> Iterator[tuple]:
+        for item in items:
+            waiting.append(item)
+            yield joblib.delayed(task)(item)
+
+    options = {"return_as": "generator", "batch_size": 1, "max_nbytes": None, "initializer": _init_worker}
+    results = iter(())
+    try:
+        with _sigint_blocked():
+            results = joblib.Parallel(min(workers, MAX_WORKERS), "loky", **options)(calls())
+        for result in results:
+            yield waiting.popleft(), result
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, perhaps because memory ran out: try --workers 1") from None
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib's about results that are not used
+            getattr(results, "close", int)()
+
+
+def _init_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_exit_with_parent, args=(psutil.Process(os.getppid()),), daemon=True).start()
+
+
+def _exit_with_parent(parent: psutil.Process) -> None:
+    """A worker whose parent was killed would wait for tasks: it holds the other end of its own queue."""
+    parent.wait()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes started inside never receive Ctrl-C, imports included (except on Windows); the caller does."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # joblib would start it, and before Python 3.13 that unblocks SIGINT
+        # new processes inherit the mask; if SIGINT were ignored instead, a Ctrl-C would be lost
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
