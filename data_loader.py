@@ -15,7 +15,7 @@ import torch
 from skimage import color, transform
 from torch.utils.data import Dataset
 
-from u2mamba.dataset.augment import MEAN, STD, Augmentation, augment, epoch_plan, normalise, normalize  # noqa: F401
+from u2mamba.dataset.augment import MEAN, STD, Augmentation, augment, epoch_plan, normalize
 from u2mamba.dataset.batches import Batch, Data, DataSource, batches, open_data, validation_batches
 from u2mamba.dataset.decode import BadFile, read_image, read_mask
 from u2mamba.dataset.image_file import DataError

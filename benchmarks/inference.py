@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.hardware import in_turn, lines, median_and_spread
 from model import ARCHS
-from u2mamba.dataset.augment import normalise
+from u2mamba.dataset.augment import normalize
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime.environment import choose_device, choose_precision
 
@@ -38,7 +38,7 @@ def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tens
 
     @torch.inference_mode()
     def eager(images: Tensor) -> Tensor:
-        return net(normalise(images))[0]
+        return net(normalize(images))[0]
 
     variants = {"eager, fp32, NCHW": eager, "Predictor, fp32": Predictor(net, device, "fp32")}
     precision, why = choose_precision("bf16", device)

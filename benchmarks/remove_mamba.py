@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.hardware import lines
 from data_loader import open_data, pair_folders, train_val_split, validation_batches
 from model.mamba import MambaLayer
-from u2mamba.engine.metrics import iou_per_image
+from u2mamba.engine.validation import iou_per_image
 from u2mamba.inference.predictor import load_model
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import one_line_errors

@@ -1,4 +1,4 @@
-"""Damaged and odd files: each is read right or set aside by name, within 5 s and bounded memory; nothing hangs.
+"""Damaged and odd files: each is read right or skipped by name, within 5 s and bounded memory; nothing hangs.
 
 Files are read in a process of its own, so that one on which a decoder hung or crashed would fail its test by name.
 """
@@ -29,7 +29,7 @@ from tests.dataset.bad_files import (
     many_scans,
     measured,
     odd_entries,
-    photographs,
+    photos,
     png,
     shape_of,
     whole_file,
@@ -76,8 +76,8 @@ def folder():
 def verdict(case: Case, got: np.ndarray | str) -> str:
     """What is wrong with reading a case so, "" for nothing."""
     if isinstance(got, str):
-        return f"set aside: {got}" if case.outcome == "read" else ""
-    if case.outcome == "aside":
+        return f"skipped: {got}" if case.outcome == "read" else ""
+    if case.outcome == "skip":
         return "read"
     if (got.ndim, got.shape[2:], got.dtype) != (3, (3,), np.uint8) or not got.size:
         return f"read as {got.shape} {got.dtype}"
@@ -98,7 +98,7 @@ def test_every_file_is_read_right_or_set_aside(reader, folder):
     assert len(all_cases()) >= 350
     wrong = {case.name: verdict(case, reader(read_image, folder / case.name)) for case in all_cases()}
     assert {name: what for name, what in wrong.items() if what} == {}
-    assert reader.memory < 150e6  # pictures of 35 kB; each bomb holds 100 to 200 MB
+    assert reader.memory < 150e6  # images of 35 kB; each bomb holds 100 to 200 MB
     seconds, name = reader.worst
     print(f"\n{len(all_cases())} files, longest {seconds:.2f} s ({name}), memory +{reader.memory / 1e6:.0f} MB")
 
@@ -120,7 +120,7 @@ def test_every_file_as_a_mask(reader, folder):
 
 
 def test_a_data_set_of_them(folder, tmp_path):
-    """The check, the cache and streaming agree, and name what they set aside."""
+    """The check, the cache and streaming agree, and name what they skipped."""
     images, masks = tmp_path / "images", tmp_path / "masks"
     images.mkdir()
     masks.mkdir()
@@ -136,7 +136,7 @@ def test_a_data_set_of_them(folder, tmp_path):
         Image.fromarray(mask).save(masks / f"{Path(name).stem}.png")
     cached = open_folders(images, masks).data
     bad = dict(cached.report.unusable)
-    assert {name for name, case in expected.items() if case.outcome == "aside"} <= bad.keys()
+    assert {name for name, case in expected.items() if case.outcome == "skip"} <= bad.keys()
     assert not {name for name, case in expected.items() if case.outcome == "read"} & bad.keys()
     assert len(cached.report.usable) + len(bad) == len(all_cases())
     for pair, row in zip(cached.train.pairs, cached.train.rows, strict=True):
@@ -156,7 +156,7 @@ def test_a_data_set_of_them(folder, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- any damage at all
 
-whole = functools.lru_cache(maxsize=None)(lambda photo, kind: whole_file(photographs()[photo], kind))
+whole = functools.lru_cache(maxsize=None)(lambda photo, kind: whole_file(photos()[photo], kind))
 place = st.floats(0, 1, exclude_max=True)
 damage = st.one_of(
     st.tuples(st.just("cut"), place, place),
@@ -201,12 +201,12 @@ def test_any_damage(reader, folder, photo, kind, damages):
 # ------------------------------------------------------------------------------------------------------------- large
 
 
-@pytest.mark.parametrize("kind", ["rgba", "grey16"])
-def test_the_largest_picture_that_is_read(reader, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["rgba", "gray16"])
+def test_the_largest_image_that_is_read(reader, tmp_path, kind):
     """200 kB that decode to 67 megapixels: what one file can cost."""
     side = int(MAX_PIXELS**0.5)
-    depth, colour, row = (8, 6, 4 * side) if kind == "rgba" else (16, 0, 2 * side)
-    (tmp_path / "bomb.png").write_bytes(png(side, side, depth, colour, bytes((row + 1) * side)))
+    depth, color, row = (8, 6, 4 * side) if kind == "rgba" else (16, 0, 2 * side)
+    (tmp_path / "bomb.png").write_bytes(png(side, side, depth, color, bytes((row + 1) * side)))
     assert reader(shape_of, tmp_path / "bomb.png").tolist() == [side, side, 3]
     print(f"\n{kind}: longest {reader.worst[0]:.2f} s, memory +{reader.memory / 1e6:.0f} MB")
     assert reader.memory < 24 * MAX_PIXELS  # bytes a pixel, with Pillow's own
@@ -217,7 +217,7 @@ def test_long_work_for_small_files(reader, tmp_path):
     assert reader(read_image, tmp_path / "scans.jpg") == "a JPEG with 205 scans; the limit at this size is 55"
     (tmp_path / "few.jpg").write_bytes(many_scans(600, 200))
     assert reader(read_image, tmp_path / "few.jpg").shape == (600, 600, 3)
-    jpeg = encode(Image.fromarray(photographs()[0]), "jpeg")
+    jpeg = encode(Image.fromarray(photos()[0]), "jpeg")
     with open(tmp_path / "junk.jpg", "wb") as file:  # a header, then a hole: Pillow looks for a marker byte by byte
         file.write(jpeg[:20])
         file.truncate(1 << 26)

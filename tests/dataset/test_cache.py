@@ -17,7 +17,7 @@ from PIL import Image
 from tests.dataset.samples import disc, make_folders, open_folders, photo
 from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset import decode, rescale
-from u2mamba.dataset.cache import cache_path, code_checksum
+from u2mamba.dataset.cache import cache_path
 from u2mamba.dataset.decode import read_image, read_mask
 from u2mamba.dataset.image_file import BadFile
 from u2mamba.dataset.pairs import is_validation, pair_folders
@@ -110,18 +110,6 @@ def test_the_key_notices_every_change(tmp_path, monkeypatch):
     before = cache_path(tmp_path, pairs, 32)
     pairs[0].image.unlink()  # between finding and the check
     assert cache_path(tmp_path, pairs, 32) != before
-
-
-def test_the_code_checksum_is_of_what_the_code_does(tmp_path):
-    path = tmp_path / "a.py"
-
-    def checksum(text: str) -> int:
-        path.write_text(text)
-        return code_checksum([path])
-
-    first = checksum('"""Doc."""\n\ndef f(x):\n    """Of f."""\n    return x + 1\n')
-    assert checksum("def f(x):  # a comment\n    'Other.'\n\n    return (x + 1)\n") == first
-    assert checksum("def f(x):\n    return x + 2\n") != first
 
 
 def test_a_permission_that_is_given_is_noticed(tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_report_names_five_and_counts_the_rest(tmp_path):
 def test_swapped_folders_and_an_empty_validation_split(tmp_path):
     images, masks = make_folders(tmp_path)
     rng = np.random.default_rng(0)
-    for path in images.iterdir():  # as photographs are: mostly neither black nor white
+    for path in images.iterdir():  # as photos are: mostly neither black nor white
         Image.fromarray(rng.normal(120, 40, (60, 80, 3)).clip(0, 255).astype(np.uint8)).save(path)
     assert "folders swapped" not in open_folders(images, masks).log
     data, said, _ = open_folders(masks, images)

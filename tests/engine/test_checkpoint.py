@@ -1,82 +1,363 @@
-"""Checkpoints: whole or absent, safe to load, refused in one line that names the file."""
+"""Checkpoints of a run: whole or absent, resumed from the newest whole file; full, read-only and corrupting disks."""
+
+import copy
+import errno
+import gc
+import os
+import re
+import shutil
+import sys
+from functools import partial
 
 import pytest
 import torch
 
-from model import U2MAMBAP, U2NETP
-from u2mamba.engine import checkpoint, resume
-from u2mamba.engine.checkpoint import CheckpointError
+import u2mamba_train as script
+from model import U2NETP
+from model.weights import read_file
+from tests.engine.tiny import Net, last, same, weights
+from u2mamba.dataset import batches
+from u2mamba.engine import checkpoint, run_folder
+from u2mamba.engine.checkpoint import Checkpointer, CheckpointError
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.schedule import TrainState
+from u2mamba.engine.step import TrainStep
+from u2mamba.runtime.environment import Environment
+from u2mamba.runtime.errors import UserError
+
+# TensorBoard's thread ends with an error when the disk fails
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-def one_line(error, path):
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+@pytest.fixture
+def saver(tmp_path):
+    """A Checkpointer in `tmp_path` around a tiny network."""
+    net = Net()
+    net.settings = {"arch": "tiny"}
+    step = TrainStep(net, torch.optim.Adam(net.parameters(), fused=True), None, Environment(torch.device("cpu")))
+    return Checkpointer(tmp_path, script.Config(), step, DistContext(), fingerprint=1)
 
 
-def test_a_written_file_loads_safely_and_keeps_every_bit(tmp_path):
-    net = U2MAMBAP()
-    path = tmp_path / "deep" / "weights.pth"
-    checkpoint.save(checkpoint.plain_state(net), path)
-    state = torch.load(path, weights_only=True)
-    for key, value in net.state_dict().items():
-        assert torch.equal(state[key], value)
-    assert [p.name for p in path.parent.iterdir()] == ["weights.pth"]
+def iteration(path):
+    return read_file(path)["state"]["iteration"]
 
 
-def test_channels_last_weights_are_saved_in_the_plain_order(tmp_path):
-    net = U2NETP().to(memory_format=torch.channels_last)
-    for value in checkpoint.plain_state(net).values():
-        assert value.is_contiguous()
+def flip(path):
+    """Inverts the third quarter of the file: some of the bytes between its records nobody would miss."""
+    content = path.read_bytes()
+    a, b = len(content) // 2, 3 * len(content) // 4
+    path.write_bytes(content[:a] + bytes(v ^ 0xFF for v in content[a:b]) + content[b:])
+
+
+# ------- writing
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     checkpoint.save({"a": torch.ones(3)}, path)
-    monkeypatch.setattr(
-        torch, "save", lambda content, file: (file.write(b"half"), (_ for _ in ()).throw(OSError(28, "full")))
-    )
-    said = []
-    assert not checkpoint.save_or_warn({"a": torch.zeros(3)}, path, said.append)
-    assert len(said) == 1 and str(path) in said[0] and "full" in said[0]
+
+    def fail(content, file):
+        file.write(b"half")
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save({"a": torch.zeros(3)}, path)
     monkeypatch.undo()
     assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
-def test_starting_anew_keeps_the_old_run(tmp_path):
-    for content in (1, 2):
-        torch.save(content, tmp_path / "last.pth")
-        assert resume.find_last(tmp_path, "never", {})[0] is None
-        resume.put_aside(tmp_path)
-    assert torch.load(tmp_path / "last_1.pth") == 1 and torch.load(tmp_path / "last_2.pth") == 2
-    assert resume.find_last(tmp_path, "auto", {})[0] is None
+def test_the_file_before_stays_and_a_failed_write_touches_neither(saver, tmp_path, monkeypatch, capsys):
+    before = tmp_path / "last_before.pth"
+    saver.save_last(TrainState(iteration=1))
+    assert not before.exists()
+    saver.save_last(TrainState(iteration=2))
+    saver.save_last(TrainState(iteration=3))
+    assert (iteration(saver.last), iteration(before)) == (3, 2)
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    saver.save_last(TrainState(iteration=4))
+    assert not saver.saved and "Input/output error" in capsys.readouterr().out
+    assert (iteration(saver.last), iteration(before)) == (3, 2)
+    assert "what was saved before" in saver.resume_hint()
+    monkeypatch.undo()
+    saver.save_last(TrainState(iteration=5))
+    assert saver.resume_hint() == "the same command resumes from here"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "last_before.pth"]
 
 
-def test_a_weight_file_called_last_is_not_a_run(tmp_path):
-    torch.save(U2NETP().state_dict(), tmp_path / "last.pth")
-    with pytest.raises(CheckpointError) as error:
-        resume.find_last(tmp_path, "auto", {})
-    one_line(error, tmp_path / "last.pth")
+def test_on_a_full_disk_the_file_before_gives_way(saver, tmp_path, monkeypatch, capsys):
+    before = tmp_path / "last_before.pth"
+    saver.save_last(TrainState(iteration=1))
+    saver.save_last(TrainState(iteration=2))
+    write = torch.save
+
+    def only_two_files_fit(content, file):
+        if before.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", only_two_files_fit)
+    saver.save_last(TrainState(iteration=3))
+    assert saver.saved and not capsys.readouterr().out
+    assert iteration(saver.last) == 3 and not before.exists()
 
 
-def test_the_published_name():
-    assert checkpoint.weight_file("u2net", 2000, 1.25, 0.1) == "u2net_bce_itr_2000_train_1.250000_tar_0.100000.pth"
+def test_a_damaged_last_pth_never_takes_the_place_of_the_good_one(saver, tmp_path):
+    saver.save_last(TrainState(iteration=1))
+    saver.last.rename(saver.before)
+    saver.last.write_bytes(b"damaged")
+    saver.last_is_whole = False
+    saver.save_last(TrainState(iteration=2))
+    assert (iteration(saver.last), iteration(saver.before)) == (2, 1)
 
 
-def test_the_place_of_a_weight_file_counts_whole_batches(tmp_path):
-    tmp_path = tmp_path / "run"  # the files' names begin with the folder's
-    tmp_path.mkdir()
-    (tmp_path / "last.pth").write_bytes(bytes(100))
-    net = U2NETP()
-    checkpoint.save(checkpoint.plain_state(net), tmp_path / checkpoint.weight_file(tmp_path.name, 6, 1.0, 0.5))
-    constants = {"pairs": 13, "processes": 1, "batch_size_train": 4}
-    for whole, place in ((True, (2, 0)), (False, (1, 8))):  # 3 steps an epoch, or 4
-        found, _ = resume.find_last(tmp_path, "auto", constants | {"whole_batches": whole})
-        assert (found["progress"]["epoch"], found["progress"]["position"]) == place
+def test_the_published_name_of_a_weights_file():
+    assert run_folder.weights_name("u2net", 2000, 1.25, 0.1) == "u2net_bce_itr_2000_train_1.250000_tar_0.100000.pth"
 
 
-def test_what_a_stopping_run_promises(tmp_path):
-    last = checkpoint.LastFile(tmp_path, 5.0, print, is_good=False)
-    assert last.promise("auto") == "the same command goes on from there"
-    assert last.promise("never") == "the same command without --resume never goes on from there"
+def test_old_weights_files_are_deleted_and_the_rest_stays(run, tmp_path):
+    run(save_frq=1, seed=1)
+    run(save_frq=1, resume="never", keep_checkpoints=2, epoch_num=2)
+    folder = tmp_path / "tiny"
+    assert [i for i, _ in run_folder.weights_files(folder)] == [11, 12]
+    assert len(list(folder.glob("tiny_bce_itr_*_1.pth"))) == 6  # the archived run's
+    for name in ("last.pth", "last_before.pth", "best.pth", "last_1.pth", "best_1.pth"):
+        read_file(folder / name)
+
+
+def test_a_later_file_of_an_earlier_try_does_not_cost_the_new_one(tmp_path):
+    for number in (3000, 3500, 4000):
+        (tmp_path / run_folder.weights_name("tiny", number, 1, 1)).touch()
+    run_folder.prune(tmp_path, keep=1, iteration=3500)
+    assert [i for i, _ in run_folder.weights_files(tmp_path)] == [3500, 4000]
+
+
+def test_nothing_is_deleted_when_the_new_file_was_refused(run, tmp_path, monkeypatch):
+    write = checkpoint.save
+
+    def refuse_late(content, path, *more):
+        if "itr_6" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(content, path, *more)
+
+    monkeypatch.setattr(checkpoint, "save", refuse_late)
+    run(keep_checkpoints=1)
+    assert [i for i, _ in run_folder.weights_files(tmp_path / "tiny")] == [4]
+
+
+def test_what_a_killed_writer_left_is_removed(run, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    left = tmp_path / "tiny" / ".last-abc.tmp"
+    left.write_bytes(b"half")
+    run()
+    assert not left.exists()
+
+
+def test_the_last_weights_file_is_there_before_the_run_is_called_finished(run, tmp_path, monkeypatch):
+    def killed(checkpoints, state):
+        if state.finished:
+            assert [i for i, _ in run_folder.weights_files(tmp_path / "tiny")][-1] == state.iteration == 6
+            raise MemoryError("killed here")
+
+    monkeypatch.setattr(Checkpointer, "save_last", killed)
+    with pytest.raises(MemoryError):
+        run(save_frq=1000)
+
+
+# ------- resuming
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone"])
+def test_the_run_resumes_from_the_file_before_as_if_nothing_was(damage, run, tmp_path):
+    run(model_name="whole", epoch_num=2)
+    run()
+    path, before = tmp_path / "tiny" / "last.pth", tmp_path / "tiny" / "last_before.pth"
+    if damage == "flipped":
+        flip(path)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    code, out = run(epoch_num=2)
+    assert code == 0
+    assert f"resuming from {before}: epoch " in out
+    assert (f"warning: {path}: is" in out) == (damage != "gone")
+    assert same(weights(tmp_path / "tiny"), weights(tmp_path / "whole"))
+
+
+def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
+    run()
+    folder = tmp_path / "tiny"
+    for name in ("last.pth", "last_before.pth"):
+        flip(folder / name)
+    (_, fourth), (_, sixth) = run_folder.weights_files(folder)[1:]
+    flip(sixth)
+    weights_before = torch.load(fourth, weights_only=True)
+    best = (folder / "best.pth").read_bytes()
+    code, out = run(epoch_num=2, lr=0.0, resume="force")
+    assert code == 0
+    for name in ("last.pth", "last_before.pth", sixth.name):
+        assert f"warning: {folder / name}: is " in out
+    assert f"warning: {fourth} holds weights only: the state of the optimizer" in out
+    assert f"resuming from {fourth}: epoch 1, iteration 4" in out
+    assert "[epoch: 1/2, batch: 20/23, ite: 5]" in out and "ite: 12]" in out
+    assert same(weights(folder)["conv.weight"], weights_before["conv.weight"])
+    assert len(best) > 0
+
+
+def test_when_nothing_is_whole_one_line_says_so_and_nothing_is_touched(run, tmp_path):
+    run()
+    folder = tmp_path / "tiny"
+    for path in folder.glob("*.pth"):
+        flip(path)
+    before = {p: p.read_bytes() for p in folder.glob("*.pth")}
+    with pytest.raises(CheckpointError, match=r"last\.pth: is damaged, and no other checkpoint"):
+        run(epoch_num=2)
+    assert {p: p.read_bytes() for p in folder.glob("*.pth")} == before
+
+
+def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_path):
+    run()
+    torch.save({"model": os.remove}, tmp_path / "tiny" / "last.pth")
+    with pytest.raises(CheckpointError, match=r"last\.pth: refused, it holds code \((posix|nt)\.remove\)"):
+        run(epoch_num=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (U2NETP().state_dict(), "does not hold a run to resume"),
+        ({"config": {}, "progress": {}, "step": {}, "model": {}, "random": 0}, "a run of an earlier version"),
+    ],
+)
+def test_a_file_that_holds_no_run_of_ours_is_refused(content, says, run, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    torch.save(content, tmp_path / "tiny" / "last.pth")
+    with pytest.raises(CheckpointError, match=rf"last\.pth: .*{says}.*--resume never"):
+        run()
+
+
+def test_a_second_run_in_the_same_process_finds_the_folder_free(run):
+    gc.disable()  # which frees what a run holds at some later time
+    try:
+        run()
+        assert run(epoch_num=2)[0] == 0
+    finally:
+        gc.enable()
+
+
+def test_a_renamed_folder_is_resumed(run, tmp_path):
+    run()
+    (tmp_path / "tiny").rename(tmp_path / "other")
+    code, out = run(epoch_num=2, model_name="other")
+    assert code == 0 and "resuming from" in out and "iteration 6" in out
+
+
+def test_a_longer_run_would_have_small_crops_for_longer(run):
+    run(early_crop=33)
+    with pytest.raises(UserError, match="epoch_num: 1 -> 2"):
+        run(early_crop=33, epoch_num=2)
+
+
+def test_a_setting_that_the_run_did_not_know_counts_as_its_default_and_one_that_is_gone_by_its_own(run, tmp_path):
+    run()
+    path = tmp_path / "tiny" / "last.pth"
+    saved = read_file(path)
+    for gone, wrong in ((0.0, ""), (0.5, "old_option: 0.5 -> None")):
+        changed = copy.deepcopy(saved)
+        del changed["run"]["settings"]["iou_weight"]
+        changed["run"]["settings"]["old_option"], changed["run"]["defaults"]["old_option"] = gone, 0.0
+        torch.save(changed, path)
+        if wrong:
+            with pytest.raises(UserError, match=wrong):
+                run()
+        else:
+            assert "holds a finished run" in run()[1]
+
+
+def test_changed_code_is_named(run, tmp_path, monkeypatch):
+    run()
+    monkeypatch.setattr(checkpoint, "source_checksums", lambda root: {"model/u2net.py": 1})
+    with pytest.raises(UserError, match=r"a finished run, and the code has changed since: .*model/u2net\.py.*never"):
+        run()
+    code, out = run(epoch_num=2)
+    assert code == 0 and "the code has changed since this run was saved: " in out
+    assert "code has changed" not in run(epoch_num=3)[1]
+
+
+def test_where_a_run_was_made_is_recorded(run, tmp_path):
+    run()
+    made = last(tmp_path / "tiny")["run"]["made"]
+    assert made["torch"] == torch.__version__ and {"version", "commit", "device"} <= made.keys()
+    assert f'"commit": "{made["commit"]}"' in (tmp_path / "tiny" / "config.json").read_text()
+
+
+def test_a_file_that_goes_while_pairs_are_streamed_costs_no_step(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batches, "available_memory", lambda: 0)
+    pairs = shutil.copytree(data, tmp_path / "data")
+    goes = partial((pairs / "images" / "d12.png").unlink, missing_ok=True)
+    with pytest.raises(script.DataError, match=r"d12\.png"):
+        run(at={3: goes}, data_dir=str(pairs), epoch_num=2, save_frq=1000)
+    done = int(re.findall(r"ite: (\d+)\]", capsys.readouterr().out)[-1])
+    assert iteration(tmp_path / "tiny" / "last.pth") == done
+    (pairs / "masks" / "d12.png").unlink()
+    code, out = run(data_dir=str(pairs), epoch_num=2, resume="force")
+    assert code == 0 and f"iteration {done}" in out
+
+
+# ------- a disk that fails during the run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_costs_warnings_and_not_the_run(run, tmp_path):
+    """No file may grow beyond 1 KiB from iteration 3 to 5, which is what a full disk looks like to the writer."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = {3: 1024, 6: resource.RLIM_INFINITY}
+    at = {i: lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard)) for i, size in limit.items()}
+    try:
+        code, out = run(at=at)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    folder = tmp_path / "tiny"
+    assert code == 0
+    assert f"warning: {folder / 'last.pth'} could not be written (File too large); training continues" in out
+    assert "inline_container" not in out
+    assert iteration(folder / "last.pth") == 6
+    assert [i for i, _ in run_folder.weights_files(folder)] == [2, 6]  # 4 was refused
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_that_goes_away_costs_the_files_and_is_reported_at_the_end(run, tmp_path, capsys):
+    folder = tmp_path / "tiny"
+
+    def replace_by_a_file():
+        folder.rename(tmp_path / "aside")
+        folder.write_text("in the way")
+
+    with pytest.raises(UserError, match=r"the run is over, but .*last\.pth could not be written"):
+        run(at={3: replace_by_a_file})
+    out = capsys.readouterr().out
+    assert "ite: 6]" in out and "last.pth could not be written (File exists)" in out
+    assert iteration(tmp_path / "aside" / "last.pth") == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_made_read_only(run, tmp_path, capsys):
+    folder = tmp_path / "tiny"
+    try:
+        with pytest.raises(UserError, match=r"last\.pth could not be written"):
+            run(at={3: lambda: folder.chmod(0o500)})
+    finally:
+        folder.chmod(0o700)
+    assert "Permission denied" in capsys.readouterr().out
+    assert iteration(folder / "last.pth") == 2
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock here")])
+def test_a_file_system_without_locks_is_one_warning(error, run, monkeypatch):
+    monkeypatch.setattr(run_folder.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(error))
+    code, out = run()
+    assert code == 0 and "cannot be locked" in out

@@ -1,4 +1,4 @@
-"""The figures of the run equal hand-computed ones and the libraries'."""
+"""The scores of the run equal hand-computed ones and the libraries'."""
 
 import math
 
@@ -8,7 +8,10 @@ import torch
 from py_sod_metrics import MAE, Fmeasure
 from torchmetrics.classification import BinaryJaccardIndex
 
-from u2mamba.engine.metrics import ValidationMetrics, iou_per_image
+from tests.engine.tiny import Net
+from u2mamba.dataset.batches import Batch
+from u2mamba.engine.validation import EvalMode, SODMetric, iou_per_image, validate
+from u2mamba.runtime.errors import Stopped, StopSignal
 
 
 def test_iou_by_hand():
@@ -41,14 +44,14 @@ def test_validation_equals_pysodmetrics():
     masks = [rng.random((24, 31)) > q for q in (0.2, 0.5, 0.8, 0.9, 0.5, 0.99, 0.4)]
     predictions = [0.6 * p + 0.35 * m for p, m in zip(predictions, masks, strict=True)]
     mae, fmeasure = MAE(), Fmeasure(beta=0.3)
-    ours = ValidationMetrics(torch.device("cpu"))
+    ours = SODMetric()
     for p, m in zip(predictions, masks, strict=True):
         mae.step(p, m, normalize=False)
         fmeasure.step(p, m, normalize=False)
     for part in (slice(0, 3), slice(3, 7)):  # in two batches
         stack = [torch.from_numpy(np.stack(x[part]).astype(np.float32))[:, None] for x in (predictions, masks)]
         ours.update(*stack)
-    result = ours.result()
+    result = ours.compute()
     precision, recall = (fmeasure.get_results()["pr"][k] for k in ("p", "r"))
     best = (1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-12)).max()
     assert result["MAE"] == pytest.approx(mae.get_results()["mae"], abs=1e-6)
@@ -58,10 +61,41 @@ def test_validation_equals_pysodmetrics():
 def test_perfect_and_inverted_predictions():
     target = torch.zeros(2, 1, 8, 8)
     target[:, :, 2:6, 2:6] = 1
-    perfect, inverted = ValidationMetrics(torch.device("cpu")), ValidationMetrics(torch.device("cpu"))
+    perfect, inverted = SODMetric(), SODMetric()
     perfect.update(target, target)
     inverted.update(1 - target, target)
-    assert perfect.result() == pytest.approx({"IoU": 1.0, "MAE": 0.0, "maxF": 1.0})
+    assert perfect.compute() == pytest.approx({"IoU": 1.0, "MAE": 0.0, "maxF": 1.0})
     # everything is predicted at the lowest threshold: precision 16 / 64, recall 1
-    assert inverted.result() == pytest.approx({"IoU": 0.0, "MAE": 1.0, "maxF": 1.3 * 0.25 / (0.3 * 0.25 + 1)})
-    assert not math.isnan(inverted.result()["maxF"])
+    assert inverted.compute() == pytest.approx({"IoU": 0.0, "MAE": 1.0, "maxF": 1.3 * 0.25 / (0.3 * 0.25 + 1)})
+    assert not math.isnan(inverted.compute()["maxF"])
+
+
+def one_batch():
+    return Batch(torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), torch.zeros(2, 4), 0.0)
+
+
+def test_validation_leaves_each_module_in_its_own_mode():
+    net = Net().train()
+    net.bn.eval()
+    assert set(validate(net, [one_batch()], StopSignal())) == {"IoU", "MAE", "maxF"}
+    assert net.training and net.conv.training and not net.bn.training
+    with EvalMode(net):
+        assert not net.conv.training
+
+
+def test_validation_of_no_images_has_no_scores_and_one_cut_short_does_not_count():
+    assert validate(Net(), [], StopSignal()) == {}
+    stop = StopSignal()
+    stop.exit_code = 143
+    with pytest.raises(Stopped):
+        validate(Net(), [one_batch()], stop)
+
+
+def test_scoring_draws_no_random_number_and_moves_no_statistic():
+    net, random = Net(), torch.get_rng_state()
+    batch = one_batch()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    torch.set_rng_state(random)
+    validate(net, [batch], StopSignal())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -1,18 +1,19 @@
-"""What the run computes on falls back one step at a time, and says so."""
+"""Device and precision fall back with a reason; memory on the CPU is retained and released."""
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data_loader import Batch
-from u2mamba import fast as kernels
 from u2mamba.engine.validation import preview, validate
 from u2mamba.runtime import environment as choices
-from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.errors import StopSignal, UserError
 
 CPU = torch.device("cpu")
 
@@ -62,14 +63,14 @@ def test_memory_is_kept_from_the_second_time_on_and_let_go_when_it_becomes_short
     memory, calls, free = choices.HeapRetention(CPU), [], iter([0, 2**40, 0, 0])
     monkeypatch.setattr(choices, "available_memory", lambda: next(free))
     memory.mallopt = lambda *what: calls.append(what)
-    told = []
+    calls_of_each = []
     for _ in range(5):
         with memory:
-            told.append(tuple(calls))
+            calls_of_each.append(tuple(calls))
             calls.clear()
     trim, blocks = choices.M_TRIM_THRESHOLD, choices.M_MMAP_MAX
-    normal = ((blocks, 65536), (choices.M_MMAP_THRESHOLD, choices.LARGE))
-    assert told == [(), (), ((trim, -1), (blocks, 0)), (*normal, (trim, choices.LARGE)), ()]
+    normal = ((blocks, 65536), (choices.M_MMAP_THRESHOLD, choices.MMAP_BLOCK))
+    assert calls_of_each == [(), (), ((trim, -1), (blocks, 0)), (*normal, (trim, choices.MMAP_BLOCK)), ()]
 
 
 @glibc_only
@@ -101,40 +102,6 @@ def test_bf16_falls_back_with_the_reason(monkeypatch):
     assert precision == "fp32" and "8.0" in line
 
 
-def test_channels_last_is_left_where_it_is_slower():
-    assert choices.choose_layout(True, CPU, "fp32") == (False, "NCHW (in fp32 a CPU is faster so)")
-    assert choices.choose_layout(False, CPU, "fp32") == (False, "NCHW")
-    for device, precision in ((CPU, "bf16"), (torch.device("cuda", 0), "fp32")):
-        assert choices.choose_layout(True, device, precision) == (True, "channels_last")
-
-
-def test_fused_kernels_say_what_they_miss():
-    on, line = choices.choose_kernels(True, CPU, "fp32", False, sync_batch_norm=True)
-    assert not on
-    for missing in ("a CUDA GPU", 'precision = "bf16"', "channels_last = True", "sync_batch_norm = False"):
-        assert missing in line
-    assert choices.choose_kernels(False, CPU, "bf16", True) == (False, "plain PyTorch layers")
-
-
-def test_kernels_that_fail_or_are_wrong_are_not_used(monkeypatch):
-    """The trial itself, with the kernel broken in two ways; on the CPU the unbroken one is its own definition."""
-    assert choices._trouble_with_kernels(CPU) == ""
-
-    def no_compiler(*_):
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
-
-    monkeypatch.setattr(kernels, "batch_norm_relu", no_compiler)
-    assert choices._trouble_with_kernels(CPU) == "RuntimeError: Failed to find C compiler. Please specify via CC"
-    monkeypatch.setattr(kernels, "batch_norm_relu", lambda x, *_: x)
-    assert choices._trouble_with_kernels(CPU) == "its results are wrong"
-
-
-def test_scan_backends_that_cannot_run_name_the_constant():
-    with pytest.raises(UserError, match="scan_backend"):
-        choices.choose_scan(CPU, "mamba_ssm")
-    assert choices.choose_scan(CPU, "auto")[0] == "torch"
-
-
 def test_validation_leaves_the_search_of_convolutions_as_it_was(monkeypatch):
     seen = []
 
@@ -142,17 +109,43 @@ def test_validation_leaves_the_search_of_convolutions_as_it_was(monkeypatch):
         seen.append(torch.backends.cudnn.benchmark)
         return [x[:, :1].sigmoid()]
 
-    class Quiet:  # no signal came
-        exit_code = 0
-
-        def __bool__(self):
-            return False
-
     class Net(torch.nn.Conv2d):
         forward = staticmethod(net)
 
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     batch = Batch(torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), None, 0.0)
-    assert validate(Net(1, 1, 1), [batch], Quiet())["IoU"] >= 0
+    assert validate(Net(1, 1, 1), [batch], StopSignal())["IoU"] >= 0
     preview(Net(1, 1, 1), batch.x, batch.y)
     assert seen == [False, False] and torch.backends.cudnn.benchmark
+
+
+def test_the_environment_of_a_run_on_a_cpu(capsys, monkeypatch):
+    from u2mamba.engine.distributed import DistContext
+
+    monkeypatch.setattr(choices, "_cpu_has_bf16", lambda: True)
+    settings = {"device": "cpu", "gpu": 0, "seed": 3, "deterministic": False, "batch_size_train": 4}
+    for precision, channels_last in (("fp32", False), ("bf16", True)):  # NCHW is faster in fp32 on a CPU
+        env = choices.Environment.choose(SimpleNamespace(precision=precision, **settings), DistContext())
+        assert env == choices.Environment(CPU, precision, channels_last)
+        with env.autocast():
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+    assert "device: CPU, " in (out := capsys.readouterr().out) and "processes: 1, batch size 4" in out
+    assert torch.initial_seed() == 3
+
+
+def test_granted_cores_and_memory_are_those_of_the_container(tmp_path, monkeypatch):
+    cores, memory = choices.granted_cores(), choices.available_memory()
+    assert 1 <= cores <= os.cpu_count() and memory > 2**27
+    (tmp_path / "memory.stat").write_text("inactive_file 1000\nfile 5\n")
+    (tmp_path / "max").write_text("50000\n")
+    (tmp_path / "current").write_text("20000\n")
+    monkeypatch.setattr(choices, "CGROUP_FILES", [(tmp_path, "max", "current")])
+    assert choices.available_memory() == 31000
+    (tmp_path / "max").write_text("max\n")
+    assert choices.available_memory() > 2**27
+
+
+def test_provenance_names_the_commit_and_pytorch():
+    made = choices.provenance(CPU)
+    assert made["torch"] == torch.__version__ and made["device"] == "cpu" and made["version"]
+    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", made["commit"])

@@ -192,6 +192,3 @@ def augment(
     inverse, bias = _scale_and_bias(images.device)
     x = torch.addcmul(bias[:, None, None], both[:, :3], inverse[:, None, None])
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x, both[:, 3:].contiguous()
-
-
-normalise = normalize

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 import zlib
 from collections import deque
@@ -26,14 +25,15 @@ import torch
 from torch import Tensor
 
 from u2mamba.dataset.augment import INDEX, Augmentation, augment
-from u2mamba.dataset.cache import PairCache, available_memory, cached_pairs, format_bytes
+from u2mamba.dataset.cache import PairCache, cached_pairs, format_bytes
 from u2mamba.dataset.decode import Pair, open_pair
 from u2mamba.dataset.image_file import BadFile, DataError
 from u2mamba.dataset.pairs import DataReport, check_pairs
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.runtime.environment import available_memory, granted_cores
 
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
-STREAM_WORKERS = min(16, os.cpu_count() or 1)  # threads that decode where the cache does not fit
+STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit
 STREAM_AHEAD = 64  # images that they read ahead, 0.4 MB each
 
 
@@ -189,7 +189,7 @@ def open_data(
         if need > free * MEMORY_SHARE:
             text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory are free; "
             log(f"{text}streaming from disk with {STREAM_WORKERS} threads")
-            cache, report = None, check_pairs(pairs, log=log)
+            cache, report = None, check_pairs(pairs, log=log, threads=granted_cores())
         else:
             log(f"cache: {len(pairs):,} pairs, {format_bytes(need // here)} in memory")
             cache, report = cached_pairs(pairs, Path(cache_dir or pairs[0].image.parent.parent), size, log)

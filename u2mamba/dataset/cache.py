@@ -7,13 +7,10 @@ they were made from: names, sizes and modification times of the data files, and 
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,51 +24,16 @@ from u2mamba.dataset import decode, image_file, rescale
 from u2mamba.dataset.decode import Pair
 from u2mamba.dataset.pairs import DataReport, check_pairs, is_file
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.runtime.environment import granted_cores
+from u2mamba.runtime.source import source_checksum
 
+CODE = decode, image_file, rescale  # modules that decide what is in the cache
 DISK_MARGIN = 1 << 30  # bytes that stay free on the disk
-
-
-def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping; a container's limit counts."""
-    if sys.platform == "win32":
-        status = (ctypes.c_ulonglong * 8)()  # MEMORYSTATUSEX: two 32-bit fields, then seven of 64 bits
-        ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
-        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-        return int(status[2])  # ullAvailPhys
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of what is built in
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    for root, limit, used in (  # control groups, version 2 and version 1; memory held by files can be had back
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            counts = dict(line.split() for line in Path(root, "memory.stat").read_text().splitlines())
-            files = int(counts.get("inactive_file", 0))
-            free = min(free, int(Path(root, limit).read_text()) - int(Path(root, used).read_text()) + files)
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return max(0, free)
 
 
 def format_bytes(count: int) -> str:
     """ "4.3 GB", "59 MB"."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def code_checksum(paths: Iterable[str | os.PathLike]) -> int:
-    """A checksum of what Python files do: comments, docstrings and layout do not count."""
-    checksum = 0
-    for path in paths:
-        tree = ast.parse(Path(path).read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        checksum = zlib.crc32(ast.unparse(tree).encode(), checksum)
-    return checksum
 
 
 class PairCache:
@@ -151,7 +113,7 @@ def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     """The file for these pairs: `.cache_<size>_<folders>_<key>.u8`."""
-    key = code_checksum(module.__file__ for module in (decode, image_file, rescale))
+    key = zlib.crc32(repr([source_checksum(Path(module.__file__)) for module in CODE]).encode())
     files = [path for pair in pairs for path in (pair.image, pair.mask)]
     folders, stats = sorted({path.parent for path in files}), {}
     for parent in folders:
@@ -202,7 +164,9 @@ def cached_pairs(
     try:
         cache, report = PairCache.load(path)
         unusable = sorted(set(range(len(pairs))) - set(report.usable))
-        readable = check_pairs([pairs[index] for index in unusable]).usable  # permissions change no file time
+        readable = check_pairs(
+            [pairs[index] for index in unusable], threads=granted_cores()
+        ).usable  # permissions change no file time
         if not readable:
             log(f"cache: read from {path} in {time.perf_counter() - start:.1f} s")
             return cache, report
@@ -213,7 +177,7 @@ def cached_pairs(
     except (OSError, ValueError, KeyError, TypeError) as error:
         log(f"cache: {path} is damaged ({error}); rebuilding")
     cache = PairCache.empty(len(pairs), size)
-    report = check_pairs(pairs, cache.put, log)
+    report = check_pairs(pairs, cache.put, log, granted_cores())
     seconds = time.perf_counter() - start
     log(f"cache: filled in {seconds:.1f} s, {len(pairs) / seconds:.0f} pairs/s")
     cache = cache.keep_rows(report.usable)

@@ -14,16 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from u2mamba.dataset.image_file import (  # noqa: F401 - also imported from here
-    DECODE_BUDGET,
-    FORMATS,
-    BadFile,
-    DataError,
-    PixelSemaphore,
-    errors_as_bad_file,
-    open_image,
-    printable,
-)
+from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, errors_as_bad_file, open_image
 
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
 NOISE_BELOW = 64  # a mask of many values that are all darker is compression noise on an empty mask

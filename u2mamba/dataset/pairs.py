@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair, read_image, read_map, read_mask, read_pair  # noqa: F401
+from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair
 from u2mamba.dataset.image_file import DataError, printable
 
-some_of = lambda names, most=5: truncate_list(names, most)  # noqa: E731
 VAL_EVERY = 20  # one pair of 20 is for validation
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
@@ -230,6 +229,7 @@ def check_pairs(
     pairs: Sequence[Pair],
     keep: Callable[[int, np.ndarray, np.ndarray], None] = lambda index, image, mask: None,
     log: Callable[[str], None] = lambda line: None,
+    threads: int = 8,
 ) -> DataReport:
     """Decodes every pair once.
 
@@ -254,7 +254,7 @@ def check_pairs(
         except MemoryError:
             return BadFile(pair.image, "does not fit into memory")
 
-    pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(32, threads))
     try:
         start = last_log = time.monotonic()
         for index, found in enumerate(pool.map(visit, range(len(pairs)))):

@@ -1,208 +1,262 @@
-"""Checkpoints: written whole or not at all, read with weights_only=True, refused by name when they are not ours."""
+"""Checkpoints of a run: written whole or not at all, resumed from the newest that is whole.
 
-import contextlib
+A run's folder holds weights files in U-2-Net's naming every `save_frq` iterations, best.pth, and last.pth with
+everything to resume from; the last.pth of before stays as last_before.pth, in case the newest turns out to be corrupt.
+"""
+
 import errno
+import json
 import os
-import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
-from model import weights
-from u2mamba.runtime.config import pretrained_file
-from u2mamba.runtime.errors import UserError
+from model.weights import CorruptFileError, cpu_state_dict, load_pretrained, load_state_dict, read_file
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.run_folder import CONFIG_FILE, archive_run, prune, weights_files, weights_name
+from u2mamba.engine.schedule import TrainState
+from u2mamba.engine.step import TrainStep
+from u2mamba.runtime.config import differences, to_dict
+from u2mamba.runtime.environment import ROOT, provenance
+from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError
+from u2mamba.runtime.files import atomic_write, replacing
+from u2mamba.runtime.source import source_checksums
+
+SAVE_SECONDS = 300.0  # at most between two last.pth
+FIX_HINT = "move it away, or use --resume never"
+RESUME_IGNORED_KEYS = {  # settings that do not change what a run computes
+    "resume", "model_name", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir", "val_image_dir",
+    "val_label_dir", "log_frq", "val_frq", "save_frq", "keep_checkpoints", "grad_accum_steps", "deterministic",
+    "device", "gpu", "plain", "processes",
+}  # fmt: skip
+PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings that the processes of a run may have otherwise
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read, or does not fit."""
 
 
-class Damaged(CheckpointError):
-    """A checkpoint that is cut short, differs from its checksums, or that the disk does not give."""
-
-
-def weight_file(model_name: str, iteration: int, train_loss: float, tar_loss: float) -> str:
-    """The published name of a weight file, which users sort and parse by eye."""
-    return f"{model_name}_bce_itr_{iteration}_train_{train_loss:3f}_tar_{tar_loss:3f}.pth"
-
-
-def weight_files(folder: Path) -> list[tuple[int, Path]]:
-    """(iteration, file) of the weight files of the run in `folder`, oldest first.
-
-    From the names, since these files hold plain keys and nothing else; no run needs them while `last.pth` is whole.
-    """
-    name = re.compile(rf"{re.escape(folder.name)}_bce_itr_(\d+)_train_[^_]+_tar_[^_]+\.pth")
-    return sorted((int(match[1]), folder / match[0]) for match in map(name.fullmatch, os.listdir(folder)) if match)
-
-
-def prune(folder: Path, keep: int, iteration: int) -> None:
-    """Deletes all but the `keep` newest weight files up to `iteration`'s; 0 keeps all. best.pth and last.pth are no
-    such files. Later ones are left of a run that went on from an earlier checkpoint."""
-    written = [path for number, path in weight_files(folder) if number <= iteration]
-    for path in written[:-keep] if keep else []:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-plain_state = weights.cpu_state_dict
-
-
-def save(content: Any, path: Path, keep_as: Path | None = None) -> None:
-    """Writes `content` to a temporary name beside `path`, flushes it to the disk, then renames it.
-
-    A reader of `path` sees the old file or the new one, never a part; the old one goes on as `keep_as`.
-    Raises OSError when the disk refuses.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch's zip writer hides what the disk answered
-                refusal = error.__context__
-                raise refusal if isinstance(refusal, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared folder's checkpoints from its other users
-        if keep_as and path.exists():
-            _keep(path, keep_as)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _keep(path: Path, keep_as: Path) -> None:
-    """Gives the file at `path` a second name in place of the file there: at any moment `path` is whole."""
-    link = keep_as.with_name(f".{keep_as.stem}-.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links: for a moment there is `keep_as` alone
-        link = path
-    os.replace(link, keep_as)
-
-
-def save_or_warn(content: Any, path: Path, say: Callable[[str], None]) -> bool:
-    """`save`; a disk that refuses costs a warning and not the run. True when the file was written."""
-    try:
-        save(content, path)
-    except OSError as error:
-        say(f"warning: {path} could not be written ({error.strerror or error}); training goes on")
-        return False
-    return True
-
-
-class LastFile:
-    """`last.pth`, from which a run goes on: when it was written last, and when it is due again.
-
-    The one before stays as `last_before.pth`, for the day on which a disk gives the newest back damaged. `is_good`:
-    whether the file there now was read whole, and so may take that place.
-    """
-
-    def __init__(self, folder: Path, minutes: float, say: Callable[[str], None], is_good: bool):
-        self.path, self._minutes, self._say, self._is_good = folder / "last.pth", minutes, say, is_good
-        self._written, self._took = time.monotonic(), 0.0  # when it ended, how many seconds it took
-        self.is_safe = True  # whether the last writing succeeded
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._written > 60 * self._minutes
-
-    def is_cheap(self) -> bool:
-        """Whether one more adds less than 2 % to the run, by the time that the one before took."""
-        return time.monotonic() - self._written > 50 * self._took
-
-    def write(self, content: dict[str, Any]) -> None:
-        started = time.monotonic()
-        before = self.path.with_name("last_before.pth")
+def save(content: Any, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
+    """Writes `content` to a temporary file, then renames it. Raises OSError."""
+    with replacing(path, before_rename=before_rename) as file:
         try:
-            save(content, self.path, before if self._is_good else None)
-            self.is_safe = True
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's zip writer hides the error of the disk
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
+
+
+class Checkpointer:
+    """Saves and resumes the run in `folder`. fingerprint: a checksum of names and contents of its pairs."""
+
+    def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, fingerprint: int):
+        self.folder, self.cfg, self.step, self.dist = folder, cfg, step, dist
+        self.last, self.before = folder / "last.pth", folder / "last_before.pth"
+        self.settings = to_dict(cfg) | {"processes": dist.size}
+        self.run = {
+            "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": fingerprint,
+            "code": source_checksums(ROOT), "made": provenance(step.device),
+        }  # fmt: skip
+        dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
+        self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
+        self.saved = True  # whether the last writing of last.pth succeeded
+        self._written, self._took = time.monotonic(), 0.0  # end and seconds of the last writing of last.pth
+
+    # ------- resume
+
+    def restore(self) -> TrainState:
+        """Loads the run in the folder into network, step and random state -> its state; a new one where there is none.
+
+        Raises UserError where the run there was made with settings, data or code that would now compute something else,
+        and for damaged or foreign files.
+        """
+        saved, path = self.dist.broadcast_object(self._find_latest)
+        if saved is None:
+            return TrainState()
+        try:
+            state = TrainState(**saved["state"])
+            if any(
+                type(v) is not type(default) for v, default in zip(astuple(state), astuple(TrainState()), strict=True)
+            ):
+                raise TypeError(f"state is {state}")
+            # a larger epoch_num continues a finished run, one that was stopped early as well
+            state.finished &= self.cfg.epoch_num <= saved["run"]["settings"]["epoch_num"]
+            self._check_settings(saved, state, path)
+            load_state_dict(self.step.net, saved["model"], path)
+            if saved["step"] is not None:  # else it is a weights file
+                self.step.load_state_dict(saved["step"])
+                torch.set_rng_state(saved["random"])
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise CheckpointError(f"{path}: does not hold a run to resume ({reason}); {FIX_HINT}") from None
+        if not state.finished:
+            print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
+        self.last_is_whole = path == self.last
+        return state
+
+    def begin(self, state: TrainState) -> None:
+        """Archives an earlier run, where this one is new, and writes config.json, in the main process."""
+        if self.dist.is_main:
+            if not state.iteration:
+                archive_run(self.folder)
+            content = {**self.settings, **{k: v for k, v in self.run.items() if k not in ("settings", "defaults")}}
+            try:
+                atomic_write(self.folder / CONFIG_FILE, json.dumps(content, indent=1).encode())
+            except UserError as error:
+                print(f"warning: {error}; training continues")
+
+    def _find_latest(self) -> tuple[dict[str, Any] | None, Path]:
+        """The content and path of the first whole file of last.pth, last_before.pth and the weights files, newest
+        first; (None, ...) where there is no run, or resume is "never"."""
+        files = [path for path in (self.last, self.before) if path.exists()]
+        if self.cfg.resume == "never" or not files:
+            return None, self.last
+        for path in files:
+            try:
+                content = read_file(path)
+            except CorruptFileError as error:
+                print(f"warning: {error}")
+                continue
+            except ValueError as error:
+                raise CheckpointError(f"{error}; {FIX_HINT}") from None
+            if isinstance(content, dict) and "progress" in content:
+                raise CheckpointError(f"{path}: holds a run of an earlier version, which cannot be resumed; {FIX_HINT}")
+            if not isinstance(content, dict) or not {"run", "state", "step", "model", "random"} <= content.keys():
+                raise CheckpointError(f"{path}: does not hold a run to resume; {FIX_HINT}")
+            return content, path
+        for _, path in reversed(weights_files(self.folder)):
+            try:
+                weights = read_file(path)
+                made = weights._metadata["u2mamba"]
+                content = {"run": made["run"], "state": made["state"], "step": None, "model": weights}
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                print(f"warning: {error}")
+                continue
+            print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
+            return content, path
+        raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {self.folder} is whole; {FIX_HINT}")
+
+    def _check_settings(self, saved: Mapping[str, Any], state: TrainState, path: Path) -> None:
+        before, after, old_defaults = saved["run"]["settings"], self.settings, saved["run"]["defaults"]
+        known = self.run["defaults"] | before  # a setting that the run did not know counts as its default
+        gone = {k for k in before if k not in after and before[k] == old_defaults.get(k)}
+        extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
+        ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
+        other = differences(known, after, ignored)
+        if saved["run"]["data"] != self.run["data"]:
+            other.append("other training or validation pairs (names, sizes or contents)")
+        folders = [k for k in ("data_dir", "tra_image_dir", "tra_label_dir") if before.get(k) != after.get(k)]
+        if folders and not other:
+            print(f"the same pairs in another folder: {', '.join(f'{k} = {after[k]!r}' for k in folders)}")
+        if other and self.cfg.resume == "auto":
+            raise UserError(
+                f"{path} was made with other settings ({'; '.join(other)}): set them back, choose another "
+                "--model_name, or use --resume force (resume with the new ones, at the learning rate that a run of "
+                f"{self.cfg.epoch_num} epochs has there) or --resume never (start over)"
+            )
+        old, new = saved["run"]["code"], self.run["code"]
+        if code := ", ".join(file for file in {**old, **new} if old.get(file) != new.get(file)):
+            if state.finished and self.cfg.resume == "auto":
+                raise UserError(
+                    f"{path} holds a finished run, and the code has changed since: {code}; "
+                    "--resume never trains from scratch"
+                )
+            print(f"the code has changed since this run was saved: {code}")
+        if before["processes"] != self.dist.size:
+            print(
+                f"processes: {before['processes']} before, now {self.dist.size}: other batches, the same learning rate"
+            )
+
+    # ------- save
+
+    def save_last(self, state: TrainState) -> None:
+        """Writes last.pth, in the main process."""
+        if not self.dist.is_main:
+            return
+        started = time.monotonic()
+        content = {
+            "run": self.run, "state": asdict(state), "model": cpu_state_dict(self.step.net, self.cfg.rescale),
+            "step": self.step.state_dict(), "random": torch.get_rng_state(),
+        }  # fmt: skip
+
+        def keep_before() -> None:
+            if self.last_is_whole and self.last.exists():
+                os.replace(self.last, self.before)
+
+        try:
+            save(content, self.last, keep_before)
+            self.saved = True
         except OSError as error:
-            if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)) and self._is_good and self.path.exists():
-                before.unlink(missing_ok=True)  # room for the new one counts more, and last.pth is whole
-            self.is_safe = save_or_warn(content, self.path, self._say)
-        self._is_good |= self.is_safe
+            if (
+                error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+                and self.last_is_whole
+                and self.last.exists()
+            ):
+                self.before.unlink(missing_ok=True)  # the newer file needs the space more
+            self.saved = self._save_or_warn(content, self.last)
+        self.last_is_whole |= self.saved
         self._written = time.monotonic()
         self._took = self._written - started
 
-    def promise(self, resume: str) -> str:
-        """What a run that stops now can tell; resume: that constant."""
-        there = "there" if self.is_safe else f"what was saved before, for {self.path} could not be written"
-        return f"the same command{' without --resume never' * (resume == 'never')} goes on from {there}"
+    def is_due(self) -> bool:
+        """Whether the last last.pth is old enough for another."""
+        return time.monotonic() - self._written > SAVE_SECONDS
+
+    def is_cheap(self) -> bool:
+        """Whether another last.pth adds less than 2 % to the run, by the time that the one before took."""
+        return time.monotonic() - self._written > 50 * self._took
+
+    def save_weights(self, net: nn.Module, state: TrainState, loss: float, tar: float) -> None:
+        """Writes the weights file of an iteration and deletes old ones, in the main process."""
+        path = self.folder / weights_name(self.cfg.model_name, state.iteration, loss, tar)
+        if self.dist.is_main and self._save_or_warn(self._weights(net, state), path):
+            prune(self.folder, self.cfg.keep_checkpoints, state.iteration)
+
+    def save_best(self, net: nn.Module, state: TrainState) -> bool:
+        """Writes best.pth, in the main process; False where the disk failed."""
+        return not self.dist.is_main or self._save_or_warn(self._weights(net, state), self.folder / "best.pth")
+
+    def _weights(self, net: nn.Module, state: TrainState) -> dict[str, torch.Tensor]:
+        weights = cpu_state_dict(net, self.cfg.rescale)
+        weights._metadata["u2mamba"] |= {"state": asdict(state), "run": self.run}
+        return weights
+
+    def _save_or_warn(self, content: Any, path: Path) -> bool:
+        try:
+            save(content, path)
+        except OSError as error:
+            print(f"warning: {path} could not be written ({error.strerror or error}); training continues", flush=True)
+            return False
+        return True
+
+    def resume_hint(self) -> str:
+        """What a run that stops now says."""
+        where = "here" if self.saved else f"what was saved before, since {self.last} could not be written"
+        return f"the same command{' without --resume never' * (self.cfg.resume == 'never')} resumes from {where}"
+
+    def report_end(self, state: TrainState, skipped: int) -> int:
+        """Prints how the run ended -> exit code. Raises UserError where its last.pth could not be written."""
+        if not self.saved:
+            raise UserError(
+                f"the run is over, but {self.last} could not be written; what was saved is in {self.folder}"
+            )
+        took = timedelta(seconds=round(state.seconds))
+        files = f", {skipped} files skipped (exit code {EXIT_SKIPPED})" if skipped else ""
+        print(f"done: {state.iteration} iterations in {took}, checkpoints in {self.folder}{files}")
+        return EXIT_SKIPPED if skipped else EXIT_OK
 
 
-_taken: list[FileLock] = []
-
-
-@contextlib.contextmanager
-def folders_released() -> Iterator[None]:
-    """Gives back at its end what `open_folder` took in it; as a decorator, at the function's end."""
+def warm_start(net: nn.Module, path: Path, size: int) -> str:
+    """`load_pretrained`, with a CheckpointError for a file that cannot be used."""
     try:
-        yield
-    finally:
-        while _taken:
-            _taken.pop().release()
-
-
-def open_folder(folder: Path) -> None:
-    """Makes the folder of a run, and takes it for this process alone until `folders_released` or the process ends.
-
-    Raises UserError when it cannot be written, or another run uses it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"1")
-        lock = FileLock(folder / "run.lock")
-        lock.acquire(timeout=0)
-        _taken.append(lock)
-        for file in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            file.unlink()
-    except Timeout:
-        raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
-    except OSError as error:
-        mend = "set saved_models to a folder that can"
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): {mend}") from None
-
-
-def load(path: Path) -> Any:
-    """`model.weights.read_file`. Raises CheckpointError with one line for whatever is wrong with the file."""
-    with _named():
-        return weights.read_file(path)
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in `path`. Raises CheckpointError when it holds none."""
-    with _named():
-        return weights.read_state_dict(path)[0]
-
-
-def start_from(net: nn.Module, path: Path, size: int) -> str:
-    """`model.weights.load_pretrained`. Raises CheckpointError when the weights are those of another network."""
-    with _named():
-        return weights.load_pretrained(net, pretrained_file(path), size)
-
-
-def fill(net: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Loads `state` into `net`, every key. Raises CheckpointError naming the first that does not fit."""
-    with _named():
-        weights.load_state_dict(net, state, path)
-
-
-@contextlib.contextmanager
-def _named() -> Iterator[None]:
-    try:
-        yield
-    except weights.CorruptFileError as error:
-        raise Damaged(str(error)) from None
+        return load_pretrained(net, path, size)
     except ValueError as error:
         raise CheckpointError(str(error)) from None

@@ -1,236 +1,228 @@
-"""What a run prints and keeps to look at: lines, log.csv, TensorBoard, preview.png, a progress bar on a terminal."""
+"""What a run prints and records: lines, log.csv, TensorBoard, preview.png."""
 
 import csv
 import datetime
+import io
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from u2mamba.dataset.augment import INDEX
-from u2mamba.engine.step import RECENT, Means
+from u2mamba.engine.schedule import Schedule, TrainBatch, TrainState
+from u2mamba.engine.step import HISTORY, RunningMeans
+from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.files import replacing
 
-COLUMNS = (
-    "ite", "epoch", "loss", "tar", "d1", "d2", "d3", "d4", "d5", "d6", "IoU", "lr", "img_s", "wait", "memory_GiB",
-    "bad_steps", "val_IoU", "val_MAE", "val_maxF", "seconds",
-)  # fmt: skip
-GROWN = 1e4  # deviation of what a batch norm gets; in trained networks it stays below 100
+MAX_NONFINITE_STEPS = 20  # in a row, before a run ends
+ACTIVATION_LIMIT = 1e4  # standard deviation of a batch norm's input; in trained networks it stays below 100
+
+
+class NonFiniteError(UserError):
+    """Too many steps in a row gave NaN or Inf."""
 
 
 class TrainLogger:
-    """Prints and records. names: of the training pairs, by which a bad batch is told. iteration: where the run goes on;
-    rows of later ones, and validations after `epoch` epochs, left by a killed run, go. writes: False in all processes
-    but the one whose files these are."""
+    """Prints and records. names: of the training pairs, for messages about single batches. state: where the run starts;
+    rows of the log.csv of later iterations, left by a killed run, are dropped. writes: False in all processes but the
+    main one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        epochs: int,
-        names: Sequence[str],
-        iterations: int,
-        iteration: int = 0,
-        seconds: float = 0.0,
-        writes: bool = True,
-        epoch: int = 0,
-    ):
-        self.folder, self.epochs, self.names, self.iterations = folder, epochs, names, iterations
-        self._start = time.monotonic() - seconds
-        self._csv_path = folder / "log.csv"
-        self._warned = False
-        self._grown: set[str] = set()  # layers named so far
-        self.writes = writes
-        if writes:
-            self._keep_rows(iteration, epoch)
-        self._board = _tensorboard(folder / "tensorboard", iteration, self.say) if writes else None
-        self._bar = None
-        self._mark = (time.monotonic(), 0)  # the time and iteration of the last printed line
+    def __init__(self, folder: Path, names: Sequence[str], schedule: Schedule, state: TrainState, writes: bool = True):
+        self.folder, self.names, self.schedule, self.state, self.writes = folder, names, schedule, state, writes
+        self._start = time.monotonic() - state.seconds
+        self._columns: list[str] = []
+        self._warned: set[str] = set()
+        self._mark = (time.monotonic(), state.iteration)  # time and iteration of the last printed line
+        self._first_line = True
         self._images = self._waited = 0.0
-        self._rows: deque[Tensor] = deque(maxlen=RECENT)  # of the last batches, the newest first
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=iterations, initial=iteration, unit="ite", dynamic_ncols=True, smoothing=0.05)
+        self._rows: deque[Tensor] = deque(maxlen=HISTORY)  # of the last batches, the newest first
+        if writes:
+            self._write_csv(_read_csv(folder / "log.csv", state) if state.iteration else [])
+        self._board = self._tensorboard() if writes else None
 
     @property
     def seconds(self) -> float:
-        """Time spent on the run, over all its starts."""
+        """Training time, over all starts of the run."""
         return time.monotonic() - self._start
 
-    def say(self, text: str) -> None:
-        """A plain line, above the progress bar where there is one."""
+    def log(self, text: str) -> None:
+        """Prints a line at once."""
         try:
-            if getattr(self, "_bar", None):
-                tqdm.write(text)
-            else:
-                print(text, flush=True)
-        except BrokenPipeError:  # the reader (tee, head) has gone: the run saves and ends, as by a signal
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader (tee, head) has exited: the run saves and ends, as after a signal
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)
 
-    def count(self, rows: Tensor, waited: float) -> None:
-        """One iteration with `rows` of the plan, for which the loop waited `waited` seconds."""
-        self._rows.appendleft(rows)
-        self._images += len(rows)
-        self._waited += waited
-        if self._bar:
-            self._bar.update()
+    def update(self, batch: TrainBatch) -> None:
+        """Counts an iteration."""
+        self.state.seconds = self.seconds
+        self._rows.appendleft(batch.rows)
+        self._images += len(batch.rows)
+        self._waited += batch.wait
 
-    def training_line(self, epoch: int, position: int, iteration: int, means: Means, lr: float) -> None:
-        now = time.monotonic()
-        since, since_iteration = self._mark
-        elapsed = max(now - since, 1e-9)
+    def log_train(self, means: RunningMeans, lr: float) -> None:
+        """The line of an iteration in U-2-Net's form, and its row; warns of batches that gave NaN or Inf.
+
+        Raises NonFiniteError after MAX_NONFINITE_STEPS of them in a row.
+        """
+        now, state = time.monotonic(), self.state
+        elapsed = max(now - self._mark[0], 1e-9)
         speed, wait = self._images / elapsed, self._waited / elapsed
-        done = iteration - since_iteration if since_iteration else None
-        eta = (self.iterations - iteration) * elapsed / done if done else None
-        self._name_bad_batches(iteration, {a: what for a, what in means.not_finite.items() if a < len(self._rows)})
+        per_iteration = elapsed / max(state.iteration - self._mark[1], 1)
+        eta = datetime.timedelta(seconds=round((self.schedule.total_iterations - state.iteration) * per_iteration))
+        self._name_nonfinite_batches(means)
         self._rows.clear()
-        self._mark, self._images, self._waited = (now, iteration), 0.0, 0.0
-        self.say(
-            f"[epoch: {epoch}/{self.epochs}, batch: {position}/{len(self.names)}, ite: {iteration}] "
-            f"train loss: {means.loss:.3f}, tar: {means.losses[0]:.3f}, IoU: {means.iou:.3f}"
-            f" | lr {lr:.2e}, {speed:.1f} img/s, wait {wait:.0%}, {means.memory:.1f} GiB"
-            + (f", eta {datetime.timedelta(seconds=round(eta))}" if eta is not None else "")
-            + (f", {means.bad_steps} bad steps" if means.bad_steps else "")
+        self.log(
+            f"{self._prefix()}, batch: {state.position}/{len(self.names)}, ite: {state.iteration}] "
+            f"train loss: {means.loss:.3f}, tar: {means.tar:.3f}, IoU: {means.iou:.3f}"
+            f" | lr {lr:.2e}, {speed:.1f} images/s, wait {wait:.0%}, {means.memory:.1f} GiB"
+            + ("" if self._first_line else f", eta {eta}")
+            + (f", {means.nonfinite_steps} skipped steps" if means.nonfinite_steps else "")
         )
-        row = {"ite": iteration, "epoch": epoch, "loss": means.loss, "tar": means.losses[0], "IoU": means.iou, "lr": lr}
-        row |= {f"d{i}": means.losses[i] for i in range(1, 7)}
-        row |= {"img_s": speed, "wait": wait, "memory_GiB": means.memory, "bad_steps": means.bad_steps}
-        self._record("train", iteration, row)
-
-    def _name_bad_batches(self, iteration: int, not_finite: dict[int, str]) -> None:
-        for ago, what in sorted(not_finite.items(), reverse=True)[-3:]:
-            files = ", ".join(self.names[row] for row in self._rows[ago][:, INDEX].tolist())
-            self.say(f"warning: iteration {iteration - ago} is left out, {what} not finite, of {files}")
-
-    def validation_line(self, epoch: int, iteration: int, values: dict[str, float], best: bool, took: float) -> None:
-        figures = ", ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        self.say(f"[epoch: {epoch}/{self.epochs}] held-out {figures}{' (best)' if best else ''} | {took:.1f} s")
-        self._record("val", iteration, {"ite": iteration, "epoch": epoch} | {f"val_{k}": v for k, v in values.items()})
-        # the time of a validation is nobody's img/s
-        self._mark, self._images, self._waited = (time.monotonic(), iteration), 0.0, 0.0
-
-    def name_grown_layers(self, net: nn.Module) -> None:
-        """One line, once for a layer, where what a batch norm gets is too large for the layers before it to learn."""
-        norms = {name: m for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)}
-        if not norms:
-            return
-        largest = torch.stack([m.running_var.max() for m in norms.values()]).sqrt().tolist()
-        grown = {name: size for name, size in zip(norms, largest, strict=True) if size > GROWN}
-        if new := [f"{name} ({size:.0e})" for name, size in grown.items() if name not in self._grown]:
-            without = any(getattr(m, "norm_at", "") == "none" for m in net.modules())
-            advice = ', clip the gradient or set mamba_norm = "gate"' if without else " or clip the gradient"
-            self.say(
-                f"warning: the numbers that reach {', '.join(new)} are too large for the layers before to learn: lower "
-                f"lr{advice}"
+        self._first_line = False
+        row = {"loss": means.loss, "tar": means.tar, "IoU": means.iou, "lr": lr}
+        row |= {f"d{i}": value for i, value in enumerate(means.losses) if i}
+        row |= {"images_s": speed, "wait": wait, "memory_GiB": means.memory, "skipped_steps": means.nonfinite_steps}
+        self._record("train", row)
+        self._restart_clock()
+        if means.consecutive_nonfinite >= MAX_NONFINITE_STEPS:
+            raise NonFiniteError(
+                f"{means.consecutive_nonfinite} steps in a row gave NaN or Inf (the last: {means.nonfinite[0]}); "
+                f"resume {self.folder / 'last.pth'} with a lower lr, grad_clip = 1 or fp32 (and --resume force)"
             )
-        self._grown |= grown.keys()
 
-    def picture(self, sheet: Tensor, iteration: int) -> None:
+    def log_validation(self, scores: Mapping[str, float], best: bool, seconds: float, net: nn.Module) -> None:
+        values = ", ".join(f"{name}: {value:.4f}" for name, value in scores.items())
+        self.log(f"{self._prefix()}] validation {values}{' (best)' if best else ''} | {seconds:.1f} s")
+        self._record("val", {f"val_{name}": value for name, value in scores.items()})
+        self._warn_large_activations(net)
+        self._restart_clock()  # the time of a validation belongs to no images/s
+
+    def log_image(self, sheet: Tensor) -> None:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
         try:
-            write_picture(sheet, self.folder / "preview.png")
+            write_image(sheet, self.folder / "preview.png")
         except OSError as error:
-            self._warn(error)
-        self._draw("add_image", "held-out/image, mask, d0", sheet, iteration)
+            self._warn_once(error)
+        self._to_board("add_image", "validation/image, mask, d0", sheet, self.state.iteration)
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.close()
-        self._draw("close")
+        self._to_board("close")
 
-    def _record(self, group: str, iteration: int, row: dict) -> None:
+    def _prefix(self) -> str:
+        return f"[epoch: {self.state.epoch + 1}/{self.schedule.cfg.epoch_num}"
+
+    def _restart_clock(self) -> None:
+        self._mark, self._images, self._waited = (time.monotonic(), self.state.iteration), 0.0, 0.0
+
+    def _name_nonfinite_batches(self, means: RunningMeans) -> None:
+        recent = {ago: outputs for ago, outputs in means.nonfinite.items() if ago < len(self._rows)}
+        for ago, outputs in sorted(recent.items(), reverse=True)[-3:]:
+            files = ", ".join(self.names[i] for i in self._rows[ago][:, INDEX].tolist())
+            self.log(
+                f"warning: skipped iteration {self.state.iteration - ago}: NaN or Inf in {outputs}; images: {files}"
+            )
+
+    def _warn_large_activations(self, net: nn.Module) -> None:
+        """One line, once per layer, where a batch norm's input is too large for the layers before it to learn."""
+        deviations = {
+            name: module.running_var.max().sqrt()
+            for name, module in net.named_modules()
+            if getattr(module, "running_var", None) is not None
+        }
+        values = torch.stack(list(deviations.values())).tolist() if deviations else []
+        large = {
+            n: v for n, v in zip(deviations, values, strict=True) if v > ACTIVATION_LIMIT and n not in self._warned
+        }
+        if large:
+            names = ", ".join(f"{name} ({value:.0e})" for name, value in large.items())
+            without_norm = any(getattr(module, "norm_at", "") == "none" for module in net.modules())
+            self.log(
+                f"warning: activations explode (standard deviation) at {names}; earlier layers no longer receive "
+                f"useful gradients: lower lr or clip the gradient{', or set mamba_norm = gate' if without_norm else ''}"
+            )
+        self._warned |= large.keys()
+
+    def _record(self, group: str, row: dict[str, Any]) -> None:
         if not self.writes:
             return
+        place = {"ite": self.state.iteration, "epoch": self.state.epoch + 1}
+        values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+        path = self.folder / "log.csv"
         try:
-            with self._csv_path.open("a", newline="", encoding="utf-8") as file:
-                row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                csv.DictWriter(file, COLUMNS).writerow(row | {"seconds": f"{self.seconds:.1f}"})
+            full = place | values | {"seconds": f"{self.seconds:.1f}"}
+            if new := [name for name in full if name not in self._columns]:  # a score that the run did not have
+                self._columns += new
+                self._write_csv([*_read_csv(path), full])
+            else:
+                with path.open("a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, self._columns).writerow(full)
         except OSError as error:
-            self._warn(error)
+            self._warn_once(error)
         for name, value in row.items():
-            if name not in ("ite", "epoch"):
-                label = {"tar": "d0", "wait": "data wait"}.get(name, name.removeprefix("val_"))
-                self._draw("add_scalar", f"{group}/{label}", float(value), iteration)
+            label = {"tar": "d0", "wait": "data wait"}.get(name, name.removeprefix("val_"))
+            self._to_board("add_scalar", f"{group}/{label}", float(value), self.state.iteration)
 
-    def _draw(self, what: str, *values) -> None:
-        """Calls a method of TensorBoard's writer, which also tells what its thread could not write a while ago."""
+    def _write_csv(self, rows: list[dict[str, Any]]) -> None:
+        self._columns = self._columns or list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        try:
+            with replacing(self.folder / "log.csv", flush=False) as file:
+                file.write(text.getvalue().encode())
+        except OSError as error:
+            self._warn_once(error)
+
+    def _to_board(self, method: str, *values: Any) -> None:
         try:
             if self._board:
-                getattr(self._board, what)(*values)
+                getattr(self._board, method)(*values)
         except OSError as error:
-            self._warn(error)
+            self._warn_once(error)
             self._board = None
 
-    def _keep_rows(self, iteration: int, epoch: int) -> None:
-        """Leaves the rows up to `iteration`, of validations those of `epoch` epochs; starts the file where none are."""
+    def _tensorboard(self):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            rows = []
-            if iteration and self._csv_path.exists():
-                with self._csv_path.open(newline="", encoding="utf-8") as file:
-                    if not file.readline().startswith("ite,"):
-                        raise ValueError("it has no header")
-                    file.seek(0)
-                    rows = [
-                        r
-                        for r in csv.DictReader(file)
-                        if (r.get("ite") or "x").isdigit()
-                        and int(r["ite"]) <= iteration
-                        and not (r["val_maxF"] and int(r["epoch"]) > epoch)
-                    ]
-            temporary = self._csv_path.with_suffix(".tmp")
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(temporary, self._csv_path)
+            from torch.utils.tensorboard import SummaryWriter
+
+            iteration = self.state.iteration
+            return SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
+        except ImportError:
+            self.log("TensorBoard is not installed (pip install tensorboard): no curves")
         except OSError as error:
-            self._warn(error)
-        except (ValueError, csv.Error) as error:  # not ours any more, or cut by a power failure
-            aside = self._csv_path.with_name(f"log_damaged_{iteration}.csv")
-            os.replace(self._csv_path, aside)
-            self.say(f"warning: {self._csv_path} is damaged ({error}); it is now {aside.name}, and a new one begins")
-            self._keep_rows(0, 0)
-
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self.say(f"warning: {self._csv_path.parent} cannot be written ({error}); training goes on")
-        self._warned = True
-
-
-def best_in_log(folder: Path) -> float:
-    """The largest held-out max F-measure in the log.csv of a run; -1 where there is none."""
-    try:
-        with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
-            return max((float(row["val_maxF"]) for row in csv.DictReader(file) if row["val_maxF"]), default=-1.0)
-    except (OSError, ValueError, KeyError, csv.Error):
-        return -1.0
-
-
-def write_picture(sheet: Tensor, path: Path) -> None:
-    """sheet: uint8 (3, H, W), to a temporary name and renamed. Raises OSError."""
-    temporary = path.with_stem(f".{path.stem}")
-    Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(temporary)
-    os.replace(temporary, path)
-
-
-def _tensorboard(folder: Path, iteration: int, say):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        say("TensorBoard is not installed: its scalars and pictures are left out (pip install tensorboard)")
+            self._warn_once(error)
         return None
-    other = threading.excepthook
-    # its thread ends with a traceback when the disk refuses; the next call tells us, see `_draw`
-    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else other(args)
+
+    def _warn_once(self, error: OSError) -> None:
+        if "disk" not in self._warned:
+            self.log(f"warning: {self.folder} could not be written ({error.strerror or error}); training continues")
+        self._warned.add("disk")
+
+
+def _read_csv(path: Path, state: TrainState | None = None) -> list[dict[str, str]]:
+    """The rows of a log; those up to `state`, validations of unfinished epochs left out. [] for a damaged file."""
     try:
-        return SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
-    except OSError:
-        return None
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        if state:
+            rows = [r for r in rows if int(r["ite"]) <= state.iteration]
+            rows = [r for r in rows if not r.get("val_maxF") or int(r["epoch"]) <= state.epoch]
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return []
+
+
+def write_image(sheet: Tensor, path: Path) -> None:
+    """sheet: uint8 (3, H, W). Raises OSError."""
+    with replacing(path, flush=False) as file:
+        Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")

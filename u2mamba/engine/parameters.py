@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-def decayed_and_not(net: nn.Module) -> list[dict]:
+def param_groups_weight_decay(net: nn.Module) -> list[dict]:
     """Parameter groups: weight decay for matrices and convolutions, none for norms, biases and the scan's A and D."""
     plain = [p for p in net.parameters() if p.ndim < 2 or getattr(p, "_no_weight_decay", False)]
     kept = {id(p) for p in plain}

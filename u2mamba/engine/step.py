@@ -16,30 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import fused
-from u2mamba.engine.distributed import DistContext, MeanOfAll
-from u2mamba.engine.metrics import iou_per_image
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.gradients import MeanOfAll
 from u2mamba.engine.parameters import flatten_statistics
+from u2mamba.engine.validation import iou_per_image
 from u2mamba.fast import compile_only, join
 from u2mamba.runtime.environment import HeapRetention, memory_in_use, out_of_memory
 from u2mamba.runtime.errors import UserError
 
 OUTPUTS = 7  # d0..d6
-RECENT = 64  # steps of which it is remembered what was not finite
+HISTORY = 64  # steps of which it is remembered what was not finite
 EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
 
 
 @dataclass
-class Means:
+class RunningMeans:
     """Running means since the last `TrainStep.reset`, over the steps that were finite."""
 
     loss: float  # sum over d0..d6
     losses: list[float]  # of d0, ..., d6; the first is the published code's "tar"
     iou: float  # mean over images
     steps: int
-    bad_steps: int  # steps left out since the run began
-    bad_in_a_row: int
-    not_finite: dict[int, str]  # of the RECENT last steps, 0 the newest: the outputs whose loss was not finite
+    nonfinite_steps: int  # steps left out since the run began
+    consecutive_nonfinite: int
+    nonfinite: dict[int, str]  # of the HISTORY last steps, 0 the newest: the outputs whose loss was not finite
     memory: float  # GiB in use
+
+    @property
+    def tar(self):
+        return self.losses[0]
 
 
 class TrainStep:
@@ -61,15 +66,16 @@ class TrainStep:
         net: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Callable[[tuple[Tensor, ...], Tensor], Tensor],
-        device: torch.device,
-        precision: str = "fp32",
-        clip: float = 0.0,
+        env,
+        dist: DistContext = DistContext(),  # noqa: B008 - immutable
+        *,
+        grad_clip: float = 0.0,
         ema_decay: float = 0.0,
+        grad_accum_steps: int = 1,
         graph: bool = False,
         kernels: bool = False,
-        world: DistContext = DistContext(),  # noqa: B008 - immutable
-        accumulate: int = 1,
     ):
+        world, clip, accumulate, device, precision = dist, grad_clip, grad_accum_steps, env.device, env.precision
         self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
         self.clip, self.kernels, self.accumulate = clip, kernels, accumulate
         self.autocast = torch.autocast(
@@ -83,7 +89,7 @@ class TrainStep:
         # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
         self.sums = torch.zeros(3 + OUTPUTS, device=device)
         self.bad = torch.zeros(2, device=device)
-        self.recent = torch.zeros(RECENT, device=device)  # newest first: a bit for each output, one for the gradient
+        self.recent = torch.zeros(HISTORY, device=device)  # newest first: a bit for each output, one for the gradient
         self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
         self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
         self.ema_steps = self.eager_steps = 0
@@ -103,7 +109,6 @@ class TrainStep:
 
         Raises UserError naming a batch size to try when the memory does not suffice.
         """
-        self.net.train()
         try:
             if self.shape is None or images.shape[2:] != self.shape[2:]:
                 self._compile_kernels(images, masks)
@@ -234,14 +239,16 @@ class TrainStep:
         self.bad += torch.where(ok, 0.0, 1.0)
         self.bad[1] *= torch.where(ok, 0.0, 1.0)
 
-    def read(self) -> Means:
+    def read(self) -> RunningMeans:
         """The means so far; waits for the device (the only place that does)."""
         steps, images, iou, *losses = self.sums.tolist()
         bad, bad_in_a_row = self.bad.tolist()
         losses = [v / steps if steps else math.nan for v in losses]
         iou = iou / images if images else math.nan
         odd = {ago: _outputs(int(bits)) for ago, bits in enumerate(self.recent.tolist()) if bits}
-        return Means(sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd, memory_in_use(self.device))
+        return RunningMeans(
+            sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd, memory_in_use(self.device)
+        )
 
     def reset(self) -> None:
         self.sums.zero_()
@@ -253,7 +260,7 @@ class TrainStep:
             else:
                 group["lr"] = value
 
-    def averaged(self) -> nn.Module:
+    def ema_model(self) -> nn.Module:
         """The network to validate and to keep: with the averaged weights where there are any, else the one trained."""
         if not self.ema_steps:
             return self.net

@@ -1,16 +1,89 @@
-"""Validation on the held-out pairs, and the pictures of it."""
+"""Scores during training: the printed IoU, and IoU, MAE and max F-measure of the validation pairs. Preview images.
+
+The metrics of the papers on test sets come from PySODMetrics (inference/evaluation.py). `SODMetric` equals it, which a
+test checks, and exists because validation after every epoch has to stay on the GPU.
+"""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_stat_scores
 
 from u2mamba.dataset.augment import MEAN, STD
 from u2mamba.dataset.batches import Batch
 from u2mamba.engine.distributed import DistContext
-from u2mamba.engine.metrics import ValidationMetrics
 from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
 from u2mamba.runtime.errors import StopSignal, UserError
+
+BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009, used by every SOD paper
+LEVELS = 256  # thresholds
+VAL_BATCH = 12  # images
+
+
+def iou_per_image(prediction: Tensor, mask: Tensor) -> Tensor:
+    """Jaccard index of each image, (B, ...) probabilities and masks -> (B,); both are thresholded at 0.5.
+
+    An empty mask predicted as empty counts 1. Does not wait for the device.
+    """
+    p, t = (prediction.flatten(1) > 0.5).long(), (mask.flatten(1) > 0.5).long()
+    # per sample torchmetrics fails for a batch of one, where "global" is the same
+    average = "samplewise" if len(p) > 1 else "global"
+    counts = binary_stat_scores(p, t, multidim_average=average, validate_args=False).view(-1, 5)
+    tp, fp, _, fn, _ = counts.unbind(1)
+    union = tp + fp + fn
+    return torch.where(union > 0, tp / union.clamp(min=1), 1.0)
+
+
+class SODMetric(Metric):
+    """Mean IoU, MAE and max F-measure over images; torchmetrics adds up the states of all processes.
+
+    maxF: precision and recall at 256 thresholds, each averaged over the images, then the highest F with beta² = 0.3
+    (the definition of U²-Net's paper and code). Saliency maps are quantized to 256 levels as in PySODMetrics, and not
+    normalized. compute() -> {"IoU", "MAE", "maxF"}; a further entry there is printed and logged like these.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in (("images", ()), ("iou", ()), ("mae", ()), ("precision", LEVELS), ("recall", LEVELS)):
+            self.add_state(name, torch.zeros(shape), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        """prediction: (B, 1, H, W) probabilities; mask: (B, 1, H, W) in [0, 1]."""
+        b = prediction.shape[0]
+        prediction, mask = prediction.float().reshape(b, -1), mask.float().reshape(b, -1)
+        truth = mask > 0.5
+        self.iou += iou_per_image(prediction, mask).sum()
+        self.mae += (prediction - truth.float()).abs().mean(1).sum()
+        level = (prediction * (LEVELS - 1)).long().clamp_(0, LEVELS - 1)
+        histogram = torch.zeros(b, 2 * LEVELS, device=prediction.device)
+        histogram.scatter_add_(1, level + LEVELS * truth.long(), torch.ones_like(prediction))
+        # pixels at or above each threshold, the highest threshold first
+        negative, positive = histogram.view(b, 2, LEVELS).flip(-1).cumsum(-1).unbind(1)
+        self.precision += (positive / (positive + negative).clamp(min=1)).sum(0)
+        self.recall += (positive / truth.sum(1, keepdim=True).clamp(min=1)).sum(0)
+        self.images += b
+
+    def compute(self) -> dict[str, float]:
+        precision, recall = self.precision / self.images, self.recall / self.images
+        f = (1 + BETA2) * precision * recall / (BETA2 * precision + recall).clamp(min=1e-12)
+        scores = {"IoU": self.iou / self.images, "MAE": self.mae / self.images, "maxF": f.max()}
+        return {name: value.item() for name, value in scores.items()}
+
+
+class EvalMode:
+    """Within it `net` is in eval mode; afterwards each module is in its own mode of before (a frozen one in eval)."""
+
+    def __init__(self, net: nn.Module):
+        self.net, self.modes = net, {module: module.training for module in net.modules()}
+
+    def __enter__(self) -> nn.Module:
+        return self.net.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.modes.items():
+            module.training = training
 
 
 @cudnn_benchmark_disabled()
@@ -19,43 +92,41 @@ def validate(
     net: nn.Module,
     batches: Iterable[Batch],
     stop: StopSignal,
-    world: DistContext = DistContext(),  # noqa: B008 - immutable
-) -> dict[str, float] | None:
-    """{"IoU", "MAE", "maxF"} of d0 over the `batches` of all processes; None where there are none, or when `stop`
-    became true in between. Raises UserError naming a batch size to try when the memory does not suffice."""
-    net.eval()
+    dist: DistContext = DistContext(),  # noqa: B008 - immutable
+) -> dict[str, float]:
+    """The scores of d0 over the `batches` of all processes; {} where there are none.
+
+    Raises Stopped in every process where one of them received a signal: the validation then counts as not done. Raises
+    UserError where the memory does not suffice.
+    """
     device = next(net.parameters()).device
-    metrics, memory = ValidationMetrics(device), HeapRetention(device)
-    for batch in batches:
-        if stop:
-            break
-        try:
-            with memory:
-                d0 = net(batch.x)[0]
-            metrics.update(d0, batch.y)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            size, less = len(batch.x), max(len(batch.x) // 2, 1)
-            raise UserError(
-                f"validation: a batch of {size} does not fit into memory: try batch_size_val = {less}"
-            ) from None
-    if world.all_reduce_max(stop.exit_code):
-        return None
-    metrics.gather(world)
-    return metrics.result() if metrics.images else None
+    metric, memory = SODMetric().to(device), HeapRetention(device)
+    with EvalMode(net):
+        for batch in batches:
+            if stop:
+                break
+            try:
+                with memory:
+                    d0 = net(batch.x)[0]
+                metric.update(d0, batch.y)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                raise UserError(f"validation: a batch of {len(batch.x)} images does not fit into memory") from None
+    dist.raise_if_stopped(stop)
+    return metric.compute() if dist.all_reduce_max(metric.update_count) else {}
 
 
 @cudnn_benchmark_disabled()
 @torch.no_grad()
 def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
-    """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: as the loop gives them."""
-    from torchvision.utils import make_grid  # here, since it takes more than a second of every start
+    """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: a batch of the loop."""
+    from torchvision.utils import make_grid
 
-    net.eval()
-    d0 = net(images)[0].float().cpu()
+    with EvalMode(net):
+        d0 = net(images)[0].float().cpu()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    photographs = (images.float().cpu() * std + mean).clamp(0, 1)
-    columns = [photographs, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
+    photos = (images[:, :3].float().cpu() * std + mean).clamp(0, 1)
+    columns = [photos, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
     tiles = torch.stack(columns, 1).flatten(0, 1)
     return (make_grid(tiles, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8)

@@ -1,14 +1,12 @@
-"""The constants of a script, given in its file or on the command line, checked before anything is started."""
+"""The settings of a command: a dataclass, edited in its file or changed on the command line, checked at the start."""
 
 import dataclasses
 import itertools
-import json
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -16,99 +14,126 @@ from u2mamba.runtime.errors import UserError
 
 C = TypeVar("C")
 
-CONSTANTS = "constants.json"  # in a run's folder
-SMALLEST = 33  # pixels: the deepest maps of 32 are one pixel, which batch norm cannot normalise in a batch of one
-LIMITS = {  # a training constant: (least, most)
-    "rescale": (SMALLEST, 4096), "crop": (SMALLEST, 4096), "flip_upside_down": (0, 1), "mirror": (0, 1),
-    "epoch_num": (1, 10**9), "batch_size_train": (1, 65536), "batch_size_val": (1, 65536), "lr": (0, 10),
-    "warmup": (0, 10**9), "weight_decay": (0, 10), "clip": (0, 1e9), "ema_decay": (0, 0.999999),
-    "max_bad_steps": (1, 10**9), "log_frq": (1, 10**9), "save_frq": (1, 10**9), "save_minutes": (0, 1e6),
-    "crop_early": (0, 4096), "early": (0, 1), "window": (0, 1), "beyond": (0, 1), "rotate": (0, 180),
-    "colour": (0, 1), "iou_loss": (0, 1000), "edge_loss": (0, 1000),
-    "val_frq": (1, 10**9), "gpu": (0, 1024), "seed": (0, 2**63 - 1),
-    "overfit": (0, 10**9), "accumulate": (1, 65536), "keep_checkpoints": (0, 10**9),
-}  # fmt: skip
-MAY_CHANGE = {  # constants that a resumed run may have otherwise: they do not change what it computes
-    "cuda_graph", "fused_kernels", "resume", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir",
-    "val_image_dir", "val_label_dir",
-    "scan_backend", "batch_size_val", "max_bad_steps", "log_frq", "save_frq", "save_minutes",
-    "keep_checkpoints", "accumulate", "deterministic", "device", "gpu", "processes", "val_frq",
-}  # fmt: skip
-MAY_DIFFER = MAY_CHANGE - {"val_frq", "log_frq", "max_bad_steps"}  # between the processes of a run
+MIN_SIZE = 33  # pixels: at 32 the deepest maps are one pixel, which batch norm cannot normalize in a batch of one
+MAX_SIZE = 4096  # pixels
 
 
-def read_settings(
-    default: C, presets: Mapping[str, C], limits: Mapping[str, tuple[float, float]], argv: Sequence[str] | None = None
-) -> C:
-    """The constants of `default`, or of the preset that the first word names, changed by `--key value` words.
+class Range(NamedTuple):
+    """The values that a field annotated with it may have, both ends included."""
 
-    limits: constant -> (least, most), both allowed. argv: words after the script's name (None: the process's).
-    Raises UserError for a value of the wrong type or out of range; exits with 2 for an unknown `--key`.
+    low: float
+    high: float
+
+
+Size = Annotated[int, Range(MIN_SIZE, MAX_SIZE)]
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Fraction = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0, 1000)]
+
+OLD_NAMES = {  # options, values and the preset of before -> what took their place
+    "--flip_upside_down": "now --vflip_prob",
+    "--mirror": "now --hflip_prob",
+    "--crop_early": "now --early_crop",
+    "--early": "now --early_fraction",
+    "--window": "now --scale_min",
+    "--beyond": "now --scale_max, 1 plus its value",
+    "--rotate": "now --rotation_degrees",
+    "--colour": "now --color_jitter",
+    "--accumulate": "now --grad_accum_steps",
+    "--whole_batches": "now --drop_last",
+    "--clip": "now --grad_clip",
+    "--warmup": "now --warmup_iters",
+    "--iou_loss": "now --iou_weight",
+    "--edge_loss": "now --edge_weight",
+    "--optimizer": "gone (AdamW where weight_decay is above 0, else Adam)",
+    "--stretch": "now --normalize",
+    "--resume anyway": "now --resume force",
+    "--mode soft": "now --mode map",
+    "--mode binary": "now --mode mask",
+    "--mode rgba": "now --mode cutout",
+    "--mamba_norm scan": "gone (use gate)",
+    "best": "now fast_4gpu",
+    "--paste": "gone (it lowered the scores)",
+    "--mamba_residual": "gone (always on: without it nothing changed beyond noise)",
+    "--mamba_directions": "gone (a second direction brought no gain)",
+    "--mamba_zero": "gone (--pretrained with plain U²-Net weights does it)",
+    "--sync_batch_norm": "gone (each GPU normalizes by its own batch)",
+    "--scan_backend": "gone (the fastest that works; --plain takes PyTorch's)",
+    "--channels_last": "gone (--precision bf16 implies it)",
+    "--fused_kernels": "gone (--precision bf16 implies them; --plain leaves them out)",
+    "--cuda_graph": "gone (always used on CUDA; --plain leaves it out)",
+    "--cache": "gone (pairs are cached where they fit into memory)",
+    "--num_workers": "gone (chosen by the cores)",
+    "--batch_size_val": "gone (validation uses batches of its own)",
+    "--max_bad_steps": "gone (20 NaN/Inf steps in a row end a run)",
+    "--save_minutes": "gone (last.pth is written every 5 minutes)",
+}
+
+
+def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequence[str] | None = None) -> C:
+    """The settings in `default`, or in the preset named by the first word, changed by `--key value` words.
+
+    argv: words after the script's name (None: the process's). Raises UserError for a value of the wrong type or out of
+    range and for a name of before; exits with 2 for an unknown `--key`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
+    _refuse_old_names(argv, {field.name for field in dataclasses.fields(default)}, presets)
+    if presets and argv and not argv[0].startswith("-"):
         if argv[0] not in presets:
             raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
         default = presets[argv.pop(0)]
     for before, word in itertools.pairwise(argv):
-        if word in presets and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
-            raise UserError(f"the preset comes first: python {Path(sys.argv[0]).name} {word} --key value ...")
-    check_settings(default, limits)  # before tyro, which would blame the command line for a constant of the file
-    description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the one chosen"
-    config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
-    check_settings(config, limits)
+        if word in (presets or ()) and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
+            raise UserError(f"the preset comes first: python {sys.argv[0]} {word} --key value ...")
+    check_settings(default)  # before tyro, which would report a wrong value in the file as one of the command line
+    description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the chosen one"
+    config = tyro.cli(
+        type(default), default=default, args=argv, description=description if presets else None, use_underscores=True
+    )
+    check_settings(config)
     return config
 
 
-def check_settings(config: Any, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raises UserError naming the first constant whose type, choice or range is wrong."""
-    for field, hint in typing.get_type_hints(type(config)).items():
+def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[str, Any] | None) -> None:
+    option = ""
+    for place, word in enumerate(argv):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            option = "--" + name.replace("-", "_").removeprefix("no_")
+            keys = (option, f"{option} {value}")
+        else:
+            value, keys = word, (f"{option} {word}" if option else word,)
+        if not option and (place or not presets):  # a file's name is no preset
+            continue
+        for key in keys:
+            if key in OLD_NAMES and key.removeprefix("--") not in fields:
+                value = value or "".join(argv[place + 1 : place + 2])
+                if key == "--beyond" and value.replace(".", "", 1).isdecimal():
+                    raise UserError(f"{key} {value}: now --scale_max {1 + float(value):g}")
+                raise UserError(f"{key}: {OLD_NAMES[key]}")
+
+
+def check_settings(config: Any, limits: Any = None) -> None:
+    """Raises UserError naming the first field whose type, choice or range is wrong."""
+    for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
+        allowed = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
+        hint = getattr(hint, "__origin__", hint) if allowed else hint
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         if choices and value not in choices:
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
         if not choices and not _is_a(value, hint):
             raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
-        least, most = limits.get(field, (None, None))
-        if least is not None and not least <= value <= most:  # "not <=" so that nan is refused too
-            raise UserError(f"{field} = {value!r}: must be from {least:g} to {most:g}")
-
-
-def check_together(cfg: Any, files: bool = True) -> None:
-    """Raises UserError for training constants that are in their ranges, but do not go together. files: whether those
-    they name are looked for too, in the process that reads saved_models."""
-    if cfg.crop > cfg.rescale or cfg.crop_early > cfg.rescale:
-        raise UserError(f"crop = {max(cfg.crop, cfg.crop_early)}: cannot be larger than rescale = {cfg.rescale}")
-    if 0 < cfg.crop_early < SMALLEST:
-        raise UserError(f"crop_early = {cfg.crop_early}: must be 0 or from {SMALLEST}")
-    if cfg.accumulate > cfg.batch_size_train:
-        raise UserError(f"accumulate = {cfg.accumulate}: more parts than the batch of {cfg.batch_size_train} has pairs")
-    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # one that goes on needs it no more
-    if files and cfg.pretrained and begins and not pretrained_file(cfg.pretrained).is_file():
-        raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
-    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
-        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
-
-
-def pretrained_file(pretrained: str | Path) -> Path:
-    """The file of that constant; a relative path that leads nowhere from here is one from the project's folder."""
-    here, there = Path(pretrained), Path(__file__).parents[2] / pretrained
-    return there if there.is_file() and not here.is_file() else here
-
-
-def tell_odd_sizes(cfg: Any, pairs: int, processes: int, iterations: int) -> None:
-    """Warns of training constants that do not suit the number of pairs, and of iterations still to come."""
-    if (batch := cfg.batch_size_train * processes) > pairs:
-        print(f"warning: a batch of {batch} is more than the {pairs} pairs: one step an epoch, of all of them")
-    if cfg.warmup > iterations:
-        print(
-            f"warning: warmup = {cfg.warmup} is longer than the run of {iterations} iterations: lr is never reached; "
-            "give a smaller warmup, or more epochs"
-        )
+        for low, high in [*allowed, *([limits[field]] if limits and field in limits else [])]:
+            if not low <= value <= high:  # "not <=", so that NaN is refused too
+                raise UserError(f"{field} = {value!r}: must be from {low:g} to {high:g}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _is_a(value, hint.__origin__)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, h) for h in typing.get_args(hint))
     if origin is tuple:
@@ -123,35 +148,21 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def input_size(wanted: int, weights: Path) -> int:
-    """Pixels of the square that a network sees: `wanted`, or for 0 what the weights were trained at, by the constants
-    that their run has left beside them, else 320."""
-    if wanted:
-        return wanted
-    try:
-        trained = json.loads((weights.parent / CONSTANTS).read_text())["rescale"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 320
-    least, most = LIMITS["rescale"]
-    return trained if isinstance(trained, int) and least <= trained <= most else 320
-
-
-def check_input_size(size: int) -> None:
-    """Raises UserError for one that `input_size` takes and no network does."""
-    if 0 < size < 32:
-        raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the size of the training")
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as a dict of plain values, which a checkpoint may hold under weights_only=True."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) -> list[str]:
-    """`key: a -> b` for each constant in which two runs differ; one that only one of them knows counts too."""
+    """`key: a -> b` for each setting in which two runs differ; one that only one of them knows counts too."""
     keys = [k for k in dict.fromkeys((*a, *b)) if k not in ignore]
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if _plain(a.get(k)) != _plain(b.get(k))]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def input_size(wanted: int, weights: Any) -> int:
+    return wanted or 320
 
 
-def as_plain_dict(config: Any) -> dict[str, Any]:
-    """The constants as a dict of plain values, which a checkpoint may hold under weights_only=True."""
-    return {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+def check_input_size(size: int) -> None:
+    if 0 < size < 32:
+        raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the size of the training")

@@ -1,26 +1,35 @@
-"""How a run ends: exit codes, one line for what the user can mend, stop signals that wait for the step."""
+"""How a command ends: exit codes, one line for an error that the user can fix, signals that wait for the iteration."""
 
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 class UserError(ValueError):
-    """Something the user can mend; the message names it, where it is, and the mend."""
+    """An error the user can fix; the message says what, where and how, in one line."""
+
+
+class Stopped(Exception):
+    """A stop signal was received; the caller saves and ends with `exit_code`."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"stopped by a signal (exit code {exit_code})")
+        self.exit_code = exit_code
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns what a user can cause into one line on stderr and exit code 2, Ctrl-C into 130 and SIGTERM into 143.
+    """Turns a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130 and SIGTERM into 143.
 
-    SIGTERM unwinds as Ctrl-C does, so that temporary files go; a training run catches both by `StopSignal`.
+    SIGTERM unwinds the stack as Ctrl-C does, so that temporary files are removed; training catches both (`StopSignal`).
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by u2mamba.runtime.start
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by runtime/start.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -33,33 +42,42 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone; nobody is left to read a line
+    except BrokenPipeError:  # the reader of the pipe (head, less) has exited; nobody is left to read a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_TERMINATED)
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM so that the loop can save first; a second Ctrl-C interrupts at once.
+    """Within it SIGINT, SIGTERM and SIGHUP are remembered, so that the loop can save first; a second Ctrl-C interrupts.
 
-    `exit_code` is 0 until a signal came, then 130 (Ctrl-C) or 143 (SIGTERM).
+    `exit_code` is 0 until a signal is received, then 130, 143 or 129. The handlers of before come back at the end.
+    Outside the main thread, where Python allows no handlers, no signal is caught.
     """
 
     def __init__(self) -> None:
         self.exit_code = self._interrupts = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+                numbers.append(signal.SIGHUP)
+            self._previous = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.exit_code != 0
 
     def _remember(self, number: int, _frame: object) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.exit_code = self.exit_code or (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_TERMINATED)
-        # os.write: print is not safe inside a signal handler
-        # to sys.stderr's file: of many processes only the first one's is the terminal
-        with contextlib.suppress(OSError):  # where Ctrl-C has ended the reader of the pipe too
-            os.write(
-                sys.stderr.fileno(), b"\nstopping: the step is finished and saved first (Ctrl-C again stops at once)\n"
-            )
-
-    def __bool__(self) -> bool:
-        return self.exit_code != 0
+        self.exit_code = self.exit_code or 128 + number
+        # os.write, because print is not safe inside a signal handler; the reader of a pipe may have exited too
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), b"\nstopping: saving after this iteration (Ctrl-C again stops at once)\n")

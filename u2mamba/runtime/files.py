@@ -1,14 +1,20 @@
-"""Files of results that appear whole or not at all."""
+"""Files that appear whole or not at all."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from u2mamba.runtime.errors import UserError
 
+UMASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(UMASK)
+
 
 def check_folder(folder: Path) -> None:
-    """Makes `folder` and tries to write in it, before the work is done that would fill it. Raises UserError."""
+    """Makes `folder` and writes a file in it, before the work is done whose results go there. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -17,25 +23,34 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder") from None
 
 
-def atomic_write(path: Path, content: bytes, flush: bool = True) -> None:
-    """Writes to a temporary name beside `path`, flushes it to the disk, then renames it; makes the folder.
+@contextlib.contextmanager
+def replacing(path: Path, flush: bool = True, before_rename: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name next to `path`; flushed to the disk, then renamed, where nothing failed.
 
-    flush: False for one of many small files, which a crash of the machine may lose.
-    Raises UserError, caused by the OSError.
+    A reader of `path` sees the old file or the new one, never a part. flush: False for one of many small files, which
+    a crash of the machine may lose. before_rename: called when the new file is complete. Raises OSError.
     """
-    temporary = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from others
+        with contextlib.suppress(OSError):  # a file system without permissions
+            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's 0600 would hide the file from the group
+        before_rename()
         os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def atomic_write(path: Path, content: bytes, flush: bool = True) -> None:
+    """Writes `content` to `path` as `replacing` does. Raises UserError, caused by the OSError."""
+    try:
+        with replacing(path, flush) as file:
+            file.write(content)
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error})") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""A network small enough to follow by hand, tiny runs of the real script, and how their results are compared."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.engine.forked import SCRIPT, run_script
+
+TINY = (
+    "--arch u2mambap --rescale 48 --crop 40 --batch_size_train 4 --epoch_num 2 --log_frq 1 --save_frq 3 --device cpu "
+    "--model_name tiny"
+).split()
+
+
+class Net(nn.Module):
+    """Seven outputs from one convolution and batch norm; shapes as U2NET."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 7, 3, padding=1, bias=False)  # before batch norm a bias has rounding for a gradient
+        self.bn = nn.BatchNorm2d(7)
+
+    def forward(self, x, logits=False):
+        d = self.bn(self.conv(x)).split(1, 1)
+        return d if logits else tuple(torch.sigmoid(v) for v in d)
+
+
+def words(data, saved, *more):
+    folders = ["--data_dir", data, "--tra_image_dir", "images", "--tra_label_dir", "masks", "--saved_models", saved]
+    return [*TINY, *map(str, folders), *more]
+
+
+def start(data, saved, *more, stderr=subprocess.PIPE):
+    """The script itself, to be sent signals."""
+    command = [sys.executable, "-u", str(SCRIPT), *words(data, saved, *more)]
+    return subprocess.Popen(command, cwd=data, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def train(data, saved, *more):
+    return run(data, *words(data, saved, *more))
+
+
+def run(cwd, *words):
+    with tempfile.TemporaryDirectory() as outputs:
+        done = run_script(list(words), cwd, Path(outputs))
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def copy_pairs(data, folder, numbers):
+    """Some of the pairs of `data` in folders of their own."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+        for i in numbers:
+            (folder / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+
+
+def last(folder):
+    return torch.load(folder / "last.pth", weights_only=True)
+
+
+def weights(folder):
+    return last(folder)["model"]
+
+
+def assert_same_weights(a, b):
+    assert list(a) == list(b)
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

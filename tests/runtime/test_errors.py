@@ -1,0 +1,59 @@
+"""Exit codes and stop signals."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from u2mamba.runtime.errors import Stopped, StopSignal, UserError, one_line_errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(UserError("lr is wrong"), 2, "error: lr is wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
+)
+def test_what_the_user_can_fix_is_one_line(error, code, line, capsys):
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as end, one_line_errors():
+            raise error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert end.value.code == code and capsys.readouterr().err == line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_is_remembered_and_its_handler_comes_back(number, code):
+    number = getattr(signal, number)
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop and stop.exit_code == 0
+        signal.raise_signal(number)
+        assert stop and stop.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_outside_the_main_thread_no_handler_is_set():
+    seen = []
+
+    def work():
+        with StopSignal() as stop:
+            seen.append(stop.exit_code)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+def test_stopped_carries_the_exit_code():
+    assert Stopped(143).exit_code == 143

@@ -1,0 +1,134 @@
+"""Epochs, iterations, crop sizes and the order of the pairs of a run, and where in them it stands."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from model import ARCHS
+from u2mamba.dataset.augment import Augmentation, epoch_plan
+from u2mamba.dataset.batches import DataSource, batches
+from u2mamba.engine.distributed import DistContext
+from u2mamba.runtime.config import MIN_SIZE
+from u2mamba.runtime.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """Where the run stands; together with the settings it determines the pairs of the next step."""
+
+    epoch: int = 0  # finished epochs, validation included
+    position: int = 0  # pairs of the current epoch that were trained on
+    iteration: int = 0  # finished steps
+    best: float = -1.0  # highest validation score so far
+    best_name: str = ""  # name of that score
+    seconds: float = 0.0  # training time, over all starts
+    finished: bool = False
+
+    def is_best(self, name: str, scores: Mapping[str, float]) -> bool:
+        """Whether the score `name` is the best so far; of equal ones the later. Scores by another name do not count."""
+        if not scores or not all(map(math.isfinite, scores.values())):
+            return False
+        return name != self.best_name or scores[name] >= self.best
+
+    def end_epoch(self) -> None:
+        self.epoch, self.position = self.epoch + 1, 0
+
+
+class TrainBatch(NamedTuple):
+    """x (B, C, H, W) and y (B, 1, H, W) of this process; rows of the epoch's plan of all processes; seconds waited."""
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+    wait: float
+    ends_epoch: bool
+
+
+class Schedule:
+    """The run that the settings `cfg` describe, of `pairs` training pairs, in `processes` processes."""
+
+    def __init__(self, cfg: Any, pairs: int, processes: int = 1):
+        self.cfg, self.pairs, self.processes = cfg, pairs, processes
+        batch = cfg.batch_size_train * processes
+        self.pairs_per_epoch = pairs - pairs % batch if cfg.drop_last and pairs >= batch else pairs
+        self.total_iterations = 0  # of the run, known once it has a state
+        if batch > pairs:
+            print(f"warning: batch size {batch} exceeds the {pairs} training pairs: one step per epoch")
+
+    def start_from(self, state: TrainState) -> None:
+        """Counts the iterations of the run from `state` on; warns where they are fewer than the warmup."""
+        remaining = (self.cfg.epoch_num - state.epoch) * self._steps(self.pairs_per_epoch)
+        remaining -= self._steps(self.pairs_per_epoch) - self._steps(self.pairs_per_epoch - state.position)
+        self.total_iterations = state.iteration + remaining
+        if self.cfg.warmup_iters > self.total_iterations:
+            print(
+                f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} "
+                "iterations: lr is never reached; use fewer, or more epochs"
+            )
+
+    def epoch_is_over(self, state: TrainState) -> bool:
+        """Whether all pairs of the current epoch were trained on."""
+        return self._steps(self.pairs_per_epoch - state.position) == 0
+
+    def _steps(self, rows: int) -> int:
+        return -(-(rows // self.processes) // self.cfg.batch_size_train)
+
+    def progress(self, state: TrainState) -> float:
+        """The fraction of the run that is done; by epochs, since a resumed run may have other processes."""
+        return (state.epoch + state.position / self.pairs_per_epoch) / self.cfg.epoch_num
+
+    def crop_size(self, epoch: int) -> int:
+        """Pixels; progressive resizing trains the first epochs at a smaller size."""
+        early = self.cfg.early_crop and epoch < self.cfg.early_fraction * self.cfg.epoch_num
+        return self.cfg.early_crop if early else self.cfg.crop
+
+    def plan(self, epoch: int) -> Tensor:
+        """Order, crops and flips of an epoch: rows as of `epoch_plan`, a function of seed and epoch alone."""
+        cfg = self.cfg
+        plan = epoch_plan(
+            self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
+            random=any(Augmentation.from_config(cfg)),
+        )  # fmt: skip
+        return plan[: self.pairs_per_epoch]
+
+
+def train_batches(
+    source: DataSource, schedule: Schedule, state: TrainState, channels_last: bool, dist: DistContext
+) -> Iterator[TrainBatch]:
+    """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
+    cfg = schedule.cfg
+    augmentation = Augmentation.from_config(cfg)
+    for epoch in range(state.epoch, cfg.epoch_num):
+        rows = schedule.plan(epoch)[state.position if epoch == state.epoch else 0 :]
+        done = 0
+        own = dist.shard(rows)
+        for batch in batches(source, own, cfg.batch_size_train, schedule.crop_size(epoch), channels_last, augmentation):
+            taken = len(batch.rows) * dist.size
+            done += taken
+            ends = done // dist.size == len(own)
+            yield TrainBatch(batch.x, batch.y, rows[done - taken : done], batch.wait, ends)
+
+
+def validate_config(cfg: Any, weights: Path | None) -> None:
+    """Raises UserError for settings that are each in range, but do not go together; weights: the file `pretrained`."""
+    if cfg.arch not in ARCHS:
+        raise UserError(f"arch = {cfg.arch!r}: must be one of {', '.join(ARCHS)}")
+    if max(cfg.crop, cfg.early_crop) > cfg.rescale:
+        raise UserError(f"crop = {max(cfg.crop, cfg.early_crop)}: cannot be larger than rescale = {cfg.rescale}")
+    if 0 < cfg.early_crop < MIN_SIZE:
+        raise UserError(f"early_crop = {cfg.early_crop}: must be 0 or from {MIN_SIZE}")
+    if cfg.scale_min > cfg.scale_max:
+        raise UserError(f"scale_min = {cfg.scale_min}: cannot be larger than scale_max = {cfg.scale_max}")
+    if cfg.grad_accum_steps > cfg.batch_size_train:
+        raise UserError(f"grad_accum_steps = {cfg.grad_accum_steps}: exceeds the batch size {cfg.batch_size_train}")
+    if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
+        raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
+    if begins and weights and not weights.is_file():
+        raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
+    if not cfg.scale_max and cfg.crop < 0.6 * cfg.rescale:
+        print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")

@@ -1,0 +1,49 @@
+"""Checksums of source files: whether the code that made a run or a cache is the code here."""
+
+import ast
+from pathlib import Path
+from zlib import crc32
+
+SETTINGS = {"Config", "PRESETS"}  # of a script; compared as settings, not as code
+
+
+def source_checksum(path: Path) -> int:
+    """CRC-32 of a file's syntax tree without comments, docstrings, and the values of Config and PRESETS.
+
+    A file that Python cannot parse counts by its bytes. Raises OSError.
+    """
+    text = path.read_bytes()
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return crc32(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
+            first = body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                body.pop(0)
+        if isinstance(node, ast.ClassDef) and node.name in SETTINGS:
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    field.value = None
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and _name(n.targets[0]) in SETTINGS)]
+    return crc32(ast.dump(tree).encode())
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def source_checksums(root: Path) -> dict[str, int]:
+    """`source_checksum` of each file that decides what a run computes: the script, the data, model/ and u2mamba/.
+
+    u2mamba/fast/ is left out: it computes the same.
+    """
+    files = [root / "u2mamba_train.py", root / "data_loader.py", *(root / "model").rglob("*.py")]
+    files += [path for path in (root / "u2mamba").rglob("*.py") if "fast" not in path.relative_to(root).parts]
+    return {path.relative_to(root).as_posix(): source_checksum(path) for path in sorted(files) if path.is_file()}
