@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from u2mamba.dataset.decode import BadFile, read_image
 from u2mamba.dataset.pairs import Unpaired, truncate_list
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, read_item
-from u2mamba.runtime.config import check_settings, read_settings
+from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
@@ -58,18 +58,15 @@ class Config:
     csv: str = ""  # file for the scores: a row per data set
     out: str = ""  # folder for curves, scores per image, and a contact sheet of the worst maps
     normalize: bool = False  # min-max normalize each map first
-    workers: int = 0  # processes for the metrics; 0: one per core
+    workers: Annotated[int, Range(0, 1024)] = 0  # processes for the metrics; 0: one per core
     # with --checkpoint
-    size: int = 0  # pixels: input size of the network; 0: its training size
-    batch: int = 8  # images per forward pass
+    size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
+    batch: Annotated[int, Range(1, 4096)] = 8  # images per forward pass
     precision: Literal["fp32", "bf16"] = "fp32"
     tta: bool = False  # flip test-time augmentation: twice the time
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    gpu: int = 0  # index, if there are several
+    gpu: Annotated[int, Range(0, 1024)] = 0  # index, if there are several
     speed: bool = False  # measure the network's images per second and peak memory
-
-
-LIMITS = {"workers": (0, 1024), "size": (0, 4096), "batch": (1, 4096), "gpu": (0, 1024)}
 
 
 def dataset_names(cfg: Config) -> list[str]:
@@ -86,7 +83,7 @@ def dataset_names(cfg: Config) -> list[str]:
 
 def check(cfg: Config) -> None:
     """Raises UserError for options that do not fit together, and for files and folders that cannot be written."""
-    check_settings(cfg, LIMITS)
+    check_settings(cfg)
     if bool(cfg.checkpoint) == bool(cfg.pred):
         raise UserError("give either --checkpoint with --image (maps are predicted), or --pred (maps are read)")
     if not cfg.gt or (cfg.checkpoint and not cfg.image):
@@ -175,16 +172,6 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def write_report(out: Path, metrics: DatasetMetrics, worst: Sequence[Item]) -> None:
-    """Scores per image, and the contact sheet of the worst."""
-    from u2mamba.inference import plots
-
-    keys = ("mae", "wf", "sm", "iou", "empty", "constant", "resized")
-    rows = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in metrics.images]
-    atomic_write(out / f"{metrics.name}_images.csv", as_csv(rows))
-    atomic_write(out / f"{metrics.name}_worst.png", plots.contact_sheet(sheet_rows(metrics, worst)))
-
-
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
     check(cfg)
@@ -223,12 +210,16 @@ def main(cfg: Config) -> int:
         curves = {metrics.name: metrics.curves() for metrics, *_ in datasets}
         atomic_write(Path(cfg.out, "precision_recall.png"), plots.precision_recall(curves))
         atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
+        keys = ("mae", "wf", "sm", "iou", "empty", "constant", "resized")
         for metrics, *_ in datasets:
-            write_report(Path(cfg.out), metrics, worst[metrics.name])
+            rows = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in metrics.images]
+            atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), as_csv(rows))
+            sheet = plots.contact_sheet(sheet_rows(metrics, worst[metrics.name]))
+            atomic_write(Path(cfg.out, f"{metrics.name}_worst.png"), sheet)
     skipped = any(metrics.bad or unpaired.skipped for metrics, _, unpaired in datasets)
     return EXIT_SKIPPED if skipped else EXIT_OK
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        sys.exit(main(read_settings(Config(), {}, LIMITS)))
+        sys.exit(main(read_settings(Config())))

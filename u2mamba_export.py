@@ -19,7 +19,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import skimage.data
@@ -31,7 +31,7 @@ from u2mamba.dataset.decode import BadFile, read_image, read_pair
 from u2mamba.dataset.pairs import IMAGE_TYPES, pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.inference.predictor import fold_batch_norm, input_size, load_model, saliency_map, weights_path
-from u2mamba.runtime.config import check_settings, read_settings
+from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
@@ -46,15 +46,12 @@ class Config:
     __doc__ = __doc__  # for --help
     checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
     out: str = "u2mamba.onnx"  # file; variants are written to u2mamba_fp16.onnx and u2mamba_int8.onnx
-    size: int = 0  # pixels: height and width of the input; 0: the training size
-    opset: int = 17  # version of ONNX's operator set
+    size: Annotated[int, Range(0, 2048)] = 0  # pixels: height and width of the input; 0: the training size
+    opset: Annotated[int, Range(13, 20)] = 17  # version of ONNX's operator set
     # fp16: half the file size; int8: convolutions in 8 bits, calibrated on every second image
     variants: tuple[Literal["fp16", "int8"], ...] = ()
     images: str = ""  # folder of images for comparison and calibration; default: scikit-image's photos
     gt: str = ""  # folder of their ground-truth masks: also reports each file's MAE against them
-
-
-LIMITS = {"size": (0, 2048), "opset": (13, 20)}
 
 
 class SaliencyModel(nn.Module):
@@ -196,7 +193,7 @@ def reference_maps(net: nn.Module, images: Tensor) -> Tensor:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg, LIMITS)
+    check_settings(cfg)
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -252,4 +249,4 @@ def main(cfg: Config) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        sys.exit(main(read_settings(Config(), {}, LIMITS)))
+        sys.exit(main(read_settings(Config())))

@@ -14,6 +14,7 @@ Exit codes: 0 done, 1 done but files were skipped, 2 nothing could be used, 130 
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import errno
+import functools
 import glob
 import io
 import itertools
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,15 +40,10 @@ from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.pipeline import THREADS, compute_maps, held_image, ordered_map
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
 from u2mamba.inference.provenance import Provenance, checksum
-from u2mamba.runtime.config import check_settings
+from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
-
-try:
-    from u2mamba import fast
-except ImportError:
-    fast = None
 
 # map: 8-bit gray; mask: 0 and 255; cutout: the image with the map as alpha; overlay: the background gray and dark;
 # sheet: image, map and cut-out side by side, small
@@ -64,17 +60,13 @@ class Config:
     checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
     out: str = "maps"  # folder
     mode: tuple[Literal["map", "mask", "cutout", "overlay", "sheet"], ...] = ("map",)  # one or several
-    size: int = 0  # pixels: input size of the network; 0: its training size
-    batch: int = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
-    threshold: float = 0.5  # of mask
+    size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
+    batch: Annotated[int, Range(0, 4096)] = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
+    threshold: Annotated[float, Range(0, 1)] = 0.5  # of mask
     tta: bool = False  # flip test-time augmentation: twice the time
     overwrite: bool = False  # predict again what exists
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device supports it
-    plain: bool = False  # without the kernels of u2mamba/fast
-
-
-LIMITS = {"size": (0, 4096), "batch": (0, 4096), "threshold": (0, 1)}
 
 
 class Source(NamedTuple):
@@ -173,13 +165,17 @@ def color_profile(path: Path) -> bytes | None:
         return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
 
 
-def write(source: Source, saliency: np.ndarray, shape: tuple[int, int], outputs: dict[str, Path], threshold: float):
-    """Writes the outputs {mode: path} of one map; returns a BadFile if that fails. Raises UserError for a full disk."""
+def write(result: tuple, outputs: dict[Source, dict[str, Path]], threshold: float) -> BadFile | None:
+    """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
+    source, saliency, shape = result
+    if isinstance(saliency, BadFile):
+        return saliency
+    paths = outputs[source]
     try:
         # the image is decoded again: between network and writing only maps wait, however large the images are
-        with held_image(source.image) if NEEDS_IMAGE & outputs.keys() else contextlib.nullcontext() as image:
+        with held_image(source.image) if NEEDS_IMAGE & paths.keys() else contextlib.nullcontext() as image:
             saliency = resize_map(saliency, shape)
-            for mode, path in outputs.items():
+            for mode, path in paths.items():
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
                 kind = {"format": "PNG", "compress_level": 1} if path.suffix == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
@@ -201,7 +197,7 @@ def write(source: Source, saliency: np.ndarray, shape: tuple[int, int], outputs:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg, LIMITS)
+    check_settings(cfg)
     start, out = time.monotonic(), Path(cfg.out)
     if not cfg.mode:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
@@ -240,18 +236,13 @@ def main(cfg: Config) -> int:
         with held_image(source.image) as image:
             return rescale_image(image, size), image.shape[:2]
 
-    def finish(result: tuple) -> BadFile | None:
-        source, saliency, shape = result
-        if isinstance(saliency, BadFile):
-            return saliency
-        return write(source, saliency, shape, outputs[source], cfg.threshold)
-
     for mode, record in records.items():
         record.start({paths[mode]: s.image for s, paths in outputs.items() if mode in paths})
     skipped, pool = 0, ThreadPoolExecutor(THREADS)
     try:
         maps = compute_maps(predict, outputs, read, pool, batch)
-        results = ordered_map(pool, finish, maps, 2 * batch + THREADS)
+        task = functools.partial(write, outputs=outputs, threshold=cfg.threshold)
+        results = ordered_map(pool, task, maps, 2 * batch + THREADS)
         for _, failure in tqdm(results, total=len(outputs), unit="img", disable=None):
             if failure:
                 skipped += 1
@@ -267,4 +258,4 @@ def main(cfg: Config) -> int:
 
 if __name__ == "__main__":
     with one_line_errors():
-        sys.exit(main(tyro.cli(Config, description=__doc__, use_underscores=True)))
+        sys.exit(main(read_settings(Config())))

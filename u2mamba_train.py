@@ -34,7 +34,7 @@ from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.run_folder import acquire_run_dir, release_run_locks
 from u2mamba.engine.schedule import Schedule, train_batches, validate_config
 from u2mamba.engine.step import TrainStep
-from u2mamba.engine.validation import VAL_BATCH, preview, validate
+from u2mamba.engine.validation import VAL_BATCH, preview, preview_batch, validate
 from u2mamba.inference.predictor import weights_path
 from u2mamba.runtime.config import Count, CountOrZero, Fraction, Range, Size, Weight, read_settings, to_dict
 from u2mamba.runtime.environment import Environment
@@ -137,18 +137,24 @@ PRESETS = {
 # ------- 2. loss: binary cross-entropy of the final output d0 and the six side outputs; soft IoU, edges --------
 
 
+def stack(logits: tuple[Tensor, ...] | Tensor) -> Tensor:
+    """d0, ..., d6, each (B, 1, H, W), as one fp32 tensor (7, B, 1, H, W), or the tensor that an earlier call made."""
+    return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits)).float()
+
+
 def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean BCE of d0, ..., d6, each (B, 1, H, W) before the sigmoid, against masks in [0, 1] -> (7,).
 
     Their sum is U²-Net's loss (arXiv 2005.09007, equation 1, all weights 1). From logits and in fp32, because
     sigmoid + BCELoss loses log(1 - p) under mixed precision. weights: per pixel, shape of the masks.
     """
-    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, weights) for d in logits])
+    d = stack(logits)
+    return F.binary_cross_entropy_with_logits(d, masks.expand_as(d), weights, reduction="none").mean((1, 2, 3, 4))
 
 
 def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
     """1 - soft IoU of d0, ..., d6, averaged over the images -> (7,): small objects count as much as large ones."""
-    p = torch.sigmoid(torch.stack([d.float() for d in logits]))  # (7, B, 1, H, W)
+    p = torch.sigmoid(stack(logits))
     both = (p * masks).sum((2, 3, 4))
     return 1 - ((both + 1) / (p.sum((2, 3, 4)) + masks.sum((1, 2, 3)) - both + 1)).mean(1)
 
@@ -162,6 +168,7 @@ def edge_weights(masks: Tensor) -> Tensor:
 
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, cfg: Config) -> Tensor:
     """The loss of each output -> (7,); training minimizes their sum."""
+    logits = stack(logits)
     weights = 1 + cfg.edge_weight * edge_weights(masks) if cfg.edge_weight else None
     losses = multi_bce_loss_fusion(logits, masks, weights)
     return losses + cfg.iou_weight * soft_iou_loss(logits, masks) if cfg.iou_weight else losses
@@ -173,6 +180,16 @@ def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
     if cfg.lr_schedule == "cosine":
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
     return rate
+
+
+def choose_step(net: torch.nn.Module, plain: bool) -> type[TrainStep]:
+    """The training step, and operations of `net`, by u2mamba/fast where it helps; prints which."""
+    if plain or install is None:
+        print(f"step: plain PyTorch ({'--plain' if plain else 'u2mamba/fast is not there'})")
+        return TrainStep
+    for line in install(net):
+        print(line)
+    return FastTrainStep
 
 
 @release_run_locks()
@@ -190,22 +207,19 @@ def run(cfg: Config, dist: DistContext) -> int:
     pairs = find_pairs(cfg)
     train, val = train_val_split(pairs)  # for a split of your own, change this line
     data = open_data(train, val, cfg.rescale, dist).to(env.device)
-    first = range(min(6, len(data.val or data.train)))
-    shown = next(validation_batches(data.val or data.train, first, channels_last=env.channels_last))
+    shown = preview_batch(data, env.channels_last)
 
     # ------- 4. model --------
 
     net = build_model(to_dict(cfg)).to(env.device, memory_format=env.memory_format).train()
     print(f"network: {cfg.arch}, {sum(p.numel() for p in net.parameters()):,} parameters")
-    plain = cfg.plain or not install
-    for line in ["step: plain PyTorch"] if plain else install(net):
-        print(line)
+    step_class = choose_step(net, cfg.plain)
 
     # ------- 5. optimizer --------
 
     groups, algorithm = param_groups_weight_decay(net), torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
     optimizer = algorithm(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
-    step = (TrainStep if plain else FastTrainStep)(
+    step = step_class(
         net, optimizer, lambda logits, masks: total_loss(logits, masks, cfg), env, dist,
         grad_clip=cfg.grad_clip, ema_decay=cfg.ema_decay, grad_accum_steps=cfg.grad_accum_steps,
     )  # fmt: skip
@@ -218,12 +232,10 @@ def run(cfg: Config, dist: DistContext) -> int:
     schedule = Schedule(cfg, len(data.train), dist.size)
     state = checkpoints.restore()
     if state.finished:
-        print(f"{folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
         return EXIT_OK
     if pretrained and not state.iteration:
         print(warm_start(net, pretrained, cfg.rescale))
-    dist.broadcast_weights(net)
-    checkpoints.begin(state)
+    checkpoints.begin(state)  # all processes have the main one's weights from here on
     schedule.start_from(state)
     logger = TrainLogger(folder, [pair.image.name for pair in data.train.pairs], schedule, state, dist.is_main)
 
@@ -244,14 +256,13 @@ def run(cfg: Config, dist: DistContext) -> int:
                 state.best, state.best_name = scores[BEST_BY], BEST_BY
         state.end_epoch()
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, logger:
         try:
             validate(net, [shown], stop, dist)  # what cannot be scored ends the run here, not after an epoch
             if schedule.epoch_is_over(state):  # a signal cut its validation short
                 end_epoch()
             for batch in train_batches(data.train, schedule, state, env.channels_last, dist):
-                state.iteration += 1
-                state.position += len(batch.rows)
+                state.advance(len(batch.rows))
                 step.set_learning_rate(learning_rate(cfg, state.iteration, schedule.progress(state)))
                 step(batch.x, batch.y)
                 logger.update(batch)
@@ -268,16 +279,13 @@ def run(cfg: Config, dist: DistContext) -> int:
                         checkpoints.save_last(state)
         except (Stopped, DataError, NonFiniteError) as reason:
             checkpoints.save_last(state)
-            logger.close()
             if not isinstance(reason, Stopped):
                 raise
             print(f"stopped at iteration {state.iteration}; {checkpoints.resume_hint()}")
             return reason.exit_code
         if state.iteration % cfg.save_frq:  # else it was just done
             save_weights()  # before last.pth says that the run is finished
-        state.finished = True
-        checkpoints.save_last(state)
-        logger.close()
+        checkpoints.save_finished(state)
     return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)
 
 

@@ -2,7 +2,7 @@
 
 Glossary (paper's letter -> here): batch B; model width D -> d_model; expansion E -> expand; inner width ED -> d_inner;
 state size N -> d_state; length L -> L tokens; rank of Δ, R -> dt_rank; step Δ -> dt_proj, its bias added in the scan;
-A -> -exp(A_log); skip D -> D. Names, shapes and initialisation are those of mamba_ssm's `Mamba`, so that a state dict
+A -> -exp(A_log); skip D -> D. Names, shapes and initialization are those of mamba_ssm's `Mamba`, so that a state dict
 goes either way.
 """
 
@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.layers import conv_silu, layer_norm, project, rms_norms
-from model.selective_scan import selective_scan
+from .layers import PlainOps
+from .selective_scan import selective_scan
 
 NormAt = Literal["none", "gate"]
 DT_MIN, DT_MAX = 1e-3, 1e-1  # range of Δ at the start (arXiv 2312.00752, section 3.6)
@@ -27,6 +27,8 @@ class Mamba(nn.Module):
             with the input; before a batch norm nothing holds it back.
         "gate": of the gated result before out_proj, as in Mamba-2 (arXiv 2405.21060, section 7.1).
     """
+
+    ops = PlainOps
 
     def __init__(
         self,
@@ -65,16 +67,16 @@ class Mamba(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
 
-        u, z = project(self.in_proj, x.transpose(1, 2), parts=2)  # (B, d_inner, L)
-        u = conv_silu(self.conv1d, u)
-        x_dbc = project(self.x_proj, u)  # (B, dt_rank + 2 d_state, L)
+        u, z = self.ops.project(self.in_proj, x.transpose(1, 2), parts=2)  # (B, d_inner, L)
+        u = self.ops.conv_silu(self.conv1d, u)
+        x_dbc = self.ops.project(self.x_proj, u)  # (B, dt_rank + 2 d_state, L)
         dt, B, C = x_dbc.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        dt = project(self.dt_proj, dt)  # (B, d_inner, L)
+        dt = self.ops.project(self.dt_proj, dt)  # (B, d_inner, L)
         A = -torch.exp(self.A_log.to(torch.promote_types(x.dtype, torch.float32)))
         y = selective_scan(u, dt, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True, backend=self.backend)
         if self.norm_at == "gate":
-            y = rms_norms((self.norm,), y)
-        return project(self.out_proj, y, tokens_first=not channels_first).transpose(1, 2)
+            y = self.ops.rms_norm(self.norm, y)
+        return self.ops.project(self.out_proj, y, tokens_first=not channels_first).transpose(1, 2)
 
 
 class MambaLayer(nn.Module):
@@ -85,6 +87,8 @@ class MambaLayer(nn.Module):
     training step: there, as mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the
     input's dtype and memory format, so that `h + mamba(h)` is one pass over memory.
     """
+
+    ops = PlainOps
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class MambaLayer(nn.Module):
         if tokens.shape[2] != self.dim:
             what = "H·W, with channel_token=True," if self.channel_token else "C"
             raise ValueError(f"MambaLayer: {what} must be dim={self.dim}, got {tokens.shape[2]} of x {tuple(x.shape)}")
-        tokens = layer_norm(self.norm, tokens)
+        tokens = self.ops.layer_norm(self.norm, tokens)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         channels_first = not channels_last and not self.channel_token
         y = self.mamba(tokens, channels_first)

@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, section 3.2, algorithm 2): one function, four backends.
+"""The selective scan of Mamba (Gu & Dao 2023, arXiv 2312.00752, section 3.2, algorithm 2), by one of several backends.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t,  times SiLU(z_t) where a gate z is given
 
@@ -8,16 +8,18 @@ step Δ -> delta; A (d, n) is real and negative; B, C (b, n, L) are "selective":
 State and accumulation are fp32 whatever the inputs (float64 where u is), and no backend makes a (b, d, L, n) tensor.
 """
 
-import functools
-import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import chunked_scan
+from . import chunked_scan
 
-BACKENDS = ("auto", "reference", "torch", "triton", "mamba_ssm")
+PLAIN = ("reference", "torch")  # a loop over the tokens, and the same in chunks
+# Faster backends, the best first: name -> (function of `selective_scan`'s arguments without `backend`, function
+# device -> why it cannot run there, "" where it can).
+REGISTERED: dict[str, tuple[Callable[..., Tensor], Callable[[torch.device], str]]] = {}
 
 
 def selective_scan(
@@ -39,15 +41,13 @@ def selective_scan(
     Raises ValueError for shapes that do not fit, and for a backend that does not work here.
     """
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if exporting and backend == "auto":
-        backend = "torch"  # an exported file goes to machines that have no kernels of ours
-    elif backend not in ("torch", "reference"):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced and backend == "auto":
+        backend = "torch"  # plain operations: an exported file runs on machines that have no other backend
+    elif backend not in PLAIN:
         backend = choose_backend(u.device, backend)[0]
-    if backend == "triton":
-        return _triton_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if backend == "mamba_ssm":
-        return _library_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if backend not in PLAIN:
+        return REGISTERED[backend][0](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
     # An autocast context inside an exported graph is an operation that ONNX lacks: enter one only where it is needed.
     if torch.is_autocast_enabled(u.device.type):
@@ -59,7 +59,7 @@ def selective_scan(
         delta = delta + delta_bias.to(dtype)[:, None]
     if delta_softplus:
         delta = F.softplus(delta)
-    chunked = chunked_scan.scan_for_export if exporting else chunked_scan.scan
+    chunked = chunked_scan.traceable_scan if traced else chunked_scan.scan
     y = (_loop if backend == "reference" else chunked)(x, delta, A, B, C)
     if D is not None:
         y = torch.addcmul(y, x, D.to(dtype)[:, None])
@@ -78,71 +78,34 @@ def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return torch.stack(ys, -1)
 
 
-def _triton_scan(*inputs) -> Tensor:
-    from u2mamba.fast.selective_scan import selective_scan_triton
-
-    return selective_scan_triton(*inputs)
-
-
-def _library_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    delta, B, C, z = (None if v is None else v.to(u.dtype) for v in (delta, B, C, z))  # its kernels want one dtype here
-    A, D, delta_bias = (None if v is None else v.float() for v in (A, D, delta_bias))  # and fp32 here
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-
-
 def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
-    """The backend that `wanted` means on `device`, and one line that says why, and why not a faster one.
+    """The backend that `wanted` means on `device`, and a line that says why, and why not a faster one.
 
-    "auto" takes the first that works of triton, mamba_ssm and torch on a CUDA device, and torch elsewhere. triton and
-    mamba_ssm are tried once with a tiny forward and backward pass. Raises ValueError where `wanted` is no backend, or
-    one that does not work on `device`.
+    "auto" is the first of REGISTERED that works on a CUDA device, else "torch". Raises ValueError where `wanted` is no
+    backend, or one that does not work on `device`.
     """
-    device = torch.device(device)
-    if wanted not in BACKENDS:
-        raise ValueError(f"backend={wanted!r} is not a scan backend: choose one of {', '.join(BACKENDS)}")
-    if wanted != "auto":
-        if wanted in ("triton", "mamba_ssm") and (trouble := _trouble(wanted, device)):
+    device = with_index(device)
+    if wanted in PLAIN:
+        return wanted, "as requested"
+    if wanted in REGISTERED:
+        if trouble := REGISTERED[wanted][1](device):
             raise ValueError(f"backend={wanted!r} cannot be used here: {trouble}; backend='auto' takes one that can")
-        return wanted, "asked for"
-    if device.type != "cuda":
-        return "torch", f"chunked PyTorch; the kernels of triton and mamba_ssm need a CUDA device, and this is {device}"
+        return wanted, "as requested"
+    if wanted != "auto":
+        choices = ", ".join(("auto", *PLAIN, *REGISTERED))
+        raise ValueError(f"backend={wanted!r} is not a registered scan backend: choose one of {choices}")
     troubles = []
-    for name in ("triton", "mamba_ssm"):
-        trouble = _trouble(name, device)
-        if not trouble:
+    for name, (_, unusable) in REGISTERED.items() if device.type == "cuda" else ():
+        if not (trouble := unusable(device)):
             return name, "; ".join(["the fastest that works here", *troubles])
         troubles.append(f"not {name}: {trouble}")
-    return "torch", "; ".join(["chunked PyTorch, slow on a GPU", *troubles])
+    return "torch", "; ".join(["chunked PyTorch", *troubles])
 
 
-# torch.compiler.assume_constant_result sets this, and imports all of torch._dynamo for it: 1.3 s of every start
-choose_backend._dynamo_marked_constant = True
-
-
-@functools.cache
-def _trouble(name: str, device: torch.device) -> str:
-    """One line on why a kernel backend cannot be used here; empty where its values and gradients are the loop's."""
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"it needs a CUDA device, and this is {device}"
-    kernel = _triton_scan if name == "triton" else _library_scan
-    reference = functools.partial(selective_scan, backend="reference")
-    shapes = [(1, 9, 3), (1, 9, 3), (9, 4), (1, 4, 3), (1, 4, 3), (9,), (1, 9, 3), (9,)]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            inputs = [torch.linspace(-1, 1, torch.Size(s).numel(), device=device).view(s) for s in shapes]
-            inputs = [v.requires_grad_() for v in inputs]
-            results = []
-            for scan in (kernel, reference):
-                y = scan(*inputs[:2], -inputs[2].exp(), *inputs[3:], True)
-                results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-        if not all(torch.allclose(p, q, rtol=1e-2, atol=1e-3) for p, q in zip(*results, strict=True)):
-            return "its results are wrong on this machine"
-    except Exception as error:  # whatever a missing, mismatched or miscompiled library throws
-        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    return ""
+def with_index(device: torch.device | str) -> torch.device:
+    """The same device, with the number of the current GPU where "cuda" has none."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from .mamba import MambaLayer, NormAt
-from .u2net import RSU_TABLE_SMALL, U2NET
+from .u2net import RSU_CONFIG_SMALL, U2NET
 
 MambaAt = Literal["none", "bottleneck", "encoder"]
 
@@ -51,4 +51,4 @@ class U2MAMBA(U2NET):
 class U2MAMBAP(U2MAMBA):
     """The small U²-Net with Mamba layers; as U2MAMBA."""
 
-    table = RSU_TABLE_SMALL
+    config = RSU_CONFIG_SMALL

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.layers import batch_norm_relu, batch_norm_relu_pool, max_pool, side_output, upsample_cat, upsample_to
+from .layers import PlainOps
 
 # name: (height L, dilated, in, mid, out); RSU-4F, the dilated one, keeps its size and needs no pooling
-RSU_TABLE = {
+RSU_CONFIG = {
     "stage1": (7, False, 3, 32, 64),
     "stage2": (6, False, 64, 32, 128),
     "stage3": (5, False, 128, 64, 256),
@@ -28,34 +28,35 @@ RSU_TABLE = {
     "stage1d": (7, False, 128, 16, 64),
 }
 # the small network: mid 16 and out 64 everywhere
-RSU_TABLE_SMALL = {
+RSU_CONFIG_SMALL = {
     name: (height, dilated, 3 if name == "stage1" else 128 if name.endswith("d") else 64, 16, 64)
-    for name, (height, dilated, *_) in RSU_TABLE.items()
+    for name, (height, dilated, *_) in RSU_CONFIG.items()
 }
 MIN_SIZE = 32  # pixels: five poolings of the network must leave at least one
 
 
 class REBNCONV(nn.Module):
-    """3x3 convolution + batch norm + ReLU (+ residual): (B, in, H, W) -> (B, out, H, W).
+    """3x3 convolution + batch norm + ReLU (+ residual): (B, in, H, W) -> (B, out, H, W)."""
 
-    With `pool` a pair: the same at half the size, by 2x2 maxima, and the same.
-    """
+    ops = PlainOps
 
     def __init__(self, in_ch: int, out_ch: int, dilation: int = 1):
         super().__init__()
         self.conv_s1 = nn.Conv2d(in_ch, out_ch, 3, padding=dilation, dilation=dilation)
         self.bn_s1 = nn.BatchNorm2d(out_ch)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, pool: bool = False):
-        return (batch_norm_relu_pool if pool else batch_norm_relu)(self.conv_s1, self.bn_s1, x, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.ops.batch_norm_relu(self.conv_s1, self.bn_s1, x, residual)
 
 
 class RSU(nn.Module):
-    """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W); with `pool` a pair, as of REBNCONV.
+    """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W).
 
     mamba: None, or a function dim -> layer that makes a (B, dim, H, W) -> (B, dim, H, W) layer.
     mamba_levels: the REBNCONVs (1..L) after which h + layer(h) goes on; the layer of level i is `mamba<i>`.
     """
+
+    ops = PlainOps
 
     def __init__(
         self,
@@ -80,41 +81,43 @@ class RSU(nn.Module):
         for level in mamba_levels if mamba else ():
             setattr(self, f"mamba{level}", mamba(mid_ch))
 
-    def forward(self, x: Tensor, pool: bool = False):
+    def forward(self, x: Tensor) -> Tensor:
         hx_in = self.rebnconvin(x)
         skips = []
         h = hx_in
         for level in range(1, self.height + 1):
-            block = getattr(self, f"rebnconv{level}")
-            layer = getattr(self, f"mamba{level}", None)
-            halved = not self.dilated and level < self.height - 1
-            if halved and layer is None:
-                h, skip = block(h, pool=True)
-            else:
-                h = block(h)
-                if layer is not None:
-                    h = h + layer(h)
-                h, skip = max_pool(h) if halved else (h, h)
+            h = getattr(self, f"rebnconv{level}")(h)
+            if (mamba := getattr(self, f"mamba{level}", None)) is not None:
+                h = h + mamba(h)
+            pooled = not self.dilated and level < self.height - 1
+            h, skip = self.ops.max_pool(h) if pooled else (h, h)
             skips.append(skip)
         h = skips.pop()
         for level in range(self.height - 1, 1, -1):
-            h = getattr(self, f"rebnconv{level}d")(upsample_cat(h, skips.pop()))
-        return self.rebnconv1d(upsample_cat(h, skips.pop()), residual=hx_in, pool=pool)
+            h = getattr(self, f"rebnconv{level}d")(self.ops.upsample_cat(h, skips.pop()))
+        return self.rebnconv1d(self.ops.upsample_cat(h, skips.pop()), residual=hx_in)
+
+
+def saliency_map(logits: Tensor) -> Tensor:
+    """Logits (B, K, H, W) -> probability of an object (B, 1, H, W): sigmoid, or for K > 1 classes, of which the first
+    is the background, 1 - its softmax."""
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, :1]
 
 
 class U2NET(nn.Module):
-    """U²-Net: (B, 3, H, W) float, H and W at least 32 -> (d0, ..., d6), each (B, 1, H, W).
+    """U²-Net: (B, in_ch, H, W) float, H and W at least 32 -> (d0, ..., d6), each (B, 1, H, W).
 
-    `net(x)` gives probabilities, `net(x, logits=True)` the values before the sigmoid, which the loss uses.
-    Raises ValueError for another shape or for images smaller than 32x32.
+    `net(x)` gives probabilities, `net(x, logits=True)` the values before the sigmoid, (B, out_ch, H, W), which the loss
+    uses. Raises ValueError for another shape or for images smaller than 32x32.
     """
 
-    table = RSU_TABLE
+    ops = PlainOps
+    config = RSU_CONFIG
 
     def __init__(self, in_ch: int = 3, out_ch: int = 1, mamba: Callable[[int], nn.Module] | None = None, levels=None):
         super().__init__()
         widths = {}
-        for name, (height, dilated, rsu_in, mid, out) in self.table.items():
+        for name, (height, dilated, rsu_in, mid, out) in self.config.items():
             mamba_levels = levels(name, height) if levels else ()
             rsu_in = in_ch if name == "stage1" else rsu_in
             setattr(self, name, RSU(height, dilated, rsu_in, mid, out, mamba, mamba_levels))
@@ -125,24 +128,24 @@ class U2NET(nn.Module):
 
     def forward(self, x: Tensor, logits: bool = False) -> tuple[Tensor, ...]:
         if x.ndim != 4 or min(x.shape[2:]) < MIN_SIZE:
-            raise ValueError(f"images must be (B, 3, H, W) with H, W >= {MIN_SIZE}; got {tuple(x.shape)}")
+            raise ValueError(f"images must be (B, C, H, W) with H, W >= {MIN_SIZE}; got {tuple(x.shape)}")
         skips = []
         h = x
         for i in range(1, 6):
-            h, skip = getattr(self, f"stage{i}")(h, pool=True)
+            h, skip = self.ops.max_pool(getattr(self, f"stage{i}")(h))
             skips.append(skip)
         h = self.stage6(h)
-        sides = [side_output(self.side6, h)]
+        sides = [self.ops.side_output(self.side6, h)]
         for i in range(5, 0, -1):
-            h = getattr(self, f"stage{i}d")(upsample_cat(h, skips.pop()))
-            sides.insert(0, side_output(getattr(self, f"side{i}"), h))
+            h = getattr(self, f"stage{i}d")(self.ops.upsample_cat(h, skips.pop()))
+            sides.insert(0, self.ops.side_output(getattr(self, f"side{i}"), h))
         size = sides[0].shape[2:]
-        sides = [sides[0], *(upsample_to(s, size) for s in sides[1:])]
+        sides = [sides[0], *(self.ops.upsample_to(s, size) for s in sides[1:])]
         outputs = (self.outconv(torch.cat(sides, 1)), *sides)
-        return outputs if logits else tuple(torch.sigmoid(d) for d in outputs)
+        return outputs if logits else tuple(saliency_map(d) for d in outputs)
 
 
 class U2NETP(U2NET):
     """The small U²-Net (1.1 million parameters); shapes as U2NET."""
 
-    table = RSU_TABLE_SMALL
+    config = RSU_CONFIG_SMALL

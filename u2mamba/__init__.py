@@ -1,1 +1,1 @@
-"""What the training loop calls: the step, checkpoints, reports, processes."""
+"""What the scripts stand on: runtime, dataset, engine, inference, and fast, which only makes training faster."""

@@ -45,7 +45,7 @@ def test_an_exploding_layer_is_named_once(tmp_path, capsys, arch, advised):
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "stage6.rebnconv3d.bn_s1 (6e+09)" in out
     assert ("mamba_norm" in out) == advised
-    logger.close()
+    logger.__exit__()
 
 
 def poisoned(*names):
@@ -92,9 +92,9 @@ def test_rows_of_an_epoch_that_is_repeated_are_dropped(tmp_path):
     state.end_epoch()
     state.iteration = 20
     logger.log_validation(scores | {"wF": 0.4}, True, 0.1, U2NETP())  # a score more is a column more
-    logger.close()
+    logger.__exit__()
     assert [(r["epoch"], r["val_wF"]) for r in rows_of(tmp_path)] == [("1", ""), ("2", "0.4")]
-    TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=20)).close()
+    TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=20)).__exit__()
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1"]
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_log_does_not_stop_a_run(content, tmp_path):
     (tmp_path / "log.csv").write_bytes(content)
     logger = TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=20))
     logger.log_validation({"maxF": 0.6}, True, 0.1, U2NETP())
-    logger.close()
+    logger.__exit__()
     assert [(r["ite"], r["val_maxF"]) for r in rows_of(tmp_path)] == [("20", "0.6")]
 
 

@@ -2,32 +2,38 @@
 
 import importlib.util
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.engine.tiny import Net
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
+from u2mamba.runtime.environment import Environment
 from u2mamba.runtime.errors import UserError
 
+try:
+    from u2mamba import fast
+
+    KINDS = [TrainStep, fast.TrainStep]
+except ImportError:
+    KINDS = [TrainStep]
 spec = importlib.util.spec_from_file_location("u2mamba_train", Path(__file__).parents[2] / "u2mamba_train.py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
+CPU = Environment(torch.device("cpu"))
+both_steps = pytest.mark.parametrize("kind", KINDS)
 
 
-class Net(nn.Module):
-    """Seven outputs, batch norm, nothing else: a network small enough to follow by hand."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 7, 3, padding=1, bias=False)  # before batch norm a bias has rounding for a gradient
-        self.bn = nn.BatchNorm2d(7)
+class NetWithoutNorm(Net):
+    """Nothing that looks at the whole batch, and an unused layer."""
 
     def forward(self, x, logits=False):
-        d = self.bn(self.conv(x)).split(1, 1)
-        return d if logits else tuple(torch.sigmoid(v) for v in d)
+        return self.conv(x).split(1, 1)
 
 
 def batch(seed=0, n=4):
@@ -35,12 +41,19 @@ def batch(seed=0, n=4):
     return torch.randn(n, 3, 8, 8, generator=g), (torch.rand(n, 1, 8, 8, generator=g) > 0.5).float()
 
 
-def make(net, **options):
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=True)
-    return TrainStep(net, optimizer, script.multi_bce_loss_fusion, torch.device("cpu"), **options)
+def make(net, loss=script.multi_bce_loss_fusion, kind=TrainStep, fused=True, **options):
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=fused)
+    return kind(net, optimizer, loss, CPU, DistContext(), **options)
 
 
-def test_loss_equals_the_formula_by_hand():
+def weights(net):
+    return {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
+
+
+# ------- the loss of the script
+
+
+def test_bce_by_hand():
     logits = tuple(torch.full((1, 1, 1, 2), float(i)) for i in range(7))
     masks = torch.tensor([1.0, 0.25]).view(1, 1, 1, 2)
     expected = []
@@ -48,16 +61,41 @@ def test_loss_equals_the_formula_by_hand():
         p = 1 / (1 + math.exp(-z))
         expected.append(-(math.log(p) + 0.25 * math.log(p) + 0.75 * math.log(1 - p)) / 2)
     assert script.multi_bce_loss_fusion(logits, masks).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_of_certain_and_wrong_is_finite():
     wrong = script.multi_bce_loss_fusion((torch.full((1, 1, 2, 2), -200.0),) * 7, torch.ones(1, 1, 2, 2))
     assert wrong.tolist() == pytest.approx([200.0] * 7)
 
 
-def test_steps_equal_the_plain_loop():
+def test_edge_weights_by_hand():
+    g = torch.Generator().manual_seed(0)
+    masks, logits = (torch.rand(2, 1, 40, 37, generator=g) > 0.5).float(), torch.randn(7, 2, 1, 40, 37, generator=g)
+    expected = torch.empty_like(masks)
+    for y in range(40):
+        for x in range(37):
+            around = masks[..., max(y - 15, 0) : y + 16, max(x - 15, 0) : x + 16]
+            expected[..., y, x] = 5 * (around.mean((2, 3)) - masks[..., y, x]).abs()
+    bce = nn.functional.binary_cross_entropy_with_logits(logits, masks.expand(7, -1, -1, -1, -1), reduction="none")
+    got = script.multi_bce_loss_fusion(tuple(logits), masks, 1 + 2 * script.edge_weights(masks))
+    assert torch.allclose(got, ((1 + 2 * expected) * bce).mean((1, 2, 3, 4)), rtol=1e-5)
+    assert script.edge_weights(torch.ones_like(masks)).max() == 0  # no edge, no weight
+
+
+def test_soft_iou_by_hand():
+    masks = torch.zeros(2, 1, 2, 2)
+    masks[0, 0, 0] = 1  # two of four pixels; the second image has no object
+    sure = torch.where(masks > 0, 30.0, -30.0)
+    loss = script.soft_iou_loss((sure, -sure, torch.zeros_like(masks)), masks)
+    # each image: 1 - (intersection + 1) / (union + 1)
+    assert torch.allclose(loss, torch.tensor([0, (4 / 5 + 4 / 5) / 2, ((1 - 2 / 4) + (1 - 1 / 3)) / 2]), atol=1e-6)
+
+
+# ------- the step
+
+
+@both_steps
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_equal_the_plain_loop(kind, fused):
     net, plain = Net(), Net()
-    step = make(net)
+    step = make(net, kind=kind, fused=fused)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
     losses = []
     for i in range(5):
@@ -73,52 +111,91 @@ def test_steps_equal_the_plain_loop():
     means = step.read()
     assert means.losses == pytest.approx(torch.tensor(losses).mean(0).tolist(), abs=1e-5)
     assert means.loss == pytest.approx(sum(means.losses))
-    assert means.steps == 5 and means.bad_steps == 0
-
-
-def test_means_start_again_after_reset():
-    step = make(Net())
-    step(*batch(0))
+    assert (means.steps, means.nonfinite_steps) == (5, 0)
     step.reset()
     assert math.isnan(step.read().loss)
-    step(*batch(1))
-    assert step.read().steps == 1
 
 
+def sum_of(logits, masks, factor=1.0):
+    return factor * script.multi_bce_loss_fusion(logits, masks).sum()
+
+
+def d0_alone(logits, masks):
+    return script.multi_bce_loss_fusion(logits[:1], masks)
+
+
+def tar_and_loss(logits, masks):
+    losses = script.multi_bce_loss_fusion(logits, masks)
+    return losses[0], losses.sum()
+
+
+@both_steps
+def test_the_step_takes_what_a_loss_returns(kind):
+    steps = {
+        loss: make(Net(), loss, kind=kind) for loss in (script.multi_bce_loss_fusion, sum_of, tar_and_loss, d0_alone)
+    }
+    for step in steps.values():
+        step(*batch())
+    per_output, number, pair, one = (step.read() for step in steps.values())
+    assert number.losses == [number.loss] == [pytest.approx(per_output.loss)]
+    assert pair.loss == pytest.approx(per_output.loss) and pair.losses == [pytest.approx(per_output.losses[0])]
+    assert pair.tar == per_output.tar == pytest.approx(one.loss)
+    trained = [step.net.conv.weight for step in steps.values()]
+    assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
+    assert not torch.equal(trained[0], trained[3])
+
+
+@both_steps
+def test_an_edited_loss_is_what_trains(kind):
+    steps = [make(Net(), partial(sum_of, factor=factor), kind=kind) for factor in (1.0, 2.0)]
+    for step in steps:
+        step(*batch())
+    assert steps[1].read().loss == pytest.approx(2 * steps[0].read().loss)
+    gradients = [step.net.conv.weight.grad for step in steps]
+    assert torch.allclose(gradients[1], 2 * gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda logits, masks: None, "a NoneType"),
+        (lambda logits, masks: torch.stack(logits), r"a tensor \(7, 4, 1, 8, 8\)"),
+        (lambda logits, masks: [d.sum() for d in logits], "a list"),
+        (lambda logits, masks: logits[0].sum().detach(), r"a tensor \(\) without a gradient"),
+    ],
+)
+def test_another_result_of_a_loss_is_named(loss, says):
+    loss.__name__ = "my_loss"
+    with pytest.raises(UserError, match=f"the loss my_loss returned {says}: it must return a number"):
+        make(Net(), loss)(*batch())
+
+
+@both_steps
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_bad_step_changes_nothing_and_is_counted(poison):
-    net = Net()
-    step = make(net)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, poison, fused):
+    step = make(Net(), kind=kind, fused=fused)
     step(*batch(0))
-    before = {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
+    before, means = weights(step.net), step.read()
     moments = [s["exp_avg"].clone() for s in step.optimizer.state.values()]
-    means = step.read()
     images, masks = batch(1)
     images[0, 0, 0, 0] = poison
     step(images, masks)
     step(images, masks)
-    for key, value in before.items():
-        assert torch.equal(value, net.state_dict()[key]), key
-    for old, new in zip(moments, step.optimizer.state.values(), strict=True):
-        assert torch.equal(old, new["exp_avg"])
-    bad = step.read()
-    assert (bad.bad_steps, bad.bad_in_a_row, bad.steps) == (2, 2, 1)
-    assert bad.loss == means.loss
+    assert all(torch.equal(value, before[key]) for key, value in weights(step.net).items())
+    assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, step.optimizer.state.values(), strict=True))
+    skipped = step.read()
+    assert (skipped.nonfinite_steps, skipped.consecutive_nonfinite, skipped.steps) == (2, 2, 1)
+    assert skipped.loss == means.loss and skipped.nonfinite[0] == "d0, d1, d2, d3, d4, d5, d6"
     step(*batch(2))
     good = step.read()
-    assert (good.bad_steps, good.bad_in_a_row, good.steps) == (2, 0, 2)
-    assert math.isfinite(good.loss)
+    assert (good.nonfinite_steps, good.consecutive_nonfinite, good.steps) == (2, 0, 2)
 
 
 def test_clipping_bounds_the_step():
     net = Net()
-    step = TrainStep(
-        net,
-        torch.optim.SGD(net.parameters(), lr=1.0, fused=True),
-        script.multi_bce_loss_fusion,
-        torch.device("cpu"),
-        clip=0.01,
-    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
+    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext(), grad_clip=0.01)
     before = [p.detach().clone() for p in net.parameters()]
     step(*batch())
     moved = math.sqrt(sum((a - b).pow(2).sum().item() for a, b in zip(before, net.parameters(), strict=True)))
@@ -127,84 +204,78 @@ def test_clipping_bounds_the_step():
 
 def test_averaged_weights_are_the_weighted_mean_of_all_steps():
     net = Net()
-    step = make(net, ema_decay=0.5)
-    seen = []
+    step, seen = make(net, ema_decay=0.5), []
+    assert step.ema_model() is net
     for i in range(3):
         step(*batch(i))
         seen.append((net.conv.weight.detach().clone(), net.bn.running_mean.clone()))
-    weights = [0.125, 0.25, 0.5]
-    kept = step.averaged()
-    for got, which in ((kept.conv.weight, 0), (kept.bn.running_mean, 1)):
-        expected = sum(w * s[which] for w, s in zip(weights, seen, strict=True)) / sum(weights)
+    averaged = step.ema_model()
+    for got, which in ((averaged.conv.weight, 0), (averaged.bn.running_mean, 1)):
+        expected = sum(w * s[which] for w, s in zip((0.125, 0.25, 0.5), seen, strict=True)) / 0.875
         assert torch.allclose(got, expected, atol=1e-6)
-    assert not torch.equal(kept.conv.weight, net.conv.weight)
 
 
-def test_without_average_the_network_itself_is_kept():
-    net = Net()
-    step = make(net)
-    step(*batch())
-    assert step.averaged() is net
+@both_steps
+def test_what_is_frozen_stays_and_learns_again_when_it_is_not(kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Net(), nn.Conv2d(7, 2, 1)
 
+        def forward(self, x, logits=False):
+            return self.second(torch.cat(self.first(x, logits=True), 1)).split(1, 1)
 
-def test_state_goes_on_exactly():
-    one, other = Net(), Net()
-    step = make(one, ema_decay=0.9)
-    for i in range(4):
+    net = Two()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+    step = kind(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext(), ema_decay=0.9)
+    step(*batch(0))
+    net.first.requires_grad_(False).eval()
+    before, second = weights(net.first), net.second.weight.detach().clone()
+    for i in range(3):
         step(*batch(i))
-    half = make(Net(), ema_decay=0.9)
+    assert all(torch.equal(value, before[key]) for key, value in weights(net.first).items())
+    assert all(torch.equal(value, before[key]) for key, value in weights(step.ema_model().first).items())
+    assert all(p.grad is None for p in net.first.parameters()) and not torch.equal(net.second.weight, second)
+    net.first.requires_grad_(True).train()
+    step(*batch(4))
+    assert all(not torch.equal(value, before[key]) for key, value in weights(net.first).items())
+    average = step.ema_model().first.conv.weight  # begins where the weights were
+    assert (average - before["conv.weight"]).norm() < (net.first.conv.weight - before["conv.weight"]).norm()
+
+
+def test_a_parameter_that_never_gets_a_gradient_is_left_alone():
+    net = NetWithoutNorm()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.5, fused=True)
+    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext())
+    step(*batch())
+    step(*batch())
+    assert net.bn.weight.grad is None and torch.equal(net.bn.weight, torch.ones(7))
+
+
+@both_steps
+def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
+    whole, half, resumed = (make(Net(), kind=kind, ema_decay=0.9) for _ in range(3))
+    for i in range(4):
+        whole(*batch(i))
     for i in range(2):
         half(*batch(i))
-    resumed = make(other, ema_decay=0.9)
-    other.load_state_dict(half.net.state_dict())
+    resumed.net.load_state_dict(half.net.state_dict())
     resumed.load_state_dict(half.state_dict())
     for i in range(2, 4):
         resumed(*batch(i))
-    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert resumed.read() == step.read()
-    for a, b in zip(step.averaged().parameters(), resumed.averaged().parameters(), strict=True):
-        assert torch.equal(a, b)
+    for a, b in ((whole.net, resumed.net), (whole.ema_model(), resumed.ema_model())):
+        assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+    one, other = whole.read(), resumed.read()
+    assert (one.loss, one.losses, one.iou, one.steps) == (other.loss, other.losses, other.iou, other.steps)
+    edited = make(Net(), d0_alone, kind=kind, ema_decay=0.9995)
+    edited.load_state_dict(half.state_dict())
+    for a, b in zip(half.ema_model().parameters(), edited.ema_model().parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4)  # another decay: the same average
+    edited(*batch(2))
+    assert edited.read().steps == 1
 
 
-def test_an_average_goes_on_with_another_decay():
-    step = make(Net(), ema_decay=0.9)
-    for i in range(4):
-        step(*batch(i))
-    other = make(Net(), ema_decay=0.9995)
-    other.load_state_dict(step.state_dict())
-    for a, b in zip(step.averaged().state_dict().values(), other.averaged().state_dict().values(), strict=True):
-        if a.is_floating_point():
-            assert torch.allclose(a, b, rtol=1e-4)
-
-
-def test_learning_rate_warms_up_and_falls():
-    cfg = script.Config(lr=1.0, lr_schedule="cosine", warmup=10)
-    rates = [script.learning_rate(cfg, i, i / 100) for i in range(1, 101)]
-    assert rates[0] == pytest.approx(0.1, rel=1e-2)
-    assert max(rates) == rates[9]
-    assert rates[-1] == pytest.approx(0.01)
-    assert rates[54] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 0.55)))
-    constant = script.Config(lr=0.5)
-    assert {script.learning_rate(constant, i, i / 100) for i in (1, 50, 100)} == {0.5}
-
-
-def test_no_decay_for_norms_biases_and_the_scan():
-    net = script.ARCHS["u2mambap"]()
-    decayed, plain = script.decayed_and_not(net)
-    names = {id(p): n for n, p in net.named_parameters()}
-    decayed, plain = ({names[id(p)] for p in g["params"]} for g in (decayed, plain))
-    assert "stage1.rebnconvin.conv_s1.weight" in decayed and "stage1.mamba7.mamba.in_proj.weight" in decayed
-    assert {
-        "stage1.rebnconvin.bn_s1.weight",
-        "stage1.mamba7.mamba.A_log",
-        "stage1.mamba7.mamba.D",
-        "side1.bias",
-    } <= plain
-    assert len(decayed) + len(plain) == len(names)
-
-
-def test_the_optimizer_goes_on_in_another_memory_format():
+def test_the_optimizer_resumes_in_another_memory_format():
     nets = [Net().to(memory_format=torch.channels_last if i == 2 else torch.contiguous_format) for i in range(3)]
     whole, half, resumed = (make(net) for net in nets)
     for i in range(3):
@@ -217,75 +288,37 @@ def test_the_optimizer_goes_on_in_another_memory_format():
     assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
 
 
-def test_edge_weights_by_hand():
-    g = torch.Generator().manual_seed(0)
-    masks, logits = (torch.rand(2, 1, 40, 37, generator=g) > 0.5).float(), torch.randn(7, 2, 1, 40, 37, generator=g)
-    weights = torch.empty_like(masks)
-    for y in range(40):
-        for x in range(37):
-            around = masks[..., max(y - 15, 0) : y + 16, max(x - 15, 0) : x + 16]
-            weights[..., y, x] = 5 * (around.mean((2, 3)) - masks[..., y, x]).abs()
-    bce = nn.functional.binary_cross_entropy_with_logits(logits, masks.expand(7, -1, -1, -1, -1), reduction="none")
-    got = script.total_loss(tuple(logits), masks, 0.0, 2.0, False)
-    assert torch.allclose(got, ((1 + 2 * weights) * bce).mean((1, 2, 3, 4)), rtol=1e-5)
-    assert script.edge_weights(torch.ones_like(masks)).max() == 0  # no edge, no weight
+def test_no_decay_for_norms_biases_and_the_scan():
+    net = script.build_model({"arch": "u2mambap"})
+    decayed, others = param_groups_weight_decay(net)
+    names = {id(p): n for n, p in net.named_parameters()}
+    decayed, others = ({names[id(p)] for p in g["params"]} for g in (decayed, others))
+    assert {"stage1.rebnconvin.conv_s1.weight", "stage1.mamba7.mamba.in_proj.weight"} <= decayed
+    assert {"stage1.rebnconvin.bn_s1.weight", "stage1.mamba7.mamba.A_log", "stage1.mamba7.mamba.D"} <= others
+    assert len(decayed) + len(others) == len(names)
 
 
-@pytest.mark.parametrize(("iou", "edge"), [(0.0, 0.0), (0.5, 0.0), (0.0, 2.0), (0.5, 2.0)])
-def test_total_loss_is_the_same_by_plain_functions_and_by_the_kernels_definition(iou, edge):
-    g = torch.Generator().manual_seed(0)
-    masks, logits = torch.rand(2, 1, 40, 37, generator=g), tuple(torch.randn(7, 2, 1, 40, 37, generator=g))
-    parts = script.multi_bce_loss_fusion(logits, masks) + iou * script.soft_iou_loss(logits, masks)
-    plain = script.total_loss(logits, masks, iou, edge, False)
-    assert torch.allclose(plain, script.total_loss(logits, masks, iou, edge, True), rtol=1e-5)
-    assert torch.allclose(plain, parts) == (not edge)
-
-
-def test_soft_iou_by_hand():
-    masks = torch.zeros(2, 1, 2, 2)
-    masks[0, 0, 0] = 1  # two of four pixels; the second image has no object
-    sure = torch.where(masks > 0, 30.0, -30.0)
-    loss = script.soft_iou_loss((sure, -sure, torch.zeros_like(masks)), masks)
-    # each image: 1 - (both + 1) / (either + 1)
-    assert torch.allclose(loss, torch.tensor([0, (4 / 5 + 4 / 5) / 2, ((1 - 2 / 4) + (1 - 1 / 3)) / 2]), atol=1e-6)
-
-
-class PlainNet(nn.Module):
-    """Seven outputs, nothing that looks at the whole batch."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 7, 3, padding=1)
-        self.bn = nn.BatchNorm2d(7)  # looks at nothing: the step keeps statistics, of which there must be some
-
-    def forward(self, x, logits=False):
-        return self.conv(x).split(1, 1)
-
-
+@both_steps
 @pytest.mark.parametrize("parts", [2, 3, 5])  # 5 images: parts of 3 and 2, of 2, 2 and 1, and of one each
-def test_a_batch_in_parts_is_the_same_step(parts):
-    whole, split = PlainNet(), PlainNet()
-    steps = make(whole), make(split, accumulate=parts)
+def test_micro_batches_are_the_same_step(kind, parts):
+    steps = make(NetWithoutNorm()), make(NetWithoutNorm(), kind=kind, grad_accum_steps=parts)
     for i in range(3):
         for step in steps:
             step(*batch(i, n=5))
-    for a, b in zip(whole.conv.parameters(), split.conv.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-    assert not torch.equal(whole.conv.weight, PlainNet().conv.weight)
+    one, other = (step.net.conv.weight for step in steps)
+    assert torch.allclose(one, other, atol=1e-6) and not torch.equal(one, NetWithoutNorm().conv.weight)
     one, other = (step.read() for step in steps)
     assert other.losses == pytest.approx(one.losses, rel=1e-5)
     assert (other.iou, other.steps) == (pytest.approx(one.iou), one.steps)
 
 
-@pytest.mark.parametrize("parts, says", [(1, "try accumulate = 2, which takes it in 2 parts, or batch_size_train = 2"),
-                                         (4, "of cpu: try batch_size_train = 2")])  # fmt: skip
+@pytest.mark.parametrize(("parts", "says"), [(1, "try grad_accum_steps = 2 or batch_size_train = 2"),
+                                             (4, "of cpu: try batch_size_train = 2")])  # fmt: skip
 def test_memory_that_does_not_suffice_names_what_to_try(parts, says):
     def no_memory(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    step = make(Net(), accumulate=parts)
-    step.loss = no_memory
+    step = make(Net(), no_memory, grad_accum_steps=parts)
     with pytest.raises(UserError) as error:
         step(*batch(n=4))
     assert "a batch of 4 does not fit into the memory of cpu" in str(error.value) and says in str(error.value)

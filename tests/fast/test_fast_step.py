@@ -1,27 +1,38 @@
-"""The fast step (bf16, channels_last, fused kernels, CUDA graph) against the plain one, on a GPU."""
+"""The fast step (bf16, channels_last, kernels, CUDA graph) against the plain one, on a GPU."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from model import U2MAMBAP
 from tests.engine.test_step import script
-from u2mamba.engine.step import EAGER_STEPS, TrainStep
-from u2mamba.fast import multi_loss
+from tests.fast.test_layers import cosines
+from u2mamba import fast
+from u2mamba.engine.distributed import DistContext
+from u2mamba.engine.step import TrainStep
+from u2mamba.fast.step import EAGER_STEPS
+from u2mamba.runtime.environment import Environment
 
-CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda", 0)
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 
-def make(precision="fp32", kernels=False, graph=False, norm_at="none", **options):
+def make(kind=TrainStep, precision="fp32", loss=script.multi_bce_loss_fusion, mamba_norm="none", edit=None, **options):
     torch.manual_seed(0)
-    net = U2MAMBAP(mamba_norm=norm_at)
-    net.to(DEVICE, memory_format=torch.channels_last if kernels else torch.contiguous_format)
+    env = Environment(DEVICE, precision, channels_last=precision == "bf16")
+    net = U2MAMBAP(mamba_norm=mamba_norm)
+    net = (edit or (lambda n: n))(net).to(DEVICE, memory_format=env.memory_format).train()
+    lines = fast.install(net) if kind is fast.TrainStep else []
+    assert (len(lines) and "none" not in lines[0] and "plain" not in lines[0]) == (bool(lines) and precision == "bf16")
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
-    loss = multi_loss if kernels else script.multi_bce_loss_fusion
-    return TrainStep(net, optimizer, loss, DEVICE, precision, kernels=kernels, graph=graph, **options)
+    return kind(net, optimizer, loss, env, DistContext(), **options)
+
+
+def pair(*args, **options):
+    return make(TrainStep, *args, **options), make(fast.TrainStep, *args, **options)
 
 
 def batch(seed, n=4, size=96):
@@ -31,99 +42,57 @@ def batch(seed, n=4, size=96):
     return images, torch.nn.functional.interpolate(masks, scale_factor=8).to(DEVICE)
 
 
-def test_the_graph_computes_what_the_eager_step_computes():
-    eager, graphed = make(), make(graph=True)
-    for i in range(EAGER_STEPS + 4):
-        for step in (eager, graphed):
+def train(steps, batches):
+    for i in batches:
+        for step in steps:
             step(*batch(i))
+
+
+def weights(net):
+    return {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
+
+
+def unchanged(net, before, prefix=""):
+    return all(torch.equal(v, before[k]) for k, v in weights(net).items() if k.startswith(prefix))
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_accum_steps": 2}, {"grad_clip": 1.0, "ema_decay": 0.9}], ids=str)
+def test_the_graph_computes_what_the_plain_step_computes(options):
+    plain, graphed = pair(**options)
+    train((plain, graphed), range(EAGER_STEPS + 4))
     assert graphed.graph is not None
-    a, b = eager.read(), graphed.read()
+    a, b = plain.read(), graphed.read()
     assert a.steps == b.steps == EAGER_STEPS + 4
     # cuDNN adds up weight gradients in no fixed order, and seven steps of training amplify it: 1.4e-3 was seen
     assert b.loss == pytest.approx(a.loss, rel=5e-3)
     assert b.iou == pytest.approx(a.iou, abs=0.02)
 
 
-def cosines(step, reference):
-    """Cosine of each parameter's gradient after one batch with that of `reference`, but where batch norm cancels it."""
-    for s in (step, reference):
-        s.set_learning_rate(0.0)
-        s(*batch(1))
-    pairs = zip(step.net.named_parameters(), reference.net.parameters(), strict=True)
-    kept = [(p.grad.flatten(), q.grad.flatten()) for (name, p), q in pairs if not name.endswith("conv_s1.bias")]
-    return torch.tensor([torch.nn.functional.cosine_similarity(p, q, 0) for p, q in kept if q.norm() > 1e-5])
-
-
 def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
     """An untrained network multiplies rounding: PyTorch's own bf16 autocast leaves a median cosine of 0.24 to 0.47
-    (measured on a CPU), so that is the yardstick and not 1. test_networks compares the fused layers in fp32."""
-    autocast, fast = cosines(make("bf16"), make()), cosines(make("bf16", kernels=True), make())
-    assert fast.median() > autocast.median() - 0.1
-    assert fast.quantile(0.1) > autocast.quantile(0.1) - 0.15
+    (measured on a CPU), so that is the yardstick and not 1."""
+    steps = make(), make(precision="bf16"), make(fast.TrainStep, "bf16")
+    for step in steps:
+        step.set_learning_rate(0.0)
+    train(steps, [1])
+    autocast, fused = cosines(steps[1], steps[0]), cosines(steps[2], steps[0])
+    assert fused.median() > autocast.median() - 0.1
+    assert fused.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
-@pytest.mark.parametrize("norm_at", ["none", "gate"])
-def test_the_fast_step_learns_as_the_plain_one(norm_at):
-    plain, fast = make(norm_at=norm_at), make("bf16", kernels=True, graph=True, norm_at=norm_at)
-    for i in range(60):
-        for step in (plain, fast):
-            step(*batch(i % 6))
-    assert fast.read().loss == pytest.approx(plain.read().loss, rel=0.02)
+@pytest.mark.parametrize("mamba_norm", ["none", "gate"])
+def test_the_fast_step_learns_as_the_plain_one(mamba_norm):
+    plain, quick = make(mamba_norm=mamba_norm), make(fast.TrainStep, "bf16", mamba_norm=mamba_norm)
+    for _ in range(10):
+        train((plain, quick), range(6))
+    assert quick.read().loss == pytest.approx(plain.read().loss, rel=0.02)
 
 
-def test_learning_rate_changes_without_a_new_capture():
-    step = make(graph=True)
-    for i in range(EAGER_STEPS + 2):
-        step(*batch(i))
-    graph = step.graph
-    step.set_learning_rate(0.0)
-    before = [p.detach().clone() for p in step.net.parameters()]
-    step(*batch(9))
-    assert step.graph is graph
-    assert all(torch.equal(a, b) for a, b in zip(before, step.net.parameters(), strict=True))
-    step.set_learning_rate(1e-3)
-    step(*batch(10))
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.net.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("kernels", [False, True])
-def test_a_bad_batch_inside_the_graph_changes_nothing(kernels):
-    step = make("bf16" if kernels else "fp32", kernels=kernels, graph=True, ema_decay=0.9, clip=1.0)
-    for i in range(EAGER_STEPS + 2):
-        step(*batch(i))
-    before = {k: v.clone() for k, v in step.net.state_dict().items() if "num_batches" not in k}
-    images, masks = batch(9)
-    images[0, 0, 0, 0] = math.nan
-    step(images, masks)
-    for key, value in before.items():
-        assert torch.equal(value, step.net.state_dict()[key]), key
-    means = step.read()
-    assert (means.bad_steps, means.bad_in_a_row, means.steps) == (1, 1, EAGER_STEPS + 2)
-    step(*batch(10))
-    assert step.read().bad_in_a_row == 0
-
-
-def test_a_smaller_last_batch_and_then_the_graph_again():
-    step = make("bf16", kernels=True, graph=True)
-    for i in range(EAGER_STEPS + 2):
-        step(*batch(i))
-    step(*batch(20, n=3))
-    step(*batch(21))
-    means = step.read()
-    assert means.steps == EAGER_STEPS + 4 and math.isfinite(means.loss)
-
-
-@pytest.mark.parametrize("kernels", [False, True])
-def test_a_batch_in_parts_through_the_graph(kernels):
-    options = {"precision": "bf16" if kernels else "fp32", "kernels": kernels}
-    eager, graphed = make(**options, accumulate=2), make(**options, graph=True, accumulate=2)
-    for i in range(EAGER_STEPS + 4):
-        for step in (eager, graphed):
-            step(*batch(i))
-    assert graphed.graph is not None
-    a, b = eager.read(), graphed.read()
-    assert b.loss == pytest.approx(a.loss, rel=5e-3) and a.steps == b.steps  # as of whole batches, above
-    half = make(**options)  # the two halves by hand, each a step that does not move
+@PRECISIONS
+def test_micro_batches_add_up(precision):
+    """Two halves by hand, each a step that does not move, against one step of two micro-batches in the graph."""
+    graphed, half = make(fast.TrainStep, precision, grad_accum_steps=2), make(fast.TrainStep, precision)
+    train((graphed,), range(EAGER_STEPS + 2))
     half.net.load_state_dict(graphed.net.state_dict())
     for step in (half, graphed):
         step.set_learning_rate(0.0)
@@ -131,36 +100,110 @@ def test_a_batch_in_parts_through_the_graph(kernels):
     halves = []
     for x, y in zip(images.chunk(2), masks.chunk(2), strict=True):
         half(x, y)
-        halves.append([p.grad for p in half.net.parameters()])
+        halves.append([None if p.grad is None else p.grad.clone() for p in half.net.parameters()])
     graphed(images, masks)
-    compared = 0
-    for a, b, p in zip(*halves, graphed.net.parameters(), strict=True):
-        if a is not None and (a + b).norm() > 1e-3:  # batch norm cancels a bias before it
-            assert torch.nn.functional.cosine_similarity((a + b).flatten(), 2 * p.grad.flatten(), 0) > 0.99
-            compared += 1
-    assert compared > 200
+    pairs = [(a + b, p.grad) for a, b, p in zip(*halves, graphed.net.parameters(), strict=True) if a is not None]
+    pairs = [(a.flatten(), 2 * b.flatten()) for a, b in pairs if a.norm() > 1e-3]  # batch norm cancels a bias before it
+    assert len(pairs) > 200 and all(torch.nn.functional.cosine_similarity(a, b, 0) > 0.99 for a, b in pairs)
 
 
-def test_state_goes_on_from_a_graphed_run():
-    step = make(graph=True)
-    for i in range(EAGER_STEPS + 3):
-        step(*batch(i))
-    other = make(graph=True)
-    other.net.load_state_dict(step.net.state_dict())
-    other.load_state_dict(step.state_dict())
-    for i in range(6):
-        for s in (step, other):
-            s(*batch(30 + i))
-    assert other.read().loss == pytest.approx(step.read().loss, rel=1e-3)
+def test_a_learning_rate_set_by_hand_holds_without_a_new_capture():
+    step = make(fast.TrainStep)
+    train((step,), range(EAGER_STEPS + 2))
+    graph, before = step.graph, weights(step.net)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.0
+    step(*batch(9))
+    assert step.graph is graph
+    assert all(torch.equal(p, before[n]) for n, p in step.net.named_parameters())
+    step.set_learning_rate(1e-3)
+    step(*batch(10))
+    assert step.graph is graph and step.optimizer.param_groups[0]["lr"] == 1e-3
+    assert any(not torch.equal(p, before[n]) for n, p in step.net.named_parameters())
 
 
-def test_smaller_last_batches_take_memory_once():
-    step = make(graph=True)
-    for i in range(EAGER_STEPS + 2):
-        step(*batch(i))
+@PRECISIONS
+def test_a_step_that_is_not_finite_changes_nothing_inside_the_graph(precision):
+    step = make(fast.TrainStep, precision, ema_decay=0.9, grad_clip=1.0)
+    train((step,), range(EAGER_STEPS + 2))
+    before = weights(step.net)
+    images, masks = batch(9)
+    images[0, 0, 0, 0] = math.nan
+    step(images, masks)
+    assert unchanged(step.net, before)
+    means = step.read()
+    assert (means.nonfinite_steps, means.consecutive_nonfinite, means.steps) == (1, 1, EAGER_STEPS + 2)
+    step(*batch(10))
+    assert step.read().consecutive_nonfinite == 0
+
+
+@PRECISIONS
+def test_frozen_layers_stay_and_learn_again(precision):
+    step = make(fast.TrainStep, precision, ema_decay=0.9)
+    train((step,), range(EAGER_STEPS + 2))
+    step.net.stage1.requires_grad_(False).eval()
+    before = weights(step.net)
+    train((step,), range(EAGER_STEPS + 2))
+    assert step.graph is not None and step.read().nonfinite_steps == 0
+    assert unchanged(step.net, before, "stage1.") and not unchanged(step.net, before, "stage2.")
+    step.net.stage1.requires_grad_(True).train()
+    train((step,), range(EAGER_STEPS + 2))
+    assert step.graph is not None and not unchanged(step.net, before, "stage1.")
+
+
+@PRECISIONS
+def test_group_norm_in_the_place_of_batch_norm(precision):
+    def group_norm(net):
+        for module in net.modules():
+            if isinstance(getattr(module, "bn_s1", None), nn.BatchNorm2d):
+                module.bn_s1 = nn.GroupNorm(4, module.bn_s1.num_features)
+        return net
+
+    plain, quick = pair(precision, edit=group_norm)
+    train((plain, quick), range(EAGER_STEPS + 4))
+    assert quick.graph is not None and quick.read().loss == pytest.approx(plain.read().loss, rel=0.02)
+
+
+@PRECISIONS
+def test_an_edited_loss_is_what_trains(precision):
+    steps = [make(fast.TrainStep, precision)]
+    steps.append(make(fast.TrainStep, precision, lambda d, y: 2 * script.multi_bce_loss_fusion(d, y)))
+    for step in steps:
+        step.set_learning_rate(0.0)
+    train(steps, range(EAGER_STEPS + 4))
+    assert steps[1].graph is not None
+    assert steps[1].read().loss == pytest.approx(2 * steps[0].read().loss, rel=1e-3)
+
+
+def test_a_loss_that_waits_for_the_gpu_trains_without_a_graph(capsys):
+    def loss(logits, masks):
+        losses = script.multi_bce_loss_fusion(logits, masks)
+        return losses * (2 if losses[0].item() > 1e9 else 1)
+
+    plain, step = make(), make(fast.TrainStep, loss=loss)
+    train((plain, step), range(EAGER_STEPS + 3))
+    assert step.graph is None and step.read().loss == pytest.approx(plain.read().loss, rel=5e-3)
+    out = capsys.readouterr().out
+    assert out.count("step: slower, without a CUDA graph") == 1 and "test_fast_step.py" in out
+
+
+def test_smaller_last_batches_and_then_the_graph_again_take_memory_once():
+    step = make(fast.TrainStep)
+    train((step,), range(EAGER_STEPS + 2))
     taken = [torch.cuda.memory_reserved(DEVICE)]
     for i in range(8):
         step(*batch(i, n=3))
         step(*batch(i))
         taken.append(torch.cuda.memory_reserved(DEVICE))
+    means = step.read()
+    assert means.steps == EAGER_STEPS + 18 and math.isfinite(means.loss)
     assert taken[-1] - taken[2] <= taken[1] - taken[0], taken  # six more together no more than the first
+
+
+def test_state_resumes_from_a_graphed_run():
+    step, other = make(fast.TrainStep), make(fast.TrainStep)
+    train((step,), range(EAGER_STEPS + 3))
+    other.net.load_state_dict(step.net.state_dict())
+    other.load_state_dict(step.state_dict())
+    train((step, other), range(30, 36))
+    assert other.read().loss == pytest.approx(step.read().loss, rel=1e-3)

@@ -156,35 +156,6 @@ def test_small_steps(module, monkeypatch):
     assert ((y.double() - want) / want).abs().max() < 3e-6  # exp2 of a product rounded at 43 is 2.6e-6 off
 
 
-def test_error_without_gpu():
-    """One line that names the backend and the mend."""
-    if INTERPRETED:
-        pytest.skip("the interpreter takes CPU tensors")
-    from u2mamba.fast.selective_scan import selective_scan_triton
-
-    x, A = torch.randn(1, 2, 4), -torch.ones(2, 3)
-    bc = torch.randn(1, 3, 4)
-    with pytest.raises(RuntimeError, match=r"backend='triton' needs a CUDA device.*backend='auto'"):
-        selective_scan_triton(x, x, A, bc, bc)
-    with pytest.raises(RuntimeError, match="float64"):
-        selective_scan_triton(x.double(), x, A, bc, bc)
-
-
-def test_import_without_triton():
-    """The module imports where there is no Triton (macOS, Windows) and says so on use."""
-    if INTERPRETED:
-        pytest.skip("has run outside")
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch; from u2mamba.fast.selective_scan import selective_scan_triton as scan\n"
-        "x = torch.ones(1, 1, 1)\n"
-        "try: scan(x, x, -x[0], x, x)\n"
-        "except RuntimeError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert "needs the triton package" in done.stdout, done.stderr[-2000:]
-
-
 def chunked_loop(u, delta, A, B, C, D, z, delta_bias, softplus) -> Tensor:
     """`scan_loop` in closed form over chunks of 64 steps, float64, every chunk computed again in the backward pass."""
 
@@ -242,25 +213,3 @@ def test_cuda_graph_replay_equals_eager(L):
     graph.replay()
     for name, got, want in zip(("y", *NAMES), captured, step(), strict=True):
         assert torch.equal(got, want), name  # no atomics: the same to the last bit
-
-
-@gpu_test
-def test_compile_sees_one_operation():
-    from u2mamba.fast.selective_scan import selective_scan_triton
-
-    inputs = make_inputs(2, 64, 16, 200)
-
-    def f(*inputs):
-        return selective_scan_triton(*inputs, True).square().sum()
-
-    results = [torch.autograd.grad(g(*inputs), inputs) for g in (f, torch.compile(f, fullgraph=True))]
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@gpu_test
-@pytest.mark.parametrize("L", [81, 1296])
-def test_opcheck(L):
-    from u2mamba.fast import selective_scan  # noqa: F401 (registers the operation)
-
-    torch.library.opcheck(torch.ops.u2mamba.selective_scan.default, (*make_inputs(2, 64, 16, L), True))

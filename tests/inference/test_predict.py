@@ -257,9 +257,9 @@ def test_a_killed_command_continues_where_it_was(overwrite, photos, predict, oth
     code = (
         "import os, signal, u2mamba_predict as p\n"
         "count, write = [], p.write\n"
-        "def stop(*words):\n"
+        "def stop(*words, **more):\n"
         "    if len(count) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return count.append(1) or write(*words)\n"
+        "    return count.append(1) or write(*words, **more)\n"
         "p.write = stop\n"
         f"p.main(p.Config(('photos',), {other!r}, 'out', size={SIZE}, batch=1, device='cpu', precision='fp32',"
         f" overwrite={overwrite}))"

@@ -1,15 +1,18 @@
 """The networks equal the published ones: counts, keys, shapes, function."""
 
+import importlib
 import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import model
 from model import U2MAMBA, U2MAMBAP, U2NET, U2NETP, load_u2net_weights
-from model.layers import fused
-from model.u2net import RSU
+from model.u2net import RSU, saliency_map
 from model.weights import load_model
 
 
@@ -175,32 +178,6 @@ def test_weights_of_another_network_leave_it_as_it_was():
         assert torch.equal(before[key], value)
 
 
-def test_the_fused_layers_give_the_same_outputs_gradients_and_statistics_layer_by_layer():
-    """In fp64, because an untrained network multiplies rounding: in fp32 3 % of a gradient. The kernels themselves
-    are compared with these definitions one by one in test_kernels_layers."""
-    generator = torch.Generator().manual_seed(1)
-    masks = F.interpolate((torch.rand(3, 1, 9, 9, generator=generator) > 0.5).double(), (70, 74))
-    images = F.interpolate(torch.randn(3, 3, 9, 9, generator=generator).double(), (70, 74), mode="bilinear") + masks
-    nets = []
-    for on in (False, True):
-        torch.manual_seed(0)
-        net = U2MAMBAP().double().to(memory_format=torch.channels_last).train()
-        with fused(on):
-            outputs = net(images.to(memory_format=torch.channels_last), logits=True)
-        sum(F.binary_cross_entropy_with_logits(d, masks) for d in outputs).backward()
-        nets.append((net, outputs[0]))
-    (plain, d0), (fast, d0_fast) = nets
-    assert torch.allclose(d0, d0_fast, atol=1e-9)
-    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
-        if name.endswith("conv_s1.bias"):  # batch norm cancels it: rounding in one network, no gradient in the other
-            assert q[1].grad is None
-        else:
-            assert (p.grad - q[1].grad).norm() <= 1e-6 * p.grad.norm() + 1e-12, name
-    for (name, p), q in zip(plain.named_buffers(), fast.buffers(), strict=True):
-        if "num_batches" not in name:
-            assert torch.allclose(p, q, rtol=1e-9, atol=1e-12), name
-
-
 VARIANTS = [{"mamba_norm": "gate"}, {"mamba_norm": "gate", "mamba_at": "encoder"}, {"mamba_at": "encoder"}]
 
 
@@ -223,3 +200,35 @@ def test_weights_with_other_norms_in_their_mamba_layers_are_refused(norm_at, the
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     report = load_u2net_weights(net, U2NETP().state_dict())
     assert len(report.new) == sum(".mamba" in k for k in before)
+
+
+def test_classes_and_channels():
+    """K classes, of which the first is the background, and four input channels."""
+    net = U2NETP(in_ch=4, out_ch=3).eval()
+    with torch.no_grad():
+        logits, maps = (net(torch.rand(2, 4, 32, 40), logits=on)[0] for on in (True, False))
+    assert logits.shape == (2, 3, 32, 40) and maps.shape == (2, 1, 32, 40)
+    x = torch.tensor([1.0, 2.0, 0.5]).view(1, 3, 1, 1)
+    expected = (math.exp(2) + math.exp(0.5)) / (math.exp(1) + math.exp(2) + math.exp(0.5))
+    assert saliency_map(x).item() == pytest.approx(expected)
+
+
+def test_the_folder_works_under_another_name(tmp_path, monkeypatch):
+    shutil.copytree(Path(model.__file__).parent, tmp_path / "borrowed")
+    monkeypatch.syspath_prepend(tmp_path)
+    borrowed = importlib.import_module("borrowed")
+    layer, own = borrowed.MambaLayer(8), model.MambaLayer(8)
+    own.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 8, 3, 5)
+    assert torch.equal(layer(x), own(x)) and not isinstance(layer, model.MambaLayer)
+    assert layer.ops.__module__ == "borrowed.layers"
+
+
+def test_torch_compile_gives_the_same_outputs_and_gradients():
+    net = RSU(4, False, 3, 8, 8, partial(model.MambaLayer, norm_at="gate"), (4,))
+    results, x = [], torch.randn(2, 3, 20, 20)
+    for f in (net, torch.compile(net, backend="eager")):
+        y = f(x)
+        results.append([y, *torch.autograd.grad(y.square().mean(), net.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

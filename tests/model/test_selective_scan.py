@@ -29,7 +29,7 @@ def run(inputs, form="torch", softplus=True):
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     with pytest.MonkeyPatch.context() as patch:
         if form == "export":
-            patch.setattr(chunked_scan, "scan", chunked_scan.scan_for_export)
+            patch.setattr(chunked_scan, "scan", chunked_scan.traceable_scan)
         y = scan(**leaves, delta_softplus=softplus, backend="reference" if form == "reference" else "torch")
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y.dtype)  # exact in each dtype
     grads = torch.autograd.grad(y, leaves.values(), dy, materialize_grads=True)
@@ -169,14 +169,6 @@ def test_saves_no_more_than_a_few_inputs():
     assert sum(kept.values()) <= 10 * 32 * 4096
 
 
-@pytest.mark.parametrize("L", [1, 40])
-def test_operator_is_sound(L):
-    """Schema, shapes without data, and gradients under tracing: what torch.compile relies on."""
-    inputs = make(1, 2, L, 3)
-    arguments = tuple(inputs[k].requires_grad_() for k in NAMES[:5])
-    torch.library.opcheck(torch.ops.u2mamba.chunked_scan.default, arguments)
-
-
 def test_exported_graph_is_plain_and_small():
     class Scan(torch.nn.Module):
         def forward(self, *v):
@@ -213,35 +205,23 @@ def test_shapes_that_do_not_fit(name, shape, says):
     assert "\n" not in str(caught.value)
 
 
-def test_backend_on_a_cpu(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    selective_scan._trouble.cache_clear()
-    backend, reason = selective_scan.choose_backend("cpu")
-    assert backend == "torch"
-    assert "triton" in reason
-    assert "mamba_ssm" in reason
-    assert selective_scan.choose_backend(torch.device("cpu"), "reference")[0] == "reference"
-    for name in ("triton", "mamba_ssm"):
-        with pytest.raises(ValueError, match=f"backend='{name}' cannot be used here: it needs a CUDA device"):
-            scan(**make(), backend=name)
-    with pytest.raises(ValueError, match="choose one of auto, reference, torch, triton, mamba_ssm"):
-        scan(**make(), backend="cuda")
-
-
-def test_kernels_are_tried_before_they_are_trusted(monkeypatch):
-    """A kernel that throws, or computes something else, is set aside with one line that says so."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets "triton" be tried on a CPU
-
-    def trouble(kernel):
-        selective_scan._trouble.cache_clear()
-        monkeypatch.setattr(selective_scan, "_triton_scan", kernel)
-        return selective_scan._trouble("triton", torch.device("cpu"))
-
-    def throws(*_):
-        raise RuntimeError("no kernel image\nis available")
-
-    assert trouble(scan) == ""
-    assert trouble(throws) == "RuntimeError: no kernel image is available"
-    assert "wrong" in trouble(lambda *v: scan(*v) * 1.1)
-    assert "wrong" in trouble(lambda u, *v: scan(u.detach() + 0 * u, *v))  # right values, wrong gradient
-    selective_scan._trouble.cache_clear()
+def test_backends_that_are_registered(monkeypatch):
+    """The first that works on a CUDA device; the reason of each that does not; explicit ones by name anywhere."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(selective_scan, "REGISTERED", {})
+    choose = selective_scan.choose_backend
+    assert choose(gpu)[0] == choose("cpu")[0] == "torch"
+    assert choose("cpu", "reference")[0] == "reference"
+    with pytest.raises(ValueError, match=r"choose one of auto, reference, torch$"):
+        scan(**make(), backend="first")
+    selective_scan.REGISTERED["first"] = (scan, lambda device: "" if device == gpu else "it requires a GPU")
+    selective_scan.REGISTERED["second"] = (lambda *inputs: scan(*inputs) + 1, lambda device: "")
+    for device in (gpu, "cuda", "cuda:0"):
+        assert choose(device) == ("first", "the fastest that works here")
+    assert choose("cpu")[0] == "torch"
+    assert choose(torch.device("cuda", 1)) == ("second", "the fastest that works here; not first: it requires a GPU")
+    with pytest.raises(ValueError, match="backend='first' cannot be used here: it requires a GPU"):
+        scan(**make(), backend="first")
+    inputs = make() | {"delta_softplus": True}
+    assert torch.equal(scan(**inputs, backend="second"), scan(**inputs) + 1)

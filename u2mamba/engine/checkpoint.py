@@ -97,13 +97,17 @@ class Checkpointer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise CheckpointError(f"{path}: does not hold a run to resume ({reason}); {FIX_HINT}") from None
-        if not state.finished:
+        if state.finished:
+            print(f"{self.folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
+        else:
             print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
         self.last_is_whole = path == self.last
         return state
 
     def begin(self, state: TrainState) -> None:
-        """Archives an earlier run, where this one is new, and writes config.json, in the main process."""
+        """Archives an earlier run, where this one is new, and writes config.json; gives all processes the weights of
+        the main one."""
+        self.dist.broadcast_weights(self.step.net)
         if self.dist.is_main:
             if not state.iteration:
                 archive_run(self.folder)
@@ -205,6 +209,11 @@ class Checkpointer:
         self.last_is_whole |= self.saved
         self._written = time.monotonic()
         self._took = self._written - started
+
+    def save_finished(self, state: TrainState) -> None:
+        """last.pth of a run that has ended, after its last epoch or by a `break`."""
+        state.finished = True
+        self.save_last(state)
 
     def is_due(self) -> bool:
         """Whether the last last.pth is old enough for another."""

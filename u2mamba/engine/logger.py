@@ -100,6 +100,8 @@ class TrainLogger:
             )
 
     def log_validation(self, scores: Mapping[str, float], best: bool, seconds: float, net: nn.Module) -> None:
+        if not scores:  # there are no validation pairs
+            return
         values = ", ".join(f"{name}: {value:.4f}" for name, value in scores.items())
         self.log(f"{self._prefix()}] validation {values}{' (best)' if best else ''} | {seconds:.1f} s")
         self._record("val", {f"val_{name}": value for name, value in scores.items()})
@@ -114,7 +116,10 @@ class TrainLogger:
             self._warn_once(error)
         self._to_board("add_image", "validation/image, mask, d0", sheet, self.state.iteration)
 
-    def close(self) -> None:
+    def __enter__(self) -> "TrainLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._to_board("close")
 
     def _prefix(self) -> str:

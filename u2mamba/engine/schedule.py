@@ -34,6 +34,10 @@ class TrainState:
             return False
         return name != self.best_name or scores[name] >= self.best
 
+    def advance(self, pairs: int) -> None:
+        """Counts a step on so many pairs of all processes."""
+        self.iteration, self.position = self.iteration + 1, self.position + pairs
+
     def end_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
 

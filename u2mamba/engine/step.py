@@ -1,305 +1,247 @@
-"""One training step: forward, loss, backward, clipping, optimizer, averaged weights, without a synchronisation.
+"""One training step: forward, loss, backward, clipping, optimizer, averaged weights, without waiting for the device.
 
-A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the
-batch norm statistics; it is counted, and `TrainStep.read` tells. (The averages move towards the weights as they are.)
-
-On a CUDA GPU the whole step is captured in a graph and replayed: U²-Net launches some 5,000 kernels a step, and the CPU
-cannot launch them as fast as the GPU runs them. The same code runs eagerly everywhere else.
+A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the running
+statistics; it is counted, and `TrainStep.read` names it. (Averages move towards the unchanged weights.)
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.layers import fused
+from model.u2net import saliency_map
 from u2mamba.engine.distributed import DistContext
-from u2mamba.engine.gradients import MeanOfAll
+from u2mamba.engine.gradients import GradientAverager
 from u2mamba.engine.parameters import flatten_statistics
 from u2mamba.engine.validation import iou_per_image
-from u2mamba.fast import compile_only, join
-from u2mamba.runtime.environment import HeapRetention, memory_in_use, out_of_memory
+from u2mamba.runtime.environment import Environment, HeapRetention, memory_in_use, out_of_memory
 from u2mamba.runtime.errors import UserError
 
-OUTPUTS = 7  # d0..d6
-HISTORY = 64  # steps of which it is remembered what was not finite
-EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
+HISTORY = 64  # steps of which it is known what was not finite
 
 
 @dataclass
 class RunningMeans:
-    """Running means since the last `TrainStep.reset`, over the steps that were finite."""
+    """Means since the last `TrainStep.reset`, over the steps that were finite."""
 
-    loss: float  # sum over d0..d6
-    losses: list[float]  # of d0, ..., d6; the first is the published code's "tar"
+    loss: float  # what was trained: the sum over d0, d1, ...
+    losses: list[float]  # what the loss returned: one value, one per output, or its "tar"
     iou: float  # mean over images
     steps: int
-    nonfinite_steps: int  # steps left out since the run began
+    nonfinite_steps: int  # skipped since the run began
     consecutive_nonfinite: int
-    nonfinite: dict[int, str]  # of the HISTORY last steps, 0 the newest: the outputs whose loss was not finite
-    memory: float  # GiB in use
+    nonfinite: dict[int, str] = field(default_factory=dict)  # of the last steps, 0 the newest: what was not finite
+    memory: float = 0.0  # GiB in use
 
     @property
-    def tar(self):
-        return self.losses[0]
+    def tar(self) -> float:
+        """U-2-Net's name for the loss of d0."""
+        return self.losses[0] if self.losses else math.nan
 
 
 class TrainStep:
-    """Calling it trains `net` by one batch.
+    """Calling it trains `net`, in the modes that its modules are in, by one batch.
 
-    optimizer: one of PyTorch's with fused=True. loss: (logits d0..d6, masks) -> (7,) losses.
-    precision: "fp32"; or "bf16", activations and convolutions in bf16; in fp32 the weights, and of Mamba everything,
-    with the fused kernels its state and sums.
-    clip: largest gradient norm, 0 for none. ema_decay: decay of the averaged weights per step, 0 for none.
-    accumulate: parts of a batch that go through the network one after the other, their gradients added up: the memory
-    of one part, and the step of the whole batch, but for batch norm, which normalises each part by itself.
-    graph: capture the step on CUDA. kernels: use the fused Triton kernels (bf16, channels_last, CUDA).
-    world: the processes that train together, each with its own batch of the same size; weights, averages and means
-    stay the same in all, batch norm statistics are the mean of theirs.
+    loss: function (logits d0, d1, ..., masks) -> a number, one value per output (their sum is trained), or, as in
+    U-2-Net, (tar, loss), of which the second is trained and the first printed.
+    dist: the processes that train together, each with its own batch of the same size. Weights, averages and means stay
+    the same in all; running statistics are the mean of theirs.
+    grad_clip: largest gradient norm, 0: off. ema_decay: per step, of the averaged weights, 0: off. grad_accum_steps:
+    micro-batches, whose gradients add up: the memory of one, and the step of the whole batch, but for batch norm.
     """
 
     def __init__(
         self,
         net: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: Callable[[tuple[Tensor, ...], Tensor], Tensor],
-        env,
+        loss: Callable[[tuple[Tensor, ...], Tensor], Any],
+        env: Environment,
         dist: DistContext = DistContext(),  # noqa: B008 - immutable
         *,
         grad_clip: float = 0.0,
         ema_decay: float = 0.0,
         grad_accum_steps: int = 1,
-        graph: bool = False,
-        kernels: bool = False,
     ):
-        world, clip, accumulate, device, precision = dist, grad_clip, grad_accum_steps, env.device, env.precision
-        self.net, self.optimizer, self.loss, self.device = net, optimizer, loss, device
-        self.clip, self.kernels, self.accumulate = clip, kernels, accumulate
-        self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=not graph
-        )
-        self.parameters = [p for p in net.parameters() if p.requires_grad]
-        self.copied = [m for m in net.modules() if kernels and _runs_in_bf16(m)]
-        self.statistics = flatten_statistics(net)
-        self.ema_decay = ema_decay
-        self.ema = [torch.zeros_like(t) for t in (*self.parameters, self.statistics)] if ema_decay else None
-        # sums over the steps since `reset`: steps, images, IoU, losses of d0..d6; then bad steps, bad steps in a row
-        self.sums = torch.zeros(3 + OUTPUTS, device=device)
-        self.bad = torch.zeros(2, device=device)
-        self.recent = torch.zeros(HISTORY, device=device)  # newest first: a bit for each output, one for the gradient
-        self.bits = 2.0 ** torch.arange(OUTPUTS + 1, device=device)
-        self.mean_of_all = MeanOfAll(world, self.parameters, self.statistics, torch.zeros(OUTPUTS + 1, device=device))
-        self.ema_steps = self.eager_steps = 0
-        self.memory = HeapRetention(device)
-        self.graph = self.images = self.masks = self.shape = None
-        self.wants_graph = graph and device.type == "cuda"
-        # one for all: the allocator keeps memory apart for each stream that ever ran a step
-        self.side = torch.cuda.Stream(device) if self.wants_graph else None
-        if device.type == "cuda" and hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
-        for group in optimizer.param_groups if self.wants_graph else ():
-            group["capturable"] = True
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)  # so that it can change without a new capture
+        self.net, self.optimizer, self.loss, self.env, self.dist = net, optimizer, loss, env, dist
+        self.grad_clip, self.ema_decay, self.grad_accum_steps = grad_clip, ema_decay, grad_accum_steps
+        self.device = env.device
+        self.heap = HeapRetention(env.device)
+        self.ema: dict[str, Tensor] = {}
+        self.ema_steps = 0
+        self.nonfinite = torch.zeros(2, device=env.device)  # steps; steps in a row
+        self.sums = self.history = None  # made by the first step: the loss decides how many values there are
+        self._modules, self._parameters, self._setup = list(net.modules()), dict(net.named_parameters()), None
 
     def __call__(self, images: Tensor, masks: Tensor) -> None:
-        """images: (B, 3, H, W) normalised, masks: (B, 1, H, W) in [0, 1], both on the step's device.
+        """images: (B, C, H, W) normalized, masks: (B, 1, H, W) in [0, 1], both on the step's device.
 
-        Raises UserError naming a batch size to try when the memory does not suffice.
+        Raises UserError that names a batch size to try when the memory does not suffice, or what the loss returned.
         """
+        groups = [len(group["params"]) for group in self.optimizer.param_groups]
+        flags = [p.requires_grad for p in self._parameters.values()], [m.training for m in self._modules]
+        if self._setup != (flags, groups, self.loss):
+            self._setup = (flags, groups, self.loss)
+            self._set_up()
         try:
-            if self.shape is None or images.shape[2:] != self.shape[2:]:
-                self._compile_kernels(images, masks)
-            if not self.wants_graph:
-                with self.memory:
-                    self._step(images, masks)
-            elif self.graph and images.shape == self.images.shape:
-                self.images.copy_(images)
-                self.masks.copy_(masks)
-                self.graph.replay()
-            elif self.eager_steps >= EAGER_STEPS and images.shape == self.shape:  # twice in a row: no last batch
-                self._capture(images, masks)
-            else:  # the first steps, the first of another size, and the last, smaller batch of an epoch
-                self._on_side_stream(images, masks)
+            self._run(images, masks)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            less, parts = max(len(images) // 2, 1), 2 * self.accumulate
-            advice = f"accumulate = {parts}, which takes it in {parts} parts, or " if parts <= len(images) else ""
+            parts = 2 * self.grad_accum_steps
+            advice = f"grad_accum_steps = {parts} or " if parts <= len(images) else ""
             raise UserError(
                 f"a batch of {len(images)} does not fit into the memory of {self.device}: try {advice}"
-                f"batch_size_train = {less}"
+                f"batch_size_train = {max(len(images) // 2, 1)}"
             ) from None
-        self.shape = images.shape
         self.ema_steps += bool(self.ema)
 
-    def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
-        """Compiles the Triton kernels of a step side by side, by a step of a copy of the network thrown away after."""
-        if self.device.type != "cuda":
-            return
-        self._copy_weights()
-        net, images, masks = copy.deepcopy(self.net), *next(self._parts(images, masks))
-        with compile_only(), self.autocast, fused(self.kernels):
-            self._backward(self.loss(net(images, logits=True), masks))
-        if self.kernels:
-            join(self.device)
+    def _set_up(self) -> None:
+        """What is trained: at the first step, and where `requires_grad` or a module's mode has changed."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self.statistics, views = flatten_statistics(self.net)
+        self.averager = GradientAverager(self.dist, list(trained.values()))
+        self.averaged = trained | views  # their averages start from zero, as Adam's moments do
+        if self.ema_decay:
+            start = 1 - self.ema_decay**self.ema_steps
+            self.ema = {
+                name: torch.empty_like(t).copy_(self.ema[name]) if name in self.ema else t.detach() * start
+                for name, t in self.averaged.items()
+            }
 
-    def _on_side_stream(self, images: Tensor, masks: Tensor) -> None:
-        """As PyTorch asks of what runs before a capture: gradients must not belong to the default stream."""
-        stream = self.side
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+    def _run(self, images: Tensor, masks: Tensor) -> None:
+        with self.heap:
             self._step(images, masks)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.eager_steps += 1
-
-    def _capture(self, images: Tensor, masks: Tensor) -> None:
-        self.graph = None  # of another size
-        self.images, self.masks = images.clone(), masks.clone()  # clone keeps the memory format
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's own thread may ask for the state of an earlier all-reduce meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step(self.images, self.masks)
-        self.graph = graph
-        self.graph.replay()  # the capture itself computed nothing
-
-    def _parts(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(images.chunk(self.accumulate), masks.chunk(self.accumulate), strict=True)
 
     def _step(self, images: Tensor, masks: Tensor) -> None:
         statistics = self.statistics.clone()
-        self._copy_weights()
-        self.optimizer.zero_grad(set_to_none=True)
-        figures = sum(self._gradients(x, y, len(y) / len(masks)) for x, y in self._parts(images, masks))
-        self.mean_of_all(self.statistics, figures)  # from here on every process computes the same
-        if self.clip:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        odd = ~torch.isfinite(torch.cat((figures[1:], norm.float().view(1))))
-        ok = ~odd.any()
-        self.optimizer.found_inf = (~ok).float()  # read by the fused optimizers: they then change nothing
-        self.optimizer.step()
-        self.statistics.copy_(torch.where(ok, self.statistics, statistics))
-        self.recent.copy_(torch.cat(((odd * self.bits).sum().view(1), self.recent[:-1])))
-        self._count(ok, figures, len(masks))
+        self.optimizer.zero_grad()  # also of parameters that are not the network's
+        self.averager.zero()
+        parts = [self._backward(x, y, len(y) / len(masks)) for x, y in self._micro_batches(images, masks)]
+        values = torch.stack(parts).sum(0)  # IoU, loss, losses
+        gradient = self.averager(self.statistics, values)  # from here on every process computes the same
+        norm = torch.linalg.vector_norm(gradient)
+        if self.grad_clip:
+            gradient.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        nonfinite = ~torch.isfinite(torch.cat((values[1:], norm.float().view(1))))
+        finite = ~nonfinite.any()
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = (~finite).float()  # with which the fused optimizers change nothing
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+        self.statistics.copy_(torch.where(finite, self.statistics, statistics))
+        self._count(finite, nonfinite, values, len(masks))
         if self.ema:
-            torch._foreach_lerp_(self.ema, [*self.parameters, self.statistics], 1 - self.ema_decay)
+            with torch.no_grad():
+                torch._foreach_lerp_([*self.ema.values()], [*self.averaged.values()], 1 - self.ema_decay)
 
-    def _gradients(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
-        """Adds the gradients of a part of the batch to those of the parts before; returns the sum of its images' IoU
-        and its share of the mean losses: (1 + OUTPUTS,)."""
-        with self.autocast, fused(self.kernels):
+    def _micro_batches(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(images.chunk(self.grad_accum_steps), masks.chunk(self.grad_accum_steps), strict=True)
+
+    def _backward(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
+        """Adds the gradients of a micro-batch -> the sum of its images' IoU, and its share of the losses: (2 + n)."""
+        with self.env.autocast():
             logits = self.net(images, logits=True)
-        losses = self.loss(logits, masks) * share
-        self._backward(losses)
-        if self.kernels:
-            join(self.device)
-        self._fetch_gradients()
-        iou = iou_per_image(torch.sigmoid(logits[0].detach().float()), masks).sum()
-        return torch.cat((iou[None], losses.detach().float()))
+        loss, values = self._compute_loss(logits, masks)
+        (loss * share).backward()
+        d0 = (logits[0] if isinstance(logits, (tuple, list)) else logits).detach().float()
+        maps = saliency_map(d0)
+        iou = iou_per_image(maps, masks).sum() if maps.shape == masks.shape else torch.full_like(loss, math.nan)
+        return torch.cat((iou.view(1).float(), torch.cat((loss.view(1), values)).detach().float() * share))
 
-    @staticmethod
-    def _backward(losses: Tensor) -> None:
-        """In this thread: Triton's mode of compiling, and the algorithms that cuDNN has chosen, belong to a thread."""
-        with torch.autograd.set_multithreading_enabled(False):
-            losses.sum().backward()
-
-    @torch.no_grad()
-    def _copy_weights(self) -> None:
-        """bf16 copies of the weights, all in a few kernels where autocast takes one for each."""
-        if not self.copied:
-            return
-        for m in self.copied:
-            if not hasattr(m, "copy"):
-                m.copy = m.weight.detach().to(torch.bfloat16).requires_grad_()  # a plain tensor: not in the state dict
-            m.copy.grad = None
-        torch._foreach_copy_([m.copy for m in self.copied], [m.weight for m in self.copied])
+    def _compute_loss(self, logits: tuple[Tensor, ...], masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to train, a scalar, and the values to print (n)."""
+        result = self.loss(logits, masks)
+        pair = isinstance(result, (tuple, list)) and len(result) == 2
+        loss, values = (result[1], result[0]) if pair else (result, result)
+        if isinstance(values, (int, float)) and isinstance(loss, Tensor):
+            values = torch.full_like(loss, values)
+        if all(isinstance(v, Tensor) and v.ndim <= 1 and v.numel() for v in (loss, values)) and loss.requires_grad:
+            return loss.sum(), values.detach().to(loss.dtype).view(-1)
+        name = getattr(getattr(self.loss, "func", self.loss), "__name__", type(self.loss).__name__)
+        kind = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        kind += "" if getattr(loss, "requires_grad", True) else " without a gradient"
+        raise UserError(
+            f"the loss {name} returned {kind}: it must return a number, one value per output or (tar, loss)"
+        )
 
     @torch.no_grad()
-    def _fetch_gradients(self) -> None:
-        used = [m for m in self.copied if m.copy.grad is not None]
-        first = [m for m in used if m.weight.grad is None]  # all of them, but where parts of the batch came before
-        for m in first:
-            m.weight.grad = self.mean_of_all.empty_gradient(m.weight)
-        if used:
-            put = torch._foreach_copy_ if first else torch._foreach_add_
-            put([m.weight.grad for m in used], [m.copy.grad for m in used])
-        for m in used:
-            m.copy.grad = None
-
-    @torch.no_grad()
-    def _count(self, ok: Tensor, figures: Tensor, images: int) -> None:
-        seen = torch.cat((torch.ones_like(figures[:1]), torch.full_like(figures[:1], images), figures))
-        self.sums += torch.where(ok, seen, 0.0)
-        self.bad += torch.where(ok, 0.0, 1.0)
-        self.bad[1] *= torch.where(ok, 0.0, 1.0)
+    def _count(self, finite: Tensor, nonfinite: Tensor, values: Tensor, images: int) -> None:
+        if self.sums is None or len(self.sums) != 2 + len(values):
+            self.sums = values.new_zeros(2 + len(values))  # steps, images, then as `values`
+        if self.history is None or self.history.shape[1] != len(nonfinite):
+            self.history = nonfinite.new_zeros(HISTORY, len(nonfinite))
+        counts = torch.cat((torch.ones_like(values[:1]), torch.full_like(values[:1], images), values))
+        self.sums += torch.where(finite, counts, 0.0)
+        self.nonfinite += torch.where(finite, 0.0, 1.0)
+        self.nonfinite[1] *= torch.where(finite, 0.0, 1.0)
+        self.history.copy_(torch.cat((nonfinite[None], self.history[:-1])))
 
     def read(self) -> RunningMeans:
         """The means so far; waits for the device (the only place that does)."""
-        steps, images, iou, *losses = self.sums.tolist()
-        bad, bad_in_a_row = self.bad.tolist()
-        losses = [v / steps if steps else math.nan for v in losses]
+        steps, images, iou, loss, *losses = [0.0] * 4 if self.sums is None else self.sums.tolist()
+        means = [v / steps if steps else math.nan for v in (loss, *losses)]
+        skipped = [int(v) for v in self.nonfinite.tolist()]
+        rows = [] if self.history is None else self.history.tolist()
+        nonfinite = {steps_back: _describe(row) for steps_back, row in enumerate(rows) if any(row)}
         iou = iou / images if images else math.nan
-        odd = {ago: _outputs(int(bits)) for ago, bits in enumerate(self.recent.tolist()) if bits}
-        return RunningMeans(
-            sum(losses), losses, iou, int(steps), int(bad), int(bad_in_a_row), odd, memory_in_use(self.device)
-        )
+        return RunningMeans(means[0], means[1:], iou, int(steps), *skipped, nonfinite, memory_in_use(self.device))
 
     def reset(self) -> None:
-        self.sums.zero_()
+        if self.sums is not None:
+            self.sums.zero_()
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
+            group["lr"] = value
 
     def ema_model(self) -> nn.Module:
-        """The network to validate and to keep: with the averaged weights where there are any, else the one trained."""
+        """The network to validate and to save: a copy with the averaged weights where there are any, else `net`."""
         if not self.ema_steps:
             return self.net
         net = copy.deepcopy(self.net)
-        correction = 1 - self.ema_decay**self.ema_steps  # the average started from zero, as Adam's moments do
+        tensors, correction = net.state_dict(), 1 - self.ema_decay**self.ema_steps
         with torch.no_grad():
-            for kept, average in zip((*net.parameters(), flatten_statistics(net)), self.ema, strict=True):
-                kept.copy_(average / correction)
+            for name, average in self.ema.items():
+                tensors[name].copy_(average / correction)
         return net
 
-    def state_dict(self) -> dict:
-        """What `last.pth` keeps of the step besides the weights."""
+    def state_dict(self) -> dict[str, Any]:
+        """What `last.pth` holds of the step besides the weights."""
         return {
             "optimizer": self.optimizer.state_dict()["state"],
-            "ema": [t.cpu() for t in self.ema] if self.ema else None,
+            "ema": {name: average.cpu() for name, average in self.ema.items()},
             "ema_steps": self.ema_steps,
             "ema_decay": self.ema_decay,
-            "sums": self.sums.cpu(),
-            "bad": self.bad.cpu(),
+            "sums": None if self.sums is None else self.sums.cpu(),
+            "nonfinite": self.nonfinite.cpu(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are constants
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are settings
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        for p, kept in self.optimizer.state.items():  # the fused optimizers walk through memory, whatever the strides
-            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v.shape == p.shape})
-        self.sums.copy_(state["sums"])
-        self.bad.copy_(state["bad"])
-        if self.ema and (steps := state["ema_steps"]):  # else the average starts here
-            self.ema_steps, decay = steps, state.get("ema_decay", self.ema_decay)
-            for mine, theirs in zip(self.ema, state["ema"], strict=True):  # brought to what `averaged` divides by
-                mine.copy_(theirs).mul_((1 - self.ema_decay**steps) / (1 - decay**steps))
+        for (
+            p,
+            moments,
+        ) in self.optimizer.state.items():  # the fused optimizers walk through memory, whatever the strides
+            moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
+        self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+        self.nonfinite.copy_(state["nonfinite"])
+        if self.ema_decay and state["ema_steps"]:  # else the average starts here
+            self.ema_steps = state["ema_steps"]
+            factor = (1 - self.ema_decay**self.ema_steps) / (1 - state["ema_decay"] ** self.ema_steps)
+            self.ema = {name: average.to(self.device) * factor for name, average in state["ema"].items()}
+            self._setup = None  # the next step matches them with the network's tensors
 
 
-def _runs_in_bf16(layer: nn.Module) -> bool:
-    """Whether the fused kernels take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
-
-
-def _outputs(bits: int) -> str:
-    names = [f"d{i}" for i in range(OUTPUTS) if bits >> i & 1]
-    return ", ".join(names) or "the gradient"
+def _describe(nonfinite: list[bool]) -> str:
+    """What of (loss, losses..., gradient norm) was not finite."""
+    loss, *losses, _ = nonfinite
+    names = [f"d{i}" for i, bad in enumerate(losses) if bad] if len(losses) > 1 else []
+    return ", ".join(names) or ("the loss" if loss else "the gradient")

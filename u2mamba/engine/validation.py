@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_stat_scores
 
 from u2mamba.dataset.augment import MEAN, STD
-from u2mamba.dataset.batches import Batch
+from u2mamba.dataset.batches import Batch, Data, validation_batches
 from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
 from u2mamba.runtime.errors import StopSignal, UserError
@@ -115,6 +115,12 @@ def validate(
                 raise UserError(f"validation: a batch of {len(batch.x)} images does not fit into memory") from None
     dist.raise_if_stopped(stop)
     return metric.compute() if dist.all_reduce_max(metric.update_count) else {}
+
+
+def preview_batch(data: Data, channels_last: bool) -> Batch:
+    """Up to six validation pairs, or training pairs where there are none."""
+    source = data.val if len(data.val) else data.train
+    return next(validation_batches(source, range(min(6, len(source))), channels_last=channels_last))
 
 
 @cudnn_benchmark_disabled()

@@ -13,11 +13,11 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
-except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Triton; the slow definitions serve there
+except ImportError:  # PyTorch for macOS, Windows and the CPU comes without Triton
     triton = tl = constexpr = None
 
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, read when a kernel is defined
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, read when a kernel is defined
 _compiling: list | None = None  # what was compiled inside `compile_only`
 
 if triton is not None:
@@ -34,7 +34,7 @@ def jit(*no_specialize: str):
     """`triton.jit` that does not compile anew for each value of the arguments named; does nothing without Triton."""
     if triton is None:
         return lambda kernel: kernel
-    if _INTERPRETED:
+    if INTERPRETED:
         return triton.jit(do_not_specialize=list(no_specialize))
     return lambda kernel: _Kernel(kernel, do_not_specialize=list(no_specialize))
 
@@ -47,7 +47,7 @@ def compile_only() -> Iterator[None]:
     launched, the kernels of a training step take two minutes; they are kept on the disk for the next start.
     """
     global _compiling
-    if triton is None or _INTERPRETED or not torch.cuda.is_available():
+    if triton is None or INTERPRETED or not torch.cuda.is_available():
         yield
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -61,6 +61,11 @@ def compile_only() -> Iterator[None]:
         list(pool.map(_build_launcher, kernels))
     for kernel in kernels:  # loading, in this thread: each has a current GPU of its own, and a new one's is the first
         _ = kernel.run
+
+
+def compiling() -> bool:
+    """Whether this is inside `compile_only`, where results are whatever memory held."""
+    return _compiling is not None
 
 
 def _build_launcher(kernel) -> None:
@@ -80,13 +85,30 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def triton_runs(x: Tensor) -> bool:
-    """Whether Triton kernels take `x`: floats on a GPU of compute capability 8 up, or under TRITON_INTERPRET=1."""
-    if triton is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.numel() == 0:
-        return False
-    if x.is_cuda:
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "cpu" and _INTERPRETED
+class Unsupported(ValueError):
+    """Raised by a kernel for inputs that it does not take; the plain operation of model/layers.py takes them."""
+
+
+def why_not(device: torch.device) -> str:
+    """Why Triton kernels cannot run on `device`; "" where they can: compute capability 8 up, or TRITON_INTERPRET=1."""
+    if triton is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "they require compute capability 8.0"
+    return "" if device.type == "cpu" and INTERPRETED else f"they require a CUDA GPU, and this is {device}"
+
+
+def require(x: Tensor, channels_last: bool = False, **conditions: bool) -> None:
+    """Raises Unsupported unless Triton runs on x and takes its dtype, layout and the named conditions."""
+    if problem := why_not(x.device):
+        raise Unsupported(f"kernels cannot run: {problem}")
+    conditions["dtype"] = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    conditions["size"] = x.numel() > 0
+    if channels_last:
+        conditions["channels_last"] = x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
+        conditions["size"] = 0 < x[0].numel() < 2**30  # offsets within an image have 32 bits
+    if failed := [name.replace("_", " ") for name, holds in conditions.items() if not holds]:
+        raise Unsupported(f"not for {', '.join(failed)} of {tuple(x.shape)}, {x.dtype}, strides {x.stride()}")
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
@@ -94,7 +116,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
+def as_channels_last_rows(x: Tensor) -> tuple[Tensor, int]:
     """x (B, C, H, W) with its channels side by side, and the distance in elements between its pixels.
 
     That distance is C in a channels_last tensor and more in a slice of channels of one; both pass as they are. Any

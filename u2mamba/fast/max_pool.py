@@ -5,20 +5,19 @@ the same in every run.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from u2mamba.fast.launch import constexpr, jit, on_device, rows_of, tl, triton_runs
-from u2mamba.fast.upsample import _channels_last, _launch, _tile
+from u2mamba.fast.launch import as_channels_last_rows, constexpr, jit, on_device, require, tl
+from u2mamba.fast.upsample import tile_of_program, tiles
 
 
 @jit()
-def _windows(program, blocks, H, W, C, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+def _pool_windows(program, blocks, H, W, C, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
     """A program's 2x2 windows: pixels and pooled pixels of the images before (64 bits wide, what follows is not), the
     first pixel of each window, its pooled pixel, channels, and which of the four pixels there are."""
     Hp = (H + 1) // 2
     Wp = (W + 1) // 2
-    image, h, w, inside, cols = _tile(program, blocks, Hp, Wp, TH, TW, BLOCK_C)
+    image, h, w, inside, cols = tile_of_program(program, blocks, Hp, Wp, TH, TW, BLOCK_C)
     cols = cols[None, :]
     ok00 = inside[:, None] & (cols < C)
     ok01 = ok00 & (2 * w + 1 < W)[:, None]
@@ -65,16 +64,16 @@ def _largest(v00, v01, v10, v11):
 
 @jit("H", "W", "blocks")
 def _max_pool(
-    x, y, dy, dskip, dx, H, W, C, SX, S, blocks,
+    x, y, dy, dskip, dx, H, W, C, S, blocks,
     TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
 ):  # fmt: skip
     """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip.
 
-    Pixels are SX apart in x and S in dskip."""
-    before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _windows(
+    Pixels are S apart in dskip."""
+    before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _pool_windows(
         tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
     )
-    v00, v01, v10, v11 = _load_windows(x + before * SX, pixel, cols, W, SX, ok00, ok01, ok10, ok11, float("-inf"))
+    v00, v01, v10, v11 = _load_windows(x + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, float("-inf"))
     best, which = _largest(v00, v01, v10, v11)
     pooled = place * C + cols
     if BACKWARD:
@@ -94,67 +93,44 @@ def _max_pool(
         tl.store(y + pooled_before * C + pooled, best, mask=ok00)
 
 
-@torch.library.custom_op("u2mamba::max_pool2x2", mutates_args=())
-def _pool(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    y = torch.empty((n, c, -(-h // 2), -(-w // 2)), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid, blocks, sizes = _launch(x, c, *y.shape[2:])
-    with on_device(x):
-        _max_pool[grid](x, y, x, x, x, h, w, c, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
-    return y
-
-
-@_pool.register_fake
-def _(x):
-    n, c, h, w = x.shape
-    shape = (n, c, (h + 1) // 2, (w + 1) // 2)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.custom_op("u2mamba::max_pool2x2_backward", mutates_args=())
-def _pool_backward(x: Tensor, dy: Tensor, dskip: Tensor | None) -> Tensor:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    x, x_stride = rows_of(x)
-    other, stride = rows_of(dx if dskip is None else dskip)
-    _, c, h, w = x.shape
-    grid, blocks, sizes = _launch(x, c, *dy.shape[2:])
-    with on_device(x):
-        _max_pool[grid](
-            x, x, dy, other, dx, h, w, c, x_stride, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
-        )
-    return dx
-
-
-@_pool_backward.register_fake
-def _(x, dy, dskip):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-class _PoolSkip(torch.autograd.Function):
+class _MaxPool(torch.autograd.Function):
     """(pooled, x): returning x as well lets backward add its gradient in the pooling's own kernel."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        return _pool(x), x
+        n, c, h, w = x.shape
+        shape = (n, c, -(-h // 2), -(-w // 2))
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        grid, blocks, sizes = tiles(x, c, *y.shape[2:])
+        with on_device(x):
+            _max_pool[grid](x, y, x, x, x, h, w, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
+        return y, x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dskip):
-        return dskip if dy is None else _pool_backward(*ctx.saved_tensors, dy, dskip)
+        if dy is None:
+            return dskip
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        other, stride = as_channels_last_rows(dx if dskip is None else dskip)
+        _, c, h, w = x.shape
+        grid, blocks, sizes = tiles(x, c, *dy.shape[2:])
+        with on_device(x):
+            _max_pool[grid](
+                x, x, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
+            )
+        return dx
 
 
-def max_pool2x2_reference(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)): maximum of 2x2 windows, odd sizes end in half a window."""
-    return F.max_pool2d(x, 2, 2, ceil_mode=True)
+def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`F.max_pool2d(x, 2, 2, ceil_mode=True)` and x for the skip connection, which has to be used in place of x.
 
-
-def max_pool2x2_skip(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(`max_pool2x2_reference`(x), x), where x goes on into a skip connection.
-
-    Using the x returned instead of x makes one kernel of the pooling's gradient and the sum of the two gradients. The
-    gradient goes to the first maximum of a window, as in PyTorch; no indices are kept.
+    The gradients of both are added in one kernel. That of the pooling goes to the first maximum of a window, as in
+    PyTorch; no indices are kept. x: (B, C, H, W), channels_last. Raises Unsupported.
     """
-    return _PoolSkip.apply(x) if triton_runs(x) and _channels_last(x) else (max_pool2x2_reference(x), x)
+    require(x, channels_last=True)
+    return _MaxPool.apply(x)

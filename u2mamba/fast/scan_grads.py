@@ -4,11 +4,11 @@
 from u2mamba.fast.scan_kernels import (
     LN2,
     LOG2E,
-    _carry,
     _delta,
-    _from,
+    _lane_scan,
     _load,
     _row_sum,
+    _shift_lanes,
     _sigmoid,
     _store,
     _zeros,
@@ -19,7 +19,7 @@ from u2mamba.fast.scan_kernels import (
 
 
 @jit
-def _spread_sum(x, lane, K: constexpr, LANES: constexpr):
+def _transpose_reduce(x, lane, K: constexpr, LANES: constexpr):
     """Sum over the rows of a warp of K numbers a thread; each thread keeps K * LANES / 32 of the sums.
 
     Halving the numbers with each exchange takes 3 instructions a number, the sum of each by itself 4 or more.
@@ -37,7 +37,7 @@ def _spread_sum(x, lane, K: constexpr, LANES: constexpr):
 
 
 @jit
-def _add_up(part, out, k, x, t, group, groups, LV, K: constexpr, V: constexpr, SPLIT: constexpr):
+def _accumulate_dBC(part, out, k, x, t, group, groups, LV, K: constexpr, V: constexpr, SPLIT: constexpr):
     """Adds x to what the groups of rows before left in `part`; the last one writes to `out` unless SPLIT.
 
     A thread reads back only what it wrote itself, so that no barrier is needed.
@@ -55,7 +55,7 @@ def _add_up(part, out, k, x, t, group, groups, LV, K: constexpr, V: constexpr, S
 
 
 @jit
-def _grads(
+def _scan_backward(
     dy, u, delta, A, B, C, D, z, bias, starts, sums, du, ddelta, dz, part, dBC,
     s_yb, s_yd, s_yt, s_ub, s_ud, s_ut, s_db, s_dd, s_dt, s_bb, s_bn, s_bt, s_cb, s_cn, s_ct, s_zb, s_zd, s_zt,
     d, N, LV, groups,
@@ -72,7 +72,7 @@ def _grads(
     SV: constexpr = V if SHARE % V == 0 else (2 if SHARE % 2 == 0 and V % 2 == 0 else 1)
     lane = tl.arange(0, 32)
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    place = b * tl.num_programs(0) + chunk
+    chunk_index = b * tl.num_programs(0) + chunk
     t = chunk * (K * LANES) + lane % LANES * K
     out = b * d * (LV * V)
     at_b = b * N * (LV * V)
@@ -84,11 +84,11 @@ def _grads(
         dt = ()
         x = ()
         g = ()
-        before = ()
-        behind = ()
+        delta_before = ()
+        delta_after = ()
         for i in tl.static_range(R):
             row = first_row + i * (32 // LANES)
-            step, span = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, row < d, LV, K, V, MASK, BIAS, SOFTPLUS)
+            step, delta_sum = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, row < d, LV, K, V, MASK, BIAS, SOFTPLUS)
             u_here = _load(u, b, row, s_ub, s_ud, s_ut, t, row < d, LV, K, V, MASK)
             dy_here = _load(dy, b, row, s_yb, s_yd, s_yt, t, row < d, LV, K, V, MASK)
             if GATE:
@@ -97,8 +97,8 @@ def _grads(
                 x = x + (u_here[j] * step[j],)
                 g = g + (dy_here[j] * gate[j] * _sigmoid(gate[j]) if GATE else dy_here[j],)
             dt = dt + step
-            before = before + (_from(span, lane, 1, LANES, False),)
-            behind = behind + (_from(span, lane, 1, LANES, True),)
+            delta_before = delta_before + (_shift_lanes(delta_sum, lane, 1, LANES, False),)
+            delta_after = delta_after + (_shift_lanes(delta_sum, lane, 1, LANES, True),)
         y = _zeros(R * K)
         dx = _zeros(R * K)
         ddt = _zeros(R * K)
@@ -113,11 +113,11 @@ def _grads(
             for i in tl.static_range(R):
                 row = first_row + i * (32 // LANES)
                 A2 = tl.load(A + row * N + k, mask=row < d, other=0.0) * LOG2E
-                at_sums = sums + place * (N + 2) * d + (k * d + row)
+                at_sums = sums + chunk_index * (N + 2) * d + (k * d + row)
                 start = tl.zeros([32], tl.float32)
                 end = tl.zeros([32], tl.float32)
                 if STARTS:
-                    start = tl.load(starts + place * N * d + (k * d + row), mask=row < d, other=0.0)
+                    start = tl.load(starts + chunk_index * N * d + (k * d + row), mask=row < d, other=0.0)
                     end = tl.load(at_sums, mask=row < d, other=0.0)
                 a = ()
                 bx = ()
@@ -129,8 +129,8 @@ def _grads(
                     h = a[j] * h + bx[j]
                 for j in tl.static_range(K - 1, -1, -1):
                     e = a[j] * (Ck[j] * g[i * K + j] + e)
-                h = _carry(h, tl.exp2(A2 * before[i]), start, lane, LANES, False)
-                e = _carry(e, tl.exp2(A2 * behind[i]), end, lane, LANES, True)
+                h = _lane_scan(h, tl.exp2(A2 * delta_before[i]), start, lane, LANES, False)
+                e = _lane_scan(e, tl.exp2(A2 * delta_after[i]), end, lane, LANES, True)
                 old = ()  # a_t h_{t-1}
                 dC_new = ()
                 for j in tl.static_range(K):
@@ -158,12 +158,12 @@ def _grads(
             y = y_new
             dx = dx_new
             ddt = ddt_new
-            dB = _spread_sum(dB, lane, K, LANES)
-            dC = _spread_sum(dC, lane, K, LANES)
+            dB = _transpose_reduce(dB, lane, K, LANES)
+            dC = _transpose_reduce(dC, lane, K, LANES)
             share = t + lane // LANES * SHARE
             at_k = lane * 0 + k
-            _add_up(part + at_b, dBC + at_b, at_k, dB, share, group, groups, LV * V // SV, SHARE, SV, SPLIT)
-            _add_up(part + at_c, dBC + at_c, at_k, dC, share, group, groups, LV * V // SV, SHARE, SV, SPLIT)
+            _accumulate_dBC(part + at_b, dBC + at_b, at_k, dB, share, group, groups, LV * V // SV, SHARE, SV, SPLIT)
+            _accumulate_dBC(part + at_c, dBC + at_c, at_k, dC, share, group, groups, LV * V // SV, SHARE, SV, SPLIT)
         for i in tl.static_range(R):
             row = first_row + i * (32 // LANES)
             ok = row < d
@@ -202,7 +202,7 @@ def _grads(
             _store(du + out, row, du_row, t, ok, LV, K, V, MASK)
             _store(ddelta + out, row, ddt_row, t, ok, LV, K, V, MASK)
             own = ok & (lane % LANES == 0)
-            at_sums = sums + place * (N + 2) * d + (N * d + row)
+            at_sums = sums + chunk_index * (N + 2) * d + (N * d + row)
             if SKIP:
                 tl.store(at_sums, _row_sum(dD, lane, LANES), mask=own)
             if BIAS:

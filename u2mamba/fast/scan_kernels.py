@@ -1,7 +1,7 @@
 # ruff: noqa: RUF005 (Triton has no starred expressions)
 """Triton kernels of the selective scan: what all of them are made of, and the forward pass.
 
-`u2mamba.fast.selective_scan` launches them and says what they compute together; `scan_grads` has the backward pass.
+`u2mamba.fast.selective_scan` launches them and explains what they compute; `scan_grads` has the backward pass.
 
 Glossary: b batch, d channels (rows), n states, L length; Δ after bias and softplus; x = Δ u; g = dy before the gate;
 a_t = exp(Δ_t A); dh_t = C_t g_t + e_{t+1} the gradient of h_t, and e_t = a_t dh_t what it hands to step t - 1.
@@ -116,7 +116,7 @@ def _delta(
     if BIAS:
         shift = tl.load(bias + row, mask=ok, other=0.0).to(tl.float32)
     out = ()
-    span = tl.zeros([32], tl.float32)
+    delta_sum = tl.zeros([32], tl.float32)
     for j in tl.static_range(K):
         x = raw[j] + shift
         if SOFTPLUS:
@@ -133,13 +133,13 @@ def _delta(
             x = q * w + tl.maximum(x, 0.0, tl.PropagateNan.ALL)
         if MASK:
             x = tl.where(ok & (t + j < LV * V), x, 0.0)
-        span += x
+        delta_sum += x
         out = out + (x,)
-    return out, span
+    return out, delta_sum
 
 
 @jit
-def _from(x, lane, step: constexpr, LANES: constexpr, REVERSE: constexpr):
+def _shift_lanes(x, lane, step: constexpr, LANES: constexpr, REVERSE: constexpr):
     """x of the lane `step` before this one (REVERSE: behind it) in the same row; the lane's own where there is none."""
     at = lane % LANES
     if REVERSE:
@@ -157,37 +157,37 @@ def _row_sum(x, lane, LANES: constexpr):
 
 
 @jit
-def _carry(end, decay, start, lane, LANES: constexpr, REVERSE: constexpr):
+def _lane_scan(end, decay, start, lane, LANES: constexpr, REVERSE: constexpr):
     """State with which each lane begins: `end` is what it makes of a zero start, `start` what the first one gets.
 
     `decay`: by how much the lane before shrinks what it is given. It is zero in the first lane, hence so is every
     product that reaches beyond the row, and the scan needs no masks.
     """
     first = lane % LANES == (LANES - 1 if REVERSE else 0)
-    x = tl.where(first, start, _from(end, lane, 1, LANES, REVERSE))
+    x = tl.where(first, start, _shift_lanes(end, lane, 1, LANES, REVERSE))
     p = tl.where(first, 0.0, decay)
     for s in tl.static_range(5):
         if 1 << s < LANES:
-            x += p * _from(x, lane, 1 << s, LANES, REVERSE)
+            x += p * _shift_lanes(x, lane, 1 << s, LANES, REVERSE)
             if 2 << s < LANES:
-                p *= _from(p, lane, 1 << s, LANES, REVERSE)
+                p *= _shift_lanes(p, lane, 1 << s, LANES, REVERSE)
     return x
 
 
 @jit
-def _ends(
-    x_ptr, w_ptr, delta, z, A, bias, ends, spans,
+def _chunk_states(
+    x_ptr, w_ptr, delta, z, A, bias, ends, delta_sums,
     s_xb, s_xd, s_xt, s_wb, s_wn, s_wt, s_db, s_dd, s_dt, s_zb, s_zd, s_zt, d, N, LV, table,
     K: constexpr, LANES: constexpr, R: constexpr, V: constexpr, MASK: constexpr, BIAS: constexpr, SOFTPLUS: constexpr,
     GATE: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
     """What each chunk makes of a zero start: its last h (x = u, w = B) or, REVERSE, its first e (x = dy, w = C).
 
-    ends: (b, chunks, table, d), of which the first n of `table` are written; spans: (b, chunks, d), the sum of Δ.
+    ends: (b, chunks, table, d), of which the first n of `table` are written; delta_sums: (b, chunks, d), the sum of Δ.
     """
     lane = tl.arange(0, 32)
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    place = b * tl.num_programs(0) + chunk
+    chunk_index = b * tl.num_programs(0) + chunk
     t = chunk * (K * LANES) + lane % LANES * K
     first_row = tl.program_id(1) * (R * (32 // LANES)) + lane // LANES
     dt = ()
@@ -196,7 +196,7 @@ def _ends(
     for i in tl.static_range(R):
         row = first_row + i * (32 // LANES)
         ok = row < d
-        step, span = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, ok, LV, K, V, MASK, BIAS, SOFTPLUS)
+        step, delta_sum = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, ok, LV, K, V, MASK, BIAS, SOFTPLUS)
         x = _load(x_ptr, b, row, s_xb, s_xd, s_xt, t, ok, LV, K, V, MASK)
         if GATE:
             gate = _load(z, b, row, s_zb, s_zd, s_zt, t, ok, LV, K, V, MASK)
@@ -209,9 +209,11 @@ def _ends(
                 v = v + (x[j] * step[j],)
         dt = dt + step
         ones = tl.zeros([32], tl.float32) + 1.0
-        rest = rest + (_carry(span, ones, 0.0, lane, LANES, not REVERSE),)  # Δ summed over the lanes still to come
+        # Δ summed over the lanes still to come
+        rest = rest + (_lane_scan(delta_sum, ones, 0.0, lane, LANES, not REVERSE),)
         if not REVERSE:
-            tl.store(spans + place * d + row, _row_sum(span, lane, LANES), mask=ok & (lane % LANES == 0))
+            total = _row_sum(delta_sum, lane, LANES)
+            tl.store(delta_sums + chunk_index * d + row, total, mask=ok & (lane % LANES == 0))
     for k in tl.range(N):
         w = _load(w_ptr, b, lane * 0 + k, s_wb, s_wn, s_wt, t, None, LV, K, V, MASK)
         for i in tl.static_range(R):
@@ -224,12 +226,15 @@ def _ends(
                 else:
                     s = s * tl.exp2(A2 * dt[i * K + j]) + v[i * K + j] * w[j]
             s = _row_sum(s * tl.exp2(A2 * rest[i]), lane, LANES)
-            tl.store(ends + place * table * d + (k * d + row), s, mask=(row < d) & (lane % LANES == 0))
+            tl.store(ends + chunk_index * table * d + (k * d + row), s, mask=(row < d) & (lane % LANES == 0))
 
 
 @jit
-def _join(ends, spans, A, d, N, chunks, table, UNROLL: constexpr, REVERSE: constexpr):
-    """Turns what `_ends` leaves into the state at each chunk's start (REVERSE: end), in place; 32 states a program."""
+def _propagate_chunk_states(ends, delta_sums, A, d, N, chunks, table, UNROLL: constexpr, REVERSE: constexpr):
+    """Turns what `_chunk_states` leaves into the state at each chunk's start (REVERSE: end), in place.
+
+    A program does 32 states.
+    """
     at = tl.program_id(0) * 32 + tl.arange(0, 32)
     ok = at < N * d
     row = at % d
@@ -241,12 +246,12 @@ def _join(ends, spans, A, d, N, chunks, table, UNROLL: constexpr, REVERSE: const
         decay = ()
         for i in tl.static_range(UNROLL):  # all loads before the first store, which they may not pass
             good = ok & (start + i < chunks)
-            place = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
-            made = made + (tl.load(ends + place * (table * d) + at, mask=good, other=0.0),)
-            decay = decay + (tl.exp2(A2 * tl.load(spans + place * d + row, mask=good, other=0.0)),)
+            chunk_index = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
+            made = made + (tl.load(ends + chunk_index * (table * d) + at, mask=good, other=0.0),)
+            decay = decay + (tl.exp2(A2 * tl.load(delta_sums + chunk_index * d + row, mask=good, other=0.0)),)
         for i in tl.static_range(UNROLL):
-            place = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
-            tl.store(ends + place * (table * d) + at, h, mask=ok & (start + i < chunks))
+            chunk_index = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
+            tl.store(ends + chunk_index * (table * d) + at, h, mask=ok & (start + i < chunks))
             h = h * decay[i] + made[i]
 
 
@@ -260,16 +265,16 @@ def _scan(
     """y (b, d, L) of one chunk and R * 32 / LANES rows; starts: (b, chunks, n, d), h at the chunk's start."""
     lane = tl.arange(0, 32)
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    place = b * tl.num_programs(0) + chunk
+    chunk_index = b * tl.num_programs(0) + chunk
     t = chunk * (K * LANES) + lane % LANES * K
     first_row = tl.program_id(1) * (R * (32 // LANES)) + lane // LANES
     dt = ()
     x = ()
     y = ()
-    before = ()
+    delta_before = ()
     for i in tl.static_range(R):
         row = first_row + i * (32 // LANES)
-        step, span = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, row < d, LV, K, V, MASK, BIAS, SOFTPLUS)
+        step, delta_sum = _delta(delta, bias, b, row, s_db, s_dd, s_dt, t, row < d, LV, K, V, MASK, BIAS, SOFTPLUS)
         u_here = _load(u, b, row, s_ub, s_ud, s_ut, t, row < d, LV, K, V, MASK)
         skip = tl.zeros([32], tl.float32)
         if SKIP:
@@ -278,7 +283,7 @@ def _scan(
             x = x + (u_here[j] * step[j],)
             y = y + (u_here[j] * skip,)
         dt = dt + step
-        before = before + (_from(span, lane, 1, LANES, False),)
+        delta_before = delta_before + (_shift_lanes(delta_sum, lane, 1, LANES, False),)
     for k in tl.range(N):
         Bk = _load(B, b, lane * 0 + k, s_bb, s_bn, s_bt, t, None, LV, K, V, MASK)
         Ck = _load(C, b, lane * 0 + k, s_cb, s_cn, s_ct, t, None, LV, K, V, MASK)
@@ -288,7 +293,7 @@ def _scan(
             A2 = tl.load(A + row * N + k, mask=row < d, other=0.0) * LOG2E
             start = tl.zeros([32], tl.float32)
             if STARTS:
-                start = tl.load(starts + place * N * d + (k * d + row), mask=row < d, other=0.0)
+                start = tl.load(starts + chunk_index * N * d + (k * d + row), mask=row < d, other=0.0)
             a = ()
             bx = ()
             h = tl.zeros([32], tl.float32)
@@ -296,7 +301,7 @@ def _scan(
                 a = a + (tl.exp2(A2 * dt[i * K + j]),)
                 bx = bx + (x[i * K + j] * Bk[j],)
                 h = a[j] * h + bx[j]
-            h = _carry(h, tl.exp2(A2 * before[i]), start, lane, LANES, False)
+            h = _lane_scan(h, tl.exp2(A2 * delta_before[i]), start, lane, LANES, False)
             for j in tl.static_range(K):
                 h = a[j] * h + bx[j]
                 y_new = y_new + (y[i * K + j] + Ck[j] * h,)

@@ -1,23 +1,23 @@
-"""The selective scan of Mamba on the GPU, forward and backward; `model.selective_scan` has the definition beside it.
+"""The selective scan of Mamba on the GPU, forward and backward; model/selective_scan.py defines it.
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t,  times SiLU(z_t) where a gate z is given
 
-The length is cut into chunks. `_ends` computes what each chunk makes of a zero start, `_join` runs over the chunks and
-leaves the state at the start of each; then `_scan` does all chunks at once. Backward does the same from the end with
-the gradient of the state, and `_grads` walks each chunk both ways. One chunk alone needs neither `_ends` nor `_join`.
-States within a chunk are computed again in the backward pass; kept are those at the chunks' starts: n / chunk fp32
-numbers an element, 6 % of u, delta, z and y in bf16 at n = 16 and a chunk of 128.
+The length is cut into chunks. `_chunk_states` computes what each chunk makes of a zero start,
+`_propagate_chunk_states` runs over the chunks and leaves the state at the start of each; then `_scan` does all chunks
+at once. Backward does the same from the end with the gradient of the state, and `_scan_backward` walks each chunk both
+ways. A single chunk needs neither of the first two. States within a chunk are recomputed in the backward pass; kept
+are those at the chunks' starts: n / chunk fp32 numbers per element, 6 % of u, delta, z and y in bf16 at n = 16 and a
+chunk of 128.
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from u2mamba.fast import scan_grads, scan_kernels
-from u2mamba.fast.launch import on_device
+from u2mamba.fast.launch import on_device, require
 from u2mamba.fast.scan_kernels import triton
 
 
@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
     `groups`: blocks of rows that one backward program goes through, adding up dB and dC on its way; None: as many as
     leave PROGRAMS programs. Each of the ceil(d / (groups * R * 32 / LANES)) parts of dB and dC costs memory and time.
-    `registers`: limits for `_scan` and `_grads`, None for the compiler's choice.
+    `registers`: limits for `_scan` and `_scan_backward`, None for the compiler's choice.
     """
 
     ends: tuple[int, int, int] = (16, 8, 1)
@@ -40,7 +40,7 @@ PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
 JOIN_UNROLL = 32  # chunks whose states are on their way at once
 SUM_ROWS, SUM_TILE = 32, 4096  # of the launch that adds up dB and dC: parts at once, numbers of a program at once
 TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
-    # `_grads` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
+    # `_scan_backward` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
     (
         96,
         Tiles((6, 16, 2), (6, 16, 2), (3, 32, 1), registers=(None, None)),
@@ -70,18 +70,11 @@ def selective_scan_triton(
 
     u, delta, z: (b, d, L); A: (d, n), negative; B, C: (b, n, L); D, delta_bias: (d); fp32, bf16 or fp16, of any strides
     (fastest with t contiguous and L a multiple of 8). Returns (b, d, L) in u's dtype; state and sums are fp32.
-    Raises RuntimeError without Triton, for another dtype, or for tensors that are not on a CUDA device; ValueError
-    where d * L reaches 2^31.
+    Raises launch.Unsupported without Triton, for another dtype, or for tensors that are not on a CUDA device;
+    ValueError where d * L reaches 2^31.
     """
-    if triton is None:
-        raise RuntimeError(
-            "backend='triton' needs the triton package, which PyTorch brings for CUDA; use backend='auto'"
-        )
-    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise RuntimeError(f"backend='triton' takes fp32, bf16 and fp16, and u is {u.dtype}; use backend='torch'")
-    if not u.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"backend='triton' needs a CUDA device, and u is on {u.device}; use backend='auto'")
-    return torch.ops.u2mamba.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)[0]
+    require(u)
+    return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
 def _vector(L: int, K: int, tensors: tuple[Tensor, ...]) -> int:
@@ -112,10 +105,10 @@ def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes
     )  # fmt: skip
 
 
-def _join(ends: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
+def _propagate_chunk_states(ends: Tensor, delta_sums: Tensor, A: Tensor, reverse: bool) -> None:
     (b, chunks, table, d), n = ends.shape, A.shape[1]
     sizes = {"UNROLL": JOIN_UNROLL, "REVERSE": reverse, "num_warps": 1, "num_stages": 1}
-    scan_kernels._join[-(-n * d // 32), b](ends, spans, A, d, n, chunks, table, **sizes)
+    scan_kernels._propagate_chunk_states[-(-n * d // 32), b](ends, delta_sums, A, d, n, chunks, table, **sizes)
 
 
 def _chunks(u: Tensor, A: Tensor, tiles: Tiles | None = None) -> tuple[Tiles, int]:
@@ -139,27 +132,29 @@ def forward(
     kept = b if chunks > 1 else 0
     y = torch.empty((b, d, L), dtype=u.dtype, device=u.device)
     starts = torch.empty((kept, chunks, n, d), dtype=torch.float32, device=u.device)
-    spans = torch.empty((kept, chunks, d), dtype=torch.float32, device=u.device)
+    delta_sums = torch.empty((kept, chunks, d), dtype=torch.float32, device=u.device)
     flags = {"BIAS": bias is not None, "SOFTPLUS": softplus}
     skip, gated, gate = D is not None, z is not None, u if z is None else z
     A, D, bias = _vectors(A, D, bias)
     with on_device(u):
         if kept:
             strided = (u, B, delta, u)
-            pointers = (*strided, A, bias, starts, spans)
-            _launch(scan_kernels._ends, tiles.ends, shape, pointers, strided, n, GATE=False, REVERSE=False, **flags)
-            _join(starts, spans, A, False)
+            pointers = (*strided, A, bias, starts, delta_sums)
+            _launch(
+                scan_kernels._chunk_states, tiles.ends, shape, pointers, strided, n, GATE=False, REVERSE=False, **flags
+            )
+            _propagate_chunk_states(starts, delta_sums, A, False)
         pointers = (u, delta, A, B, C, D, gate, bias, y, starts)
         _launch(
             scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate), registers=tiles.registers[0],
             GATE=gated, SKIP=skip, STARTS=kept > 0, **flags,
         )  # fmt: skip
-    return y, starts, spans
+    return y, starts, delta_sums
 
 
 def backward(
     dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, starts: Tensor, spans: Tensor, softplus: bool, tiles: Tiles | None = None,
+    bias: Tensor | None, starts: Tensor, delta_sums: Tensor, softplus: bool, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """du, ddelta, dz (empty without z), dB and dC (2, b, n, L), and (n + 2, d) fp32: dA transposed, dD, dbias."""
     shape = (b, d, n, L) = (u.shape[0], *A.shape, u.shape[2])
@@ -180,12 +175,12 @@ def backward(
     with on_device(u):
         if chunks > 1:
             strided = (dy, C, delta, gate)
-            pointers = (*strided, A, bias, sums, spans)
-            _launch(scan_kernels._ends, tiles.ends, shape, pointers, strided, n + 2, REVERSE=True, **flags)
-            _join(sums, spans, A, True)
+            pointers = (*strided, A, bias, sums, delta_sums)
+            _launch(scan_kernels._chunk_states, tiles.ends, shape, pointers, strided, n + 2, REVERSE=True, **flags)
+            _propagate_chunk_states(sums, delta_sums, A, True)
         pointers = (dy, u, delta, A, B, C, D, gate, bias, starts, sums, du, ddelta, dz, part, dBC)
         _launch(
-            scan_grads._grads, tiles.grads, shape, pointers, (dy, u, delta, B, C, gate), groups, groups=groups,
+            scan_grads._scan_backward, tiles.grads, shape, pointers, (dy, u, delta, B, C, gate), groups, groups=groups,
             registers=tiles.registers[1], SKIP=skip, STARTS=chunks > 1, SPLIT=splits > 1, **flags,
         )  # fmt: skip
         if splits > 1:
@@ -196,52 +191,21 @@ def backward(
     return du, ddelta, dz, dBC, sums
 
 
-SCHEMA = "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, bool softplus)"
-_op = torch.library.custom_op(
-    "u2mamba::selective_scan", forward, mutates_args=(), schema=SCHEMA + " -> (Tensor, Tensor, Tensor)"
-)
-_grad_op = torch.library.custom_op(
-    "u2mamba::selective_scan_backward",
-    backward,
-    mutates_args=(),
-    schema=SCHEMA.replace("(Tensor u", "(Tensor dy, Tensor u").replace("bool", "Tensor starts, Tensor spans, bool")
-    + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, bias, softplus):
+        y, starts, delta_sums = forward(u, delta, A, B, C, D, z, bias, softplus)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, bias, starts, delta_sums)
+        ctx.softplus = softplus
+        return y
 
-
-@_op.register_fake
-def _(u, delta, A, B, C, D, z, bias, softplus):
-    (b, d, L), n = u.shape, A.shape[1]
-    chunks = _chunks(u, A)[1]
-    kept = b if chunks > 1 else 0
-    states = [u.new_empty(shape, dtype=torch.float32) for shape in ((kept, chunks, n, d), (kept, chunks, d))]
-    return u.new_empty((b, d, L)), *states
-
-
-@_grad_op.register_fake
-def _(dy, u, delta, A, B, C, D, z, bias, starts, spans, softplus):
-    (b, d, L), n = u.shape, A.shape[1]
-    dz = u.new_empty((0,)) if z is None else z.new_empty((b, d, L))
-    dBC = u.new_empty((2, b, n, L), dtype=B.dtype if B.dtype == C.dtype else torch.float32)
-    return u.new_empty((b, d, L)), delta.new_empty((b, d, L)), dz, dBC, u.new_empty((n + 2, d), dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.softplus = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _autograd(ctx, dy, *_):
-    u, delta, A, B, C, D, z, bias, starts, spans = ctx.saved_tensors
-    du, ddelta, dz, dBC, sums = torch.ops.u2mamba.selective_scan_backward(
-        dy, u, delta, A, B, C, D, z, bias, starts, spans, ctx.softplus
-    )
-    n = A.shape[1]
-    dA, (dB, dC) = sums[:n].T.to(A.dtype), dBC
-    dD = None if D is None else sums[n].to(D.dtype)
-    dbias = None if bias is None else sums[n + 1].to(bias.dtype)
-    return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, None if z is None else dz, dbias, None
-
-
-_op.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        _, _, A, B, C, D, z, bias, *_ = ctx.saved_tensors
+        du, ddelta, dz, dBC, sums = backward(dy, *ctx.saved_tensors, ctx.softplus)
+        n = A.shape[1]
+        dA, (dB, dC) = sums[:n].T.to(A.dtype), dBC
+        dD = None if D is None else sums[n].to(D.dtype)
+        dbias = None if bias is None else sums[n + 1].to(bias.dtype)
+        return du, ddelta, dA, dB.to(B.dtype), dC.to(C.dtype), dD, None if z is None else dz, dbias, None

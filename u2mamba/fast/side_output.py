@@ -9,10 +9,9 @@ of each dy in a row, N (pixels, 9), both are matrix products: dx = N w, dw = N^T
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from u2mamba.fast.launch import constexpr, jit, on_device, sm_count, tl, triton, triton_runs
+from u2mamba.fast.launch import constexpr, jit, on_device, require, sm_count, tl, triton
 
 MAX_C = 128  # channels: beyond, maps are small and cuDNN does well
 PIXELS, PIXELS_BACK, WARPS = 32, 64, 4  # of a program's tile, forward and backward; more spill registers
@@ -110,10 +109,8 @@ class _SideOutput(torch.autograd.Function):
 def side_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=1)` to one channel: (B, C, H, W), (1, C, 3, 3), (1,) -> (B, 1, H, W).
 
-    Sums in fp32, the result and x's gradient in x's dtype. Where the kernel does not serve (off the GPU, x not
-    channels_last or of more than MAX_C channels) it is that function.
+    Sums in fp32, the result and x's gradient in x's dtype. x: channels_last, of at most MAX_C channels. Raises
+    Unsupported.
     """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1
-    if not (triton_runs(x) and channels_last and x.shape[1] <= MAX_C and weight.shape[:1] == (1,)):
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1)
+    require(x, channels_last=True, channels=x.shape[1] <= MAX_C, weight=weight.shape == (1, x.shape[1], 3, 3))
     return _SideOutput.apply(x, weight.to(x.dtype), bias)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from u2mamba.fast.launch import constexpr, jit, on_device, rows_of, tl, triton, triton_runs
+from u2mamba.fast.launch import as_channels_last_rows, constexpr, jit, on_device, require, tl, triton
 
 WARPS = 8
 TILE_W = 8  # pixels of a tile along W: 8 divides 288, 144 and 72, and wastes least at 36, 18 and 9
@@ -22,7 +22,7 @@ MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 
 
 @jit()
-def _tile(program, blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
+def tile_of_program(program, blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
     """A program's tile of a (B, H, W, C) tensor: image, rows, columns, whether inside, channels."""
     tile = program // blocks
     tiles_w = tl.cdiv(W, TW)
@@ -42,14 +42,13 @@ def _source(o, n_in, n_out):
 
 @jit("Hi", "Wi", "Ho", "Wo", "blocks")
 def _upsample_cat(
-    x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr, COPY: constexpr
+    x, skip, out, Hi, Wi, Ho, Wo, Cx, Cs, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr
 ):  # fmt: skip
-    """COPY: skip is written behind x; otherwise it is there already."""
-    image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Ho, Wo, TH, TW, BLOCK_C)
+    """out: x upsampled, and behind its channels skip."""
+    image, h, w, inside, cols = tile_of_program(tl.program_id(0), blocks, Ho, Wo, TH, TW, BLOCK_C)
     pixel = (h * Wo + w)[:, None]
     skip_ok = inside[:, None] & (cols < Cs)[None, :]
-    if COPY:
-        copied = tl.load(skip + image * Ho * Wo * Cs + pixel * Cs + cols[None, :], mask=skip_ok, other=0.0)
+    copied = tl.load(skip + image * Ho * Wo * Cs + pixel * Cs + cols[None, :], mask=skip_ok, other=0.0)
 
     at_h = _source(h, Hi, Ho)
     at_w = _source(w, Wi, Wo)
@@ -68,14 +67,13 @@ def _upsample_cat(
     up = (v00 * (1.0 - fw) + v01 * fw) * (1.0 - fh) + (v10 * (1.0 - fw) + v11 * fw) * fh
     to = out + image * Ho * Wo * (Cx + Cs) + pixel * (Cx + Cs) + cols[None, :]
     tl.store(to, up, mask=ok)
-    if COPY:
-        tl.store(to + Cx, copied, mask=skip_ok)
+    tl.store(to + Cx, copied, mask=skip_ok)
 
 
 @jit("Hi", "Wi", "Ho", "Wo", "blocks")
 def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
     """dx at each source pixel: the at most 4 x 4 outputs that read it, by their weights (n_in <= n_out <= 2 n_in)."""
-    image, h, w, inside, cols = _tile(tl.program_id(0), blocks, Hi, Wi, TH, TW, BLOCK_C)
+    image, h, w, inside, cols = tile_of_program(tl.program_id(0), blocks, Hi, Wi, TH, TW, BLOCK_C)
     first_h = tl.maximum((2 * h - 1) * Ho + Hi, 0) // (2 * Hi)  # the first output whose place lies beyond h - 1
     first_w = tl.maximum((2 * w - 1) * Wo + Wi, 0) // (2 * Wi)
     base = dy + image * Ho * Wo * S
@@ -93,110 +91,47 @@ def _upsample_grad(dy, dx, Hi, Wi, Ho, Wo, C, S, blocks, TH: constexpr, TW: cons
     tl.store(to, acc, mask=inside[:, None] & (cols < C)[None, :])
 
 
-def _launch(
-    x: Tensor, C: int, H: int, W: int, warps: int = WARPS, vector: int = 16
-) -> tuple[tuple[int], int, dict[str, int]]:
-    """Grid, channel blocks and tile sizes that cover (B, C, H, W) in x's dtype, one vector (bytes) per thread."""
+def tiles(x: Tensor, C: int, H: int, W: int) -> tuple[tuple[int], int, dict[str, int]]:
+    """Grid, channel blocks and tile sizes that cover (B, C, H, W) in x's dtype, one 16-byte vector per thread."""
     block_c = min(MAX_BLOCK_C, triton.next_power_of_2(C))
-    th = max(1, warps * 32 * (vector // x.element_size()) // block_c // TILE_W)
+    th = max(1, WARPS * 32 * (16 // x.element_size()) // block_c // TILE_W)
     blocks = triton.cdiv(C, block_c)
     grid = (blocks * triton.cdiv(H, th) * triton.cdiv(W, TILE_W) * x.shape[0],)
-    return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": warps}
+    return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": WARPS}
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x[0].numel() < 2**30
-
-
-@torch.library.custom_op("u2mamba::upsample_cat", mutates_args=())
-def _cat(x: Tensor, skip: Tensor) -> Tensor:
-    (n, cx, hi, wi), (_, cs, ho, wo) = x.shape, skip.shape
-    out = torch.empty((n, cx + cs, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid, blocks, sizes = _launch(x, max(cx, cs), ho, wo)
-    with on_device(x):
-        _upsample_cat[grid](x, skip, out, hi, wi, ho, wo, cx, cs, blocks, COPY=True, **sizes)
-    return out
-
-
-@_cat.register_fake
-def _(x, skip):
-    shape = (x.shape[0], x.shape[1] + skip.shape[1], *skip.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-class _Fill(torch.autograd.Function):
-    """`_cat` where skip lies already in the second half of the result (u2mamba/fast/batch_norm_pool.py)."""
-
+class _UpsampleCat(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, skip):
         (n, cx, hi, wi), (_, cs, ho, wo) = x.shape, skip.shape
         ctx.size = (cx, hi, wi)
-        C = cx + cs
-        whole = skip.new_empty(0).set_(
-            skip.untyped_storage(), skip.storage_offset() - cx, (n, C, ho, wo), (ho * wo * C, 1, wo * C, C)
-        )
-        grid, blocks, sizes = _launch(x, cx, ho, wo)
+        out = torch.empty((n, cx + cs, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        grid, blocks, sizes = tiles(x, max(cx, cs), ho, wo)
         with on_device(x):
-            _upsample_cat[grid](x, skip, whole, hi, wi, ho, wo, cx, cs, blocks, COPY=False, **sizes)
-        return whole
+            _upsample_cat[grid](x, skip, out, hi, wi, ho, wo, cx, cs, blocks, **sizes)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _cat_backward(dy, *ctx.size), dy[:, ctx.size[0] :]
-
-
-@torch.library.custom_op("u2mamba::upsample_backward", mutates_args=())
-def _cat_backward(dy: Tensor, cx: int, hi: int, wi: int) -> Tensor:
-    """Gradient (B, cx, hi, wi) of what was upsampled into the first cx channels of a concatenation with gradient dy."""
-    n, _, ho, wo = dy.shape
-    dy, stride = rows_of(dy)
-    dx = torch.empty((n, cx, hi, wi), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    grid, blocks, sizes = _launch(dx, cx, hi, wi)
-    with on_device(dy):
-        _upsample_grad[grid](dy, dx, hi, wi, ho, wo, cx, stride, blocks, **sizes)
-    return dx
-
-
-@_cat_backward.register_fake
-def _(dy, cx, hi, wi):
-    return torch.empty((dy.shape[0], cx, hi, wi), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-
-
-def _cat_context(ctx, inputs, output):
-    ctx.size = inputs[0].shape[1:]
-
-
-def _cat_autograd(ctx, dy):
-    # the skip's share stays a slice of dy: batch norm and pooling below read it in place
-    return _cat_backward(dy, *ctx.size), dy[:, ctx.size[0] :]
-
-
-_cat.register_autograd(_cat_autograd, setup_context=_cat_context)
-
-
-def upsample_cat_reference(x: Tensor, skip: Tensor) -> Tensor:
-    """The slow definition of `upsample_cat`: interpolation in at least fp32, rounded to x's dtype, then `torch.cat`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    up = F.interpolate(wide, size=skip.shape[2:], mode="bilinear", align_corners=False)
-    return torch.cat([up.to(x.dtype), skip], dim=1)
+    def backward(ctx, grad):
+        (cx, hi, wi), (n, _, ho, wo) = ctx.size, grad.shape
+        dy, stride = as_channels_last_rows(grad)
+        dx = torch.empty((n, cx, hi, wi), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+        grid, blocks, sizes = tiles(dx, cx, hi, wi)
+        with on_device(dy):
+            _upsample_grad[grid](dy, dx, hi, wi, ho, wo, cx, stride, blocks, **sizes)
+        return dx, grad[:, cx:]  # a slice, which the kernels before read in place
 
 
 def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
     """x (B, C, H, W) upsampled to skip's size (B, D, H', W') and concatenated with it: (B, C + D, H', W').
 
-    The kernels serve channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W; anything else goes
-    through `upsample_cat_reference`. A skip from `batch_norm_relu_pool` lies in the result already: only the rest of
-    that is written.
+    For channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W. Raises Unsupported for others.
     """
-    if not (triton_runs(x) and triton_runs(skip) and x.dtype == skip.dtype and x.shape[0] == skip.shape[0]):
-        return upsample_cat_reference(x, skip)
-    fits = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
-    if fits and _channels_last(x) and getattr(skip, "has_room", False) and x.shape[1] == skip.shape[1]:
-        return _Fill.apply(x, skip)
-    if not (fits and _channels_last(x) and _channels_last(skip)):
-        return upsample_cat_reference(x, skip)
-    return _cat(x, skip)
+    ratio = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
+    require(x, channels_last=True, ratio=ratio, pair=x.dtype == skip.dtype and x.shape[0] == skip.shape[0])
+    require(skip, channels_last=True)
+    return _UpsampleCat.apply(x, skip)
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,8 +150,6 @@ def upsample_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     size before a CUDA graph is captured: that makes the matrices. Where matrix products run in TF32, so does this.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # no cached tensors in a traced graph
-        return F.interpolate(x.to(wide), size=size, mode="bilinear", align_corners=False).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         rows = _matrix(x.shape[2], size[0], x.device, wide)
         cols = _matrix(x.shape[3], size[1], x.device, wide)

@@ -1,21 +1,13 @@
-"""The metrics of salient object detection papers over a set of saliency maps: PySODMetrics, in worker processes.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in worker processes.
 
-    scores = DatasetMetrics("ECSSD")
-    for item, result in evaluate(list_items(Path("masks"), Path("maps"))[0], workers=8):
-        scores.add(item.stem, result)
-    print(scores.summary())
+Results are summed in the order of the names, so they do not depend on the number of workers. Nothing here imports
+torch, which every worker would have to load.
 
-A worker scores one image at a time, and the results are summed in the order of the names, so that they do not depend on
-the number of workers. Nothing here imports torch, which every worker would have to load.
-
-Conventions, those of PySODMetrics with `normalize=False`: a mask is binarized at > 128, a map is used unchanged (by
-default PySODMetrics stretches each map to its own minimum and maximum). Thresholds: the map times 255, truncated, is at
-or above 255, 254, ..., 0; so precision, recall, F and E have 256 values each, the highest threshold first. IoU
-binarizes at > 0.5. MAE, weighted F-measure and S-measure use the map itself.
-
-With an empty mask: MAE mean(map); S-measure 1 - mean(map); weighted F, precision, recall and F 0 at each threshold;
-E-measure the fraction of pixels below the threshold (times n / (n - 1) for n pixels); IoU 1 if no pixel is above 0.5,
-else 0.
+Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
+thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
+binarizes at > 0.5. MAE, weighted F-measure and S-measure use the map itself. With an empty mask MAE is mean(map),
+S-measure 1 - mean(map), weighted F, precision, recall and F are 0, and E is the fraction of pixels below the threshold
+(times n / (n - 1) for n pixels).
 """
 
 import functools
@@ -25,17 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from py_sod_metrics import (
-    MAE,
-    Emeasure,
-    FmeasureHandler,
-    FmeasureV2,
-    IOUHandler,
-    PrecisionHandler,
-    RecallHandler,
-    Smeasure,
-    WeightedFmeasure,
-)
+import py_sod_metrics as psm
 
 from u2mamba.dataset.decode import BadFile, Pair, read_map, read_mask, read_pair
 from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, pair_names
@@ -44,7 +26,6 @@ from u2mamba.inference.workers import process_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
-EPS = np.spacing(1)  # PySODMetrics'
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
@@ -78,41 +59,7 @@ class ImageScores(NamedTuple):
         return self.intersection / self.union if self.union else 1.0
 
 
-# ------------------------------------------------------------------------------------------------- one image
-
-
-def _pixels_above(pred: np.ndarray, gt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels at or above thresholds 255, ..., 0, (256,) each: inside the mask and outside it.
-
-    PySODMetrics counts them twice by `np.histogram`, which sorts the pixels: a sixth of all its time.
-    """
-    levels = (pred * 255).astype(np.uint8)
-    inside, outside = (np.cumsum(np.bincount(levels[where], minlength=256)[::-1]) for where in (gt, ~gt))
-    return inside, outside
-
-
-class _FmeasureV2(FmeasureV2):
-    def dynamically_binarizing(self, pred: np.ndarray, gt: np.ndarray, FG: int, BG: int) -> dict:
-        tp, fp = _pixels_above(pred, gt)
-        return {"tp": tp, "fp": fp, "tn": BG - fp, "fn": FG - tp}
-
-
-class _Emeasure(Emeasure):
-    def cal_em_with_cumsumhistogram(self, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
-        tp, fp = _pixels_above(pred, gt)
-        above = tp + fp
-        below = self.gt_size - above
-        if self.gt_fg_numel == 0:
-            enhanced = below
-        elif self.gt_fg_numel == self.gt_size:
-            enhanced = above
-        else:
-            parts = self.generate_parts_numel_combinations(tp, fp, above, below)
-            enhanced = sum((2 * a * b / (a**2 + b**2 + EPS) + 1) ** 2 / 4 * n for n, (a, b) in zip(*parts, strict=True))
-        return enhanced / (self.gt_size - 1 + EPS)
-
-
-class _Smeasure(Smeasure):
+class _Smeasure(psm.Smeasure):
     """An object centered on the last row or column leaves quadrants without pixels. Their weight is 0, but PySODMetrics
     multiplies it by NaN."""
 
@@ -120,17 +67,14 @@ class _Smeasure(Smeasure):
         return super().ssim(pred, gt) if pred.size else 0.0
 
 
-def score_map(prediction: np.ndarray, mask: np.ndarray, resized: bool = False) -> ImageScores:
+def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> ImageScores:
     """(H, W) float64 probabilities against (H, W) bool."""
-    curves = [
-        PrecisionHandler(True, False),
-        RecallHandler(True, False),
-        FmeasureHandler(True, False, beta=BETA2),
-    ]
-    iou = IOUHandler(False, False, with_binary=True, sample_based=False)
-    mae, wf, sm, em = MAE(), WeightedFmeasure(), _Smeasure(), _Emeasure()
-    for metric in (mae, wf, sm, em, _FmeasureV2(dict(enumerate((*curves, iou))))):
-        metric.step(prediction, mask, normalize=False)
+    curves = [psm.PrecisionHandler(True, False), psm.RecallHandler(True, False)]
+    curves.append(psm.FmeasureHandler(True, False, beta=BETA2))
+    iou = psm.IOUHandler(False, False, with_binary=True, sample_based=False)
+    mae, wf, sm, em = psm.MAE(), psm.WeightedFmeasure(), _Smeasure(), psm.Emeasure()
+    for metric in (mae, wf, sm, em, psm.FmeasureV2(dict(enumerate((*curves, iou))))):
+        metric.step(saliency, mask, normalize=False)
     counts = iou.binary_results
     return ImageScores(
         mae=float(mae.get_results()["mae"]),
@@ -138,9 +82,9 @@ def score_map(prediction: np.ndarray, mask: np.ndarray, resized: bool = False) -
         sm=float(sm.get_results()["sm"]),
         intersection=int(counts["tp"]),
         union=int(counts["tp"] + counts["fp"] + counts["fn"]),
-        curves=np.stack([h.dynamic_results[0] for h in curves] + [em.get_results()["em"]["curve"]]),
+        curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"]]),
         empty=not mask.any(),
-        constant=bool(prediction.min() == prediction.max()),
+        constant=bool(saliency.min() == saliency.max()),
         resized=resized,
     )
 
@@ -176,9 +120,6 @@ def score_item(item: Item, normalize: bool = False) -> ImageScores | BadFile:
         return error
     except MemoryError:
         return BadFile(item.image or item.map, "its metrics do not fit into memory")
-
-
-# ------------------------------------------------------------------------------------------------- many images
 
 
 def evaluate(

@@ -33,8 +33,8 @@ def weights_path(checkpoint: str | Path = "small") -> Path:
     path = PRETRAINED_DIR / PRETRAINED[checkpoint] if checkpoint in PRETRAINED else Path(checkpoint)
     if checkpoint in PRETRAINED and not path.is_file():
         raise UserError(
-            f'checkpoint "{checkpoint}": {path} is not there; give the path of a weights file (one of your own '
-            "training, or U-2-Net's public u2net.pth or u2netp.pth)"
+            f'"{checkpoint}": {path} is not there; give the path of a weights file (your own, or U-2-Net\'s public '
+            "u2net.pth or u2netp.pth)"
         )
     return path
 

@@ -87,10 +87,10 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
         if word in (presets or ()) and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
             raise UserError(f"the preset comes first: python {sys.argv[0]} {word} --key value ...")
     check_settings(default)  # before tyro, which would report a wrong value in the file as one of the command line
-    description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the chosen one"
-    config = tyro.cli(
-        type(default), default=default, args=argv, description=description if presets else None, use_underscores=True
-    )
+    description = type(default).__doc__
+    if presets:
+        description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the chosen one"
+    config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
     check_settings(config)
     return config
 
@@ -114,7 +114,7 @@ def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[st
                 raise UserError(f"{key}: {OLD_NAMES[key]}")
 
 
-def check_settings(config: Any, limits: Any = None) -> None:
+def check_settings(config: Any) -> None:
     """Raises UserError naming the first field whose type, choice or range is wrong."""
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
@@ -125,7 +125,7 @@ def check_settings(config: Any, limits: Any = None) -> None:
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
         if not choices and not _is_a(value, hint):
             raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
-        for low, high in [*allowed, *([limits[field]] if limits and field in limits else [])]:
+        for low, high in allowed:
             if not low <= value <= high:  # "not <=", so that NaN is refused too
                 raise UserError(f"{field} = {value!r}: must be from {low:g} to {high:g}")
 
@@ -157,12 +157,3 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) ->
     """`key: a -> b` for each setting in which two runs differ; one that only one of them knows counts too."""
     keys = [k for k in dict.fromkeys((*a, *b)) if k not in ignore]
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]
-
-
-def input_size(wanted: int, weights: Any) -> int:
-    return wanted or 320
-
-
-def check_input_size(size: int) -> None:
-    if 0 < size < 32:
-        raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the size of the training")

@@ -1,0 +1,263 @@
+"""Replaces the operations of model/layers.py in a network by kernels, and registers the kernels' selective scans.
+
+A kernel runs in training in bf16, on channels_last tensors, after a trial on the device: one forward and backward pass
+that has to agree with the plain operation. So one that fails here, and one whose plain operation has been edited, is
+left out, and `install` says so.
+"""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from model import selective_scan
+from model.layers import PlainOps
+from model.mamba import Mamba
+from u2mamba.fast import launch
+from u2mamba.fast.batch_norm_relu import batch_norm_relu
+from u2mamba.fast.conv2d import conv2d, projection
+from u2mamba.fast.mamba_ops import conv_silu, rms_norm
+from u2mamba.fast.max_pool import max_pool
+from u2mamba.fast.selective_scan import selective_scan_triton
+from u2mamba.fast.side_output import side_output
+from u2mamba.fast.upsample import upsample_cat, upsample_to
+
+NAMES = {  # operation -> what the line of `install` calls it
+    "batch_norm_relu": "batch norm + ReLU", "max_pool": "pooling", "upsample_cat": "upsampling",
+    "upsample_to": "upsampling of side outputs", "side_output": "side outputs", "project": "Mamba's projections",
+    "conv_silu": "Mamba's convolution", "rms_norm": "Mamba's norm",
+}  # fmt: skip
+TOLERANCE = 0.05  # relative, of the trial: each number is rounded to 8 bits once or twice
+
+
+def _or_plain(operation: Callable) -> Callable:
+    """The operation where it applies, else the plain one of the same name."""
+    plain = getattr(PlainOps, operation.__name__)
+
+    @functools.wraps(operation)
+    def choose(self, *args, **options):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with contextlib.suppress(launch.Unsupported):
+                return operation(self, *args, **options)
+        return plain(*args, **options)
+
+    return choose
+
+
+def _bf16(x: Tensor) -> bool:
+    kind = x.device.type
+    return x.dtype == torch.bfloat16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    )
+
+
+class FusedOps(PlainOps):
+    """The operations of one network by kernels; `bf16_weights`: copies of weights that a training step keeps."""
+
+    def __init__(self):
+        self.bf16_weights: dict[Tensor, Tensor] = {}
+        self.uses: Counter[Tensor] = Counter()  # of the copies, in one forward pass
+
+    def __deepcopy__(self, memo: dict) -> "FusedOps":  # a copy of the network has parameters of its own
+        return self
+
+    def _weight(self, layer: nn.Module) -> tuple[Tensor, Callable[[], bool]]:
+        """The weight in bf16, and whether its gradient may wait: a copy's, unless the pass adds up several."""
+        copy = self.bf16_weights.get(layer.weight)
+        if copy is None:
+            return layer.weight.to(torch.bfloat16), lambda: False
+        self.uses[copy] += 1
+        return copy, lambda: self.uses[copy] == 1
+
+    @_or_plain
+    def batch_norm_relu(self, conv, norm, x, residual=None):
+        statistics = norm.training and getattr(norm, "track_running_stats", False) and norm.momentum is not None
+        fits = type(norm) is nn.BatchNorm2d and norm.affine and statistics
+        fits &= type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        last = conv.weight.is_contiguous(memory_format=torch.channels_last)
+        launch.require(x, training=_bf16(x), layers=fits, channels_last_weights=last)
+        if residual is not None and residual.dtype != torch.bfloat16:
+            raise launch.Unsupported("the residual is not in bf16")
+        # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
+        weight, may_wait = self._weight(conv)
+        y = conv2d(x.to(torch.bfloat16), weight, conv, may_wait).contiguous(memory_format=torch.channels_last)
+        statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        return batch_norm_relu(y, norm.weight, norm.bias, *statistics, conv.bias, residual)
+
+    @_or_plain
+    def side_output(self, conv, x):
+        geometry = (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
+        launch.require(x, bf16=x.dtype == torch.bfloat16, layer=geometry and conv.bias is not None)
+        return side_output(x, self._weight(conv)[0], conv.bias)
+
+    @_or_plain
+    def max_pool(self, x):
+        launch.require(x, bf16=x.dtype == torch.bfloat16)
+        return max_pool(x)
+
+    @_or_plain
+    def upsample_to(self, x, size):
+        launch.require(x, bf16=x.dtype == torch.bfloat16)
+        return upsample_to(x, tuple(size))
+
+    @_or_plain
+    def upsample_cat(self, x, skip):
+        launch.require(x, bf16=x.dtype == torch.bfloat16, sizes=x.shape[2:] != skip.shape[2:])
+        return upsample_cat(x, skip)
+
+    @_or_plain
+    def layer_norm(self, norm, x):
+        launch.require(x, bf16=x.dtype == torch.bfloat16)
+        return PlainOps.layer_norm(norm, x).to(x.dtype)  # tokens stay in bf16; the scan's state and sums are fp32
+
+    @_or_plain
+    def project(self, layer, v, parts=1, tokens_first=False):
+        launch.require(v, bf16=v.dtype == torch.bfloat16)
+        weight, may_wait = self._weight(layer)
+        return projection(weight, v, parts, tokens_first, may_wait)
+
+    @_or_plain
+    def conv_silu(self, conv, x):
+        launch.require(x, bf16=x.dtype == torch.bfloat16, bias=conv.bias is not None)
+        return conv_silu(x, conv.weight, conv.bias)
+
+    @_or_plain
+    def rms_norm(self, norm, x):
+        launch.require(x, bf16=x.dtype == torch.bfloat16)
+        return rms_norm(x, norm.weight, norm.eps)
+
+
+def install(net: nn.Module) -> list[str]:
+    """Gives the layers of `net` the kernels that work on its device, and its scan the backends "triton", "mamba_ssm".
+
+    Call it when `net` is on its device and in its memory format, before `TrainStep` is made. Returns lines: what was
+    taken over, what not, and why.
+    """
+    device = selective_scan.with_index(next(net.parameters()).device)
+    selective_scan.REGISTERED["triton"] = (selective_scan_triton, functools.partial(_unusable, "triton"))
+    selective_scan.REGISTERED["mamba_ssm"] = (_mamba_ssm_scan, functools.partial(_unusable, "mamba_ssm"))
+    lines = [_install_kernels(net, device)]
+    for wanted in {m.backend for m in net.modules() if isinstance(m, Mamba)}:
+        backend, reason = selective_scan.choose_backend(device, wanted)
+        lines.append(f"selective scan: {backend} ({reason})")
+    return lines
+
+
+def _install_kernels(net: nn.Module, device: torch.device) -> str:
+    modules = [m for m in net.modules() if m.__dict__.get("ops", getattr(type(m), "ops", None)) is PlainOps]
+    modules += [m for m in net.modules() if isinstance(m.__dict__.get("ops"), FusedOps)]
+    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+    last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    problem = launch.why_not(device) or ("" if last else "they require bf16 and channels_last")
+    problem = problem or ("" if modules else "no layer of the network has ops = PlainOps")
+    if problem:
+        return f"kernels: none, plain PyTorch layers ({problem})"
+    ops, failed = FusedOps(), _trial(device)
+    for name in failed:
+        setattr(ops, name, getattr(PlainOps, name))
+    for module in modules:
+        module.ops = ops
+    line = "kernels: " + (", ".join(words for name, words in NAMES.items() if name not in failed) or "none")
+    plain = "; ".join(f"{NAMES[name]} ({reason})" for name, reason in failed.items())
+    return line + (f"; plain PyTorch: {plain}" if plain else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+@functools.cache
+def _trial(device: torch.device) -> dict[str, str]:
+    """Operation -> why its kernel cannot be used, for those that fail one forward and backward pass in bf16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conv, norm, side = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 1, 3, padding=1)
+        linear, short, rms = nn.Linear(16, 16), nn.Conv1d(16, 16, 4, groups=16, padding=3), nn.RMSNorm(16, eps=1e-5)
+        large, small, tokens = torch.randn(2, 16, 24, 25), torch.randn(2, 16, 12, 13), torch.randn(2, 16, 20)
+    for module in (conv, norm, side, linear, short, rms):
+        module.to(device, memory_format=torch.channels_last)
+    large, small = (x.to(device, memory_format=torch.channels_last) for x in (large, small))
+    tokens = tokens.to(device)
+    cases = {  # inputs, layers, the call; batch norm in one launch and in three
+        "batch_norm_relu": (
+            (large, small), (conv, norm),
+            lambda ops, x, y: (ops.batch_norm_relu(conv, norm, x, x), ops.batch_norm_relu(conv, norm, y)),
+        ),
+        "max_pool": ((large,), (), lambda ops, x: ops.max_pool(x)),
+        "upsample_cat": ((small, large), (), lambda ops, x, y: (ops.upsample_cat(x, y),)),
+        "upsample_to": ((small,), (), lambda ops, x: (ops.upsample_to(x[:, :1], (24, 25)),)),
+        "side_output": ((large,), (side,), lambda ops, x: (ops.side_output(side, x),)),
+        "project": ((tokens,), (linear,), lambda ops, v: ops.project(linear, v, parts=2)),
+        "conv_silu": ((tokens,), (short,), lambda ops, v: (ops.conv_silu(short, v),)),
+        "rms_norm": ((tokens,), (rms,), lambda ops, v: (ops.rms_norm(rms, v),)),
+    }  # fmt: skip
+
+    def run(ops: PlainOps, inputs, layers, call, dtype: torch.dtype) -> list[Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                outputs = call(ops, *inputs)
+            leaves = inputs + [p for layer in layers for p in layer.parameters() if layer is not conv or p.ndim == 4]
+            slopes = [torch.linspace(-1, 2, y.numel(), device=device).view(y.shape) for y in outputs]
+            total = sum((y * slope).sum() for y, slope in zip(outputs, slopes, strict=True))
+            grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        return [*outputs, *grads, *(b.clone() for layer in layers for b in layer.buffers() if b.is_floating_point())]
+
+    failed: dict[str, str] = {}
+    with contextlib.suppress(Exception), launch.compile_only():
+        for case in cases.values():
+            run(FusedOps(), *case, torch.bfloat16)
+    for name, (inputs, layers, call) in cases.items():
+        try:
+            results = []
+            for ops, dtype in ((FusedOps(), torch.bfloat16), (PlainOps, torch.float32)):
+                norm.reset_running_stats()
+                results.append(run(ops, inputs, layers, call, dtype))
+            pairs = [(a.float(), b.float()) for a, b in zip(*results, strict=True)]
+            if not all((a - b).norm() <= TOLERANCE * b.norm() for a, b in pairs):
+                failed[name] = "differs from model/layers.py"
+        except Exception as error:  # whatever a compiler, driver or another version of Triton raises
+            failed[name] = _one_line(error)
+    return failed
+
+
+_unusable_scans: dict[tuple[str, torch.device], str] = {}
+
+
+def _unusable(name: str, device: torch.device) -> str:
+    """Why a scan cannot be used on `device`, "" where it can; it is tried once, but not while kernels only compile."""
+    if (name, device) not in _unusable_scans and not launch.compiling():
+        _unusable_scans[name, device] = _scan_trial(name, device)
+    return _unusable_scans.get((name, device), "")
+
+
+def _scan_trial(name: str, device: torch.device) -> str:
+    if problem := launch.why_not(device) if name == "triton" else "" if device.type == "cuda" else "it requires CUDA":
+        return problem
+    scan = selective_scan.REGISTERED[name][0]
+    reference = functools.partial(selective_scan.selective_scan, backend="reference")
+    shapes = [(1, 9, 3), (1, 9, 3), (9, 4), (1, 4, 3), (1, 4, 3), (9,), (1, 9, 3), (9,)]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            inputs = [torch.linspace(-1, 1, torch.Size(s).numel(), device=device).view(s) for s in shapes]
+            inputs = [v.requires_grad_() for v in inputs]
+            results = []
+            for function in (scan, reference):
+                y = function(*inputs[:2], -inputs[2].exp(), *inputs[3:], True)
+                results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        if not all(torch.allclose(p, q, rtol=1e-2, atol=1e-3) for p, q in zip(*results, strict=True)):
+            return "its results are wrong on this machine"
+    except Exception as error:  # whatever a missing, mismatched or miscompiled library throws
+        return _one_line(error)
+    return ""
+
+
+def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    delta, B, C, z = (None if v is None else v.to(u.dtype) for v in (delta, B, C, z))  # its kernels need one dtype here
+    A, D, delta_bias = (None if v is None else v.float() for v in (A, D, delta_bias))  # and fp32 here
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)

@@ -1,0 +1,196 @@
+"""The training step of engine/step.py, faster: one CUDA graph, weights in bf16, weight gradients on a second stream.
+
+U²-Net launches some 5,000 kernels a step, and the CPU cannot launch them as fast as the GPU runs them; a graph replays
+them all. On a CPU the step runs as it is.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from u2mamba.engine import step
+from u2mamba.fast.conv2d import wait_for_weight_grads
+from u2mamba.fast.install import FusedOps
+from u2mamba.fast.launch import compile_only
+from u2mamba.runtime.environment import out_of_memory
+
+EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
+
+
+class TrainStep(step.TrainStep):
+    """As engine.step.TrainStep. Call `install(net)` before, and use an optimizer of PyTorch's with fused=True."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, *args, **options):
+        super().__init__(net, optimizer, *args, **options)
+        self.ops = next((m.ops for m in net.modules() if isinstance(getattr(m, "ops", None), FusedOps)), None)
+        self.copies: dict[nn.Parameter, Tensor] = {}  # weight -> its copy in bf16
+        self.graph = self.images = self.masks = self.shape = None
+        self.rates: list[Tensor] = []  # the captured learning rate of each group
+        self.eager_steps, self.captures = 0, self.device.type == "cuda"
+        if self.captures:
+            # one for all: the allocator keeps memory apart for each stream that ever ran a step
+            self.capture_stream = torch.cuda.Stream(self.device)
+            if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+                torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(
+                    False
+                )  # the streams are joined by hand
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.graph, self.eager_steps = None, 0
+        layers = [m for m in self._modules if self.ops and _runs_in_bf16(m)]
+        self.copies = {
+            m.weight: m.weight.detach().to(torch.bfloat16).requires_grad_(m.weight.requires_grad) for m in layers
+        }
+
+    def _run(self, images: Tensor, masks: Tensor) -> None:
+        if self.device.type != "cuda":
+            super()._run(images, masks)
+            return
+        if self.shape is None or images.shape[2:] != self.shape[2:]:
+            self._compile_kernels(images, masks)
+        if self.graph and images.shape == self.images.shape:
+            self._copy_learning_rates()
+            self.images.copy_(images)
+            self.masks.copy_(masks)
+            self.graph.replay()
+        elif self.captures and self.eager_steps >= EAGER_STEPS and images.shape == self.shape:  # twice: no last batch
+            self._capture(images, masks)
+        else:  # the first steps, the first of another size, and the last, smaller batch of an epoch
+            self._eager_step(images, masks)
+        self.shape = images.shape
+
+    def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
+        """Compiles the Triton kernels of a step side by side, by a step of a copy of the network thrown away after.
+
+        The sum of the outputs stands in for the loss, which must not see memory that nothing wrote.
+        """
+        net, (images, _) = copy.deepcopy(self.net), next(self._micro_batches(images, masks))
+        with compile_only():
+            with self.env.autocast():
+                outputs = net(images, logits=True)
+            total = sum(d.float().sum() for d in (outputs if isinstance(outputs, (tuple, list)) else [outputs]))
+            if total.requires_grad:
+                with torch.autograd.set_multithreading_enabled(False):
+                    total.backward()
+
+    def _eager_step(self, images: Tensor, masks: Tensor) -> None:
+        """On a stream of its own, as PyTorch requires before a capture: gradients must not belong to the default one.
+
+        The last step before the capture finds what waits for the GPU, which a graph cannot contain.
+        """
+        last = self.captures and self.eager_steps == EAGER_STEPS - 1
+        stream, places = self.capture_stream, []
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), _synchronizations(places) if last else contextlib.nullcontext():
+            self._step(images, masks)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.eager_steps += 1
+        if places:
+            self._give_up(f"{places[0]} waits for the GPU (.item(), a condition on a tensor, a copy to the CPU)")
+
+    def _give_up(self, reason: str) -> None:
+        self.captures, self.graph = False, None
+        print(f"step: slower, without a CUDA graph: {reason}", flush=True)
+
+    def _capture(self, images: Tensor, masks: Tensor) -> None:
+        self.graph = None  # of another size
+        self.images, self.masks = images.clone(), masks.clone()  # clone keeps the memory format
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        self.rates = [torch.tensor(float(rate), device=self.device) for rate in rates]
+        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
+        graph = torch.cuda.CUDAGraph()
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+        try:
+            # thread_local: NCCL's own thread may ask for the state of an earlier all-reduce meanwhile
+            # and the outer context comes back to this stream also after an error
+            here = torch.cuda.stream(torch.cuda.current_stream(self.device))
+            with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(self.images, self.masks)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            self._give_up(f"{error}".splitlines()[0])
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        if self.captures:
+            self.graph = graph
+            self.graph.replay()  # the capture itself computed nothing
+        else:
+            self._eager_step(images, masks)
+
+    def _copy_learning_rates(self) -> None:
+        """The user, or a scheduler, may have set any group's."""
+        for group, captured in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                captured.copy_(group["lr"])
+            else:
+                captured.fill_(group["lr"])
+
+    def _step(self, images: Tensor, masks: Tensor) -> None:
+        self.first_part = True
+        if self.copies:  # all in a few kernels, where autocast takes one for each
+            with torch.no_grad():
+                torch._foreach_copy_([*self.copies.values()], [*self.copies])
+        super()._step(images, masks)
+
+    def _backward(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
+        """In this thread: the algorithms that cuDNN has chosen belong to a thread."""
+        if self.ops:
+            self.ops.bf16_weights = self.copies
+            self.ops.uses.clear()
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                values = super()._backward(images, masks, share)
+        finally:
+            if self.ops:
+                self.ops.bf16_weights = {}
+        wait_for_weight_grads(self.device)
+        self._fetch_gradients()
+        return values
+
+    @torch.no_grad()
+    def _fetch_gradients(self) -> None:
+        """Moves the gradients of the copies to the weights."""
+        first, self.first_part = self.first_part, False
+        if first and not self.averager.views:  # the first step: weights that are also used as they are, say in a loss
+            for weight in [weight for weight in self.copies if weight.grad is not None]:
+                if (copied := self.copies.pop(weight).grad) is not None:
+                    weight.grad.add_(copied)
+        used = [(weight, copied) for weight, copied in self.copies.items() if copied.grad is not None]
+        for weight, _ in used:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        if used:
+            copy_or_add = torch._foreach_copy_ if first else torch._foreach_add_
+            copy_or_add([weight.grad for weight, _ in used], [copied.grad for _, copied in used])
+        for _, copied in used:
+            copied.grad = None
+
+
+def _runs_in_bf16(layer: nn.Module) -> bool:
+    """Whether the fused operations take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
+
+
+@contextlib.contextmanager
+def _synchronizations(places: list[str]) -> Iterator[None]:
+    """Adds "file:line" of everything inside that makes the CPU wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    places += [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing CUDA operation" in str(w.message)]

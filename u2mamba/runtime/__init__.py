@@ -1,0 +1,1 @@
+"""Errors, files, settings and the machine; nothing about images or networks."""
