@@ -116,7 +116,15 @@ def open_network(cfg: Config) -> tuple[Any, int]:
         f"{precision_line}{'; flip test-time augmentation' * cfg.tta}; {size}x{size}",
         flush=True,
     )
-    return Predictor(net, device, precision, tta=cfg.tta), size
+    predict = Predictor(net, device, precision, tta=cfg.tta)
+    if device.type == "cuda":  # for the kernel of Mamba's scan
+        try:
+            from u2mamba.fast import install
+
+            print("\n".join(install(predict.net)), flush=True)
+        except ImportError as error:
+            print(f"selective scan: plain PyTorch ({error})", flush=True)
+    return predict, size
 
 
 def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:

@@ -230,6 +230,13 @@ def main(cfg: Config) -> int:
     print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision, tta=cfg.tta)
+    if device.type == "cuda":  # for the kernel of Mamba's scan
+        try:
+            from u2mamba.fast import install
+
+            print("\n".join(install(predict.net)), flush=True)
+        except ImportError as error:
+            print(f"selective scan: plain PyTorch ({error})", flush=True)
     batch = min(cfg.batch or (4 if device.type == "cpu" else 32), len(outputs))
 
     def read(source: Source) -> tuple[np.ndarray, tuple[int, int]]:

@@ -92,7 +92,7 @@ def killed_run(folder: Path, epochs: int, kills: int, seed: int) -> Counter[str]
             raise RuntimeError(f"the run ended before the kill, with exit code {process.returncode}")
         printed = max(printed, *map(iteration_of, rest.splitlines()), 0)
         contents = {path.name: _read(path) for path in run.glob("*.pth")}
-        kept = contents["last.pth"]["progress"]["iteration"] if contents.get("last.pth") else 0
+        kept = contents["last.pth"]["state"]["iteration"] if contents.get("last.pth") else 0
         counts.update(kills=1, before_the_first_iteration=not printed, checkpoints=len(contents))
         counts.update(while_saving=any(run.glob(".*.tmp")), unreadable=list(contents.values()).count(None))
         counts["most_repeated"] = max(counts["most_repeated"], printed - kept)  # iterations

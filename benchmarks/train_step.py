@@ -8,22 +8,21 @@ with torch.compile and a CUDA graph. Fast: bf16, channels_last, kernels and a CU
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
-from torch import Tensor
+from torch import nn
 
 from benchmarks.hardware import lines, median_and_spread, time_calls
-from model import ARCHS, Mamba
+from model import build_model
+from model.mamba import Mamba
 from model.selective_scan import choose_backend
-from u2mamba import fast
 from u2mamba.engine.distributed import DistContext, init_distributed
 from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
-from u2mamba.runtime.environment import Environment, choose_device, choose_precision
-from u2mamba_train import Config as TrainConfig
-from u2mamba_train import total_loss
+from u2mamba.runtime.environment import Environment
+from u2mamba_train import PRESETS, FastTrainStep, install, total_loss
 
 
 @dataclass
@@ -38,58 +37,47 @@ class Config:
     device: str = "auto"
 
 
-def make_step(
-    variant: str, cfg: Config, device: torch.device, dist: DistContext
-) -> tuple[TrainStep, torch.memory_format]:
-    """The step of a variant, and the memory format of its images."""
-    torch.manual_seed(0)
+def make_step(variant: str, cfg: Config, batch: int, dist: DistContext) -> tuple[TrainStep, Environment]:
+    """The step of a variant, and its environment; prints how it runs."""
     baseline = variant == "baseline"
-    torch.set_float32_matmul_precision("highest" if baseline else "high")
-    precision = "fp32" if baseline else choose_precision("bf16", device)[0]
-    channels_last = not baseline and (device.type == "cuda" or precision == "bf16")
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    net = ARCHS[cfg.arch](**{"mamba_at": cfg.mamba_at} if cfg.arch.startswith("u2mamba") else {})
-    net.to(device, memory_format=memory_format).train()
-    dist.broadcast_weights(net)
-    if variant == "fast" or (baseline and device.type == "cuda"):
-        fast.install(net)  # of the baseline, only the scan: its layers are not channels_last
-    if baseline and device.type == "cuda":
-        with contextlib.suppress(ValueError):
-            choose_backend(device, "mamba_ssm")
-            for layer in (m for m in net.modules() if isinstance(m, Mamba)):
-                layer.backend = "mamba_ssm"
+    settings = replace(
+        PRESETS["reference"], device=cfg.device, batch_size_train=batch, precision="fp32" if baseline else "bf16"
+    )
+    env = Environment.choose(settings, dist)
+    net = build_model({"arch": cfg.arch, "mamba_at": cfg.mamba_at})
+    net.to(env.device, memory_format=env.memory_format).train()
+    if install:  # on a layer without operations it only registers the scans
+        print(*install(net if variant == "fast" else nn.Linear(1, 1, device=env.device)), sep="\n")
+    with contextlib.suppress(ValueError):  # mamba_ssm is not installed, or there is no GPU
+        for layer in (m for m in net.modules() if baseline and isinstance(m, Mamba)):
+            layer.backend = choose_backend(env.device, "mamba_ssm")[0]
     if variant == "compiled":
         net.compile()
     optimizer = torch.optim.Adam(param_groups_weight_decay(net), lr=1e-4, fused=True)
-
-    def loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
-        return total_loss(logits, masks, TrainConfig())
-
-    make = TrainStep if baseline else fast.TrainStep
-    return make(net, optimizer, loss, Environment(device, precision, channels_last), dist), memory_format
+    make = TrainStep if baseline or not FastTrainStep else FastTrainStep
+    return make(net, optimizer, lambda logits, masks: total_loss(logits, masks, settings), env, dist), env
 
 
 def main(cfg: Config, dist: DistContext) -> None:
-    device, _ = choose_device(cfg.device, dist.local_rank)
-    torch.backends.cudnn.benchmark = True
-    print("\n".join(lines(device)))
     print(f"{cfg.arch}, Mamba at {cfg.mamba_at}, {cfg.size}x{cfg.size}, {cfg.runs} runs of {cfg.steps} steps")
     for batch in cfg.batches:
         base, shape = 0.0, (batch, 1, cfg.size, cfg.size)
         for variant in cfg.variants:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            step, memory_format = make_step(variant, cfg, device, dist)
-            images = torch.randn(shape, device=device).repeat(1, 3, 1, 1).to(memory_format=memory_format)
-            masks = (torch.rand(shape, device=device) > 0.7).float()
-            seconds = time_calls(lambda s=step, x=images, y=masks: s(x, y), device, cfg.runs, cfg.steps, warm_up=6)
+            torch.cuda.empty_cache()
+            step, env = make_step(variant, cfg, batch, dist)
+            if env.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(env.device)
+            images = torch.randn(shape, device=env.device).repeat(1, 3, 1, 1).to(memory_format=env.memory_format)
+            masks = (torch.rand(shape, device=env.device) > 0.7).float()
+            seconds = time_calls(lambda s=step, x=images, y=masks: s(x, y), env.device, cfg.runs, cfg.steps, warm_up=6)
             middle, spread = median_and_spread(seconds)
             base = base or middle
-            memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+            gib = torch.cuda.max_memory_allocated(env.device) / 2**30 if env.device.type == "cuda" else 0.0
             print(
+                *lines(env.device),
                 f"{dist.size} × batch {batch:3}, {variant:8}: {dist.size * batch / middle:7.1f} images/s, "
-                f"{1e3 * middle:7.2f} ms ± {1e3 * spread:.2f}, {base / middle:.2f}×{memory}",
+                f"{1e3 * middle:7.2f} ms ± {1e3 * spread:.2f}, {base / middle:.2f}×, {gib:.1f} GiB",
+                sep="\n",
                 flush=True,
             )
 

@@ -210,7 +210,7 @@ def open_data(
         raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed")
     if not len(sources[1]):
         log(
-            "warning: no pair falls into the 5 % validation split (selected by a hash of the file name): no validation "
-            "scores and no best.pth; the weights will be in the newest <model_name>_bce_itr_*.pth"
+            "warning: no validation pairs (by default a hash of the file name selects 5 %): no validation scores, no "
+            "best.pth; the weights will be in the newest <model_name>_bce_itr_*.pth"
         )
     return Data(*sources, report, fingerprint)

@@ -70,7 +70,8 @@ class PairCache:
     def save(self, path: Path, report: DataReport) -> None:
         """Writes `path` and, once that is complete, the JSON file that makes it valid. Raises OSError."""
         arrays = [tensor.numpy().reshape(-1) for tensor in (self.images, self.masks)]
-        metadata = {"shape": self.masks.shape, "checksum": _checksum(arrays), "report": asdict(report)}
+        metadata = {"shape": self.masks.shape, "report": asdict(report)}
+        metadata["checksum"] = _checksum([*arrays, json.dumps(metadata).encode()])
         _write(path, arrays)
         _write(path.with_suffix(".json"), [json.dumps(metadata).encode()])
 
@@ -78,9 +79,11 @@ class PairCache:
     def load(cls, path: Path) -> tuple[PairCache, DataReport]:
         """Raises FileNotFoundError, or ValueError and others for damaged files."""
         metadata = json.loads(path.with_suffix(".json").read_bytes())
-        count, size, _ = metadata["shape"]
+        checksum, (count, size, _) = metadata.pop("checksum"), metadata["shape"]
         pixels = np.fromfile(path, np.uint8)
-        if len(pixels) != cls.bytes_for(count, size) or _checksum([pixels]) != metadata["checksum"]:
+        if len(pixels) != cls.bytes_for(count, size):
+            raise ValueError("it has a wrong size")
+        if _checksum([pixels, json.dumps(metadata).encode()]) != checksum:
             raise ValueError("its checksum does not match")
         images, masks = pixels[: 3 * len(pixels) // 4], pixels[3 * len(pixels) // 4 :]
         report = DataReport(**metadata["report"])
@@ -90,10 +93,10 @@ class PairCache:
         ), report
 
 
-def _checksum(arrays: Iterable[np.ndarray]) -> int:
+def _checksum(parts: Iterable[np.ndarray | bytes]) -> int:
     checksum = 0
-    for array in arrays:
-        checksum = zlib.crc32(array, checksum)
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
     return checksum
 
 

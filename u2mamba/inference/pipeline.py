@@ -5,6 +5,8 @@ with ThreadPoolExecutor(THREADS) as pool:
         ...
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import itertools
@@ -14,17 +16,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_image, open_pair, to_rgb
 from u2mamba.dataset.rescale import rescale_image
-from u2mamba.inference.evaluation import Item
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime.environment import peak_memory
 from u2mamba.runtime.errors import UserError
+
+if TYPE_CHECKING:  # prediction does without PySODMetrics
+    from u2mamba.inference.evaluation import Item
 
 THREADS = min(16, os.cpu_count() or 1)  # that read and write files
 S = TypeVar("S")  # what names an image file, by an attribute `image`

@@ -35,6 +35,7 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
 
     options = {"return_as": "generator", "batch_size": 1, "max_nbytes": None, "initializer": _init_worker}
     results = iter(())
+    hook, threading.excepthook = threading.excepthook, _ignore_cancelled_task
     try:
         with _sigint_blocked():
             results = joblib.Parallel(min(workers, MAX_WORKERS), "loky", **options)(calls())
@@ -46,6 +47,13 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # joblib's about results that are not used
             getattr(results, "close", int)()
+        threading.excepthook = hook
+
+
+def _ignore_cancelled_task(args: threading.ExceptHookArgs) -> None:
+    """joblib's manager thread may fail to find a task that a Ctrl-C has just cancelled."""
+    if not (args.exc_type is KeyError and args.thread and args.thread.name == "ExecutorManagerThread"):
+        threading.__excepthook__(args)
 
 
 def _init_worker() -> None:

@@ -222,10 +222,3 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 def _output(command: list[str]) -> str:
     return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()  # noqa: S603 - git
-
-
-def choose_scan(device: torch.device, wanted: str) -> tuple[str, str]:
-    from model.selective_scan import choose_backend
-
-    backend, reason = choose_backend(device, wanted)
-    return backend, f"{backend} ({reason})"
