@@ -210,13 +210,6 @@ def test_max_pool(shape, dtype):
     assert torch.equal(torch.autograd.grad(skip, x, dskip)[0], dskip)
 
 
-@kernels
-def test_max_pool_passes_nan_on():
-    x = images(1, 16, 4, 4)
-    x[0, 2, 0, 1] = float("nan")
-    torch.testing.assert_close(max_pool.max_pool(x)[0], PlainOps.max_pool(x)[0], equal_nan=True, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("size", "to"), [((9, 9), (288, 288)), ((5, 7), (33, 40)), ((9, 9), (3, 4))], ids=str)
 def test_upsample_to(size, to):
     x = torch.randn(2, 1, *size, device=DEVICE, requires_grad=True)
@@ -290,16 +283,6 @@ def test_rms_norm(shape, dtype):
     assert got.dtype == dtype
     want = F.rms_norm(wide[0].transpose(1, 2), (rows,), wide[1], 1e-6).transpose(1, 2)
     grads_near(got, mine, want, wide, torch.randn_like(got))
-
-
-@pytest.mark.parametrize("tokens_first", [False, True])
-def test_projection(tokens_first):
-    mine, wide = leaves(torch.randn(6, 5, device=DEVICE), torch.randn(2, 5, 7, device=DEVICE))
-    got = conv2d.projection(*mine, tokens_first=tokens_first)
-    assert (got.transpose(1, 2) if tokens_first else got).is_contiguous()
-    grads_near(got, mine, wide[0] @ wide[1], wide, torch.randn_like(got))
-    joined = torch.cat(conv2d.projection(*mine, parts=2), 1)
-    grads_near(joined, mine, wide[0] @ wide[1], wide, torch.randn_like(joined))
 
 
 @kernels

@@ -144,18 +144,6 @@ def test_strides(module, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@kernel_test
-def test_small_steps(module, monkeypatch):
-    """Softplus keeps its relative precision where Δ is tiny: y = C B u Δ at L = 1."""
-    use(module, monkeypatch, (1, 32, 1))
-    raw = torch.linspace(-30, 30, 61, device=DEVICE)
-    one = torch.ones(61, 1, 1, device=DEVICE)
-    A = -torch.ones(1, 1, device=DEVICE)
-    y = module.selective_scan_triton(one, raw.view(61, 1, 1), A, one, one, delta_softplus=True).view(-1)
-    want = torch.nn.functional.softplus(raw.double(), threshold=1e9)
-    assert ((y.double() - want) / want).abs().max() < 3e-6  # exp2 of a product rounded at 43 is 2.6e-6 off
-
-
 def chunked_loop(u, delta, A, B, C, D, z, delta_bias, softplus) -> Tensor:
     """`scan_loop` in closed form over chunks of 64 steps, float64, every chunk computed again in the backward pass."""
 
@@ -185,31 +173,3 @@ def test_real_sizes(module, b, d, L, dtype):
     seed = torch.seed()
     worst = errors(make_inputs(b, d, 16, L, dtype), module.selective_scan_triton, reference=chunked_loop)
     assert max(worst.values()) < (2e-5 if dtype == torch.float32 else 1e-2), f"seed {seed}: {worst}"
-
-
-@gpu_test
-@pytest.mark.parametrize("L", [81, 1296])
-def test_cuda_graph_replay_equals_eager(L):
-    from u2mamba.fast.selective_scan import selective_scan_triton
-
-    inputs = make_inputs(2, 64, 16, L, torch.bfloat16)
-
-    def step():
-        y = selective_scan_triton(*inputs, True)
-        return [y, *torch.autograd.grad(y.float().square().sum(), inputs)]
-
-    step()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for x, new in zip(inputs, make_inputs(2, 64, 16, L, torch.bfloat16), strict=True):
-            x.copy_(new)
-    graph.replay()
-    for name, got, want in zip(("y", *NAMES), captured, step(), strict=True):
-        assert torch.equal(got, want), name  # no atomics: the same to the last bit

@@ -36,12 +36,6 @@ def test_parameters_are_those_of_mamba_ssm(d_model, dt_rank):
     assert sum(p.numel() for p in Mamba(d_model).parameters()) == sum(math.prod(s) for s in wanted.values())
 
 
-def test_parameter_count_of_the_network():
-    """The eleven bottlenecks of U2MAMBA: 45,657,037 - 44,009,869."""
-    widths = (32, 32, 64, 128, 256, 256, 256, 128, 64, 32, 16)
-    assert sum(p.numel() for w in widths for p in MambaLayer(w).parameters()) == 1_647_168
-
-
 def test_initialisation():
     block = make(Mamba, d_model=512)
     step = F.softplus(block.dt_proj.bias)
@@ -121,19 +115,6 @@ def test_layer_is_norm_and_mamba_over_pixels(memory_format):
     assert layer(x).is_contiguous(memory_format=memory_format)
 
 
-def test_memory_formats_agree():
-    layer, x = make(MambaLayer, dim=16), image(2, 16, 5, 7)
-    results = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        leaf = x.clone(memory_format=memory_format).requires_grad_()
-        layer.zero_grad()
-        y = layer(leaf)
-        y.square().sum().backward()
-        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
-
-
 def test_fp32_inside_autocast():
     layer, x = make(MambaLayer, dim=16), image(2, 16, 5, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -142,13 +123,6 @@ def test_fp32_inside_autocast():
     assert torch.equal(inside, layer(x))
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, layer(x.bfloat16().float()).bfloat16())
-
-
-def test_half_precision_network():
-    layer, x = make(MambaLayer, dim=16), image(2, 16, 5, 7)
-    wanted, got = layer(x), layer.bfloat16()(x.bfloat16())
-    assert got.dtype == torch.bfloat16
-    assert (got.float() - wanted).norm() / wanted.norm() < 0.02  # weights of 8 bits: 2⁻⁹ each, some of them in a row
 
 
 def test_channels_as_tokens():
@@ -175,11 +149,6 @@ def test_wrong_sizes(options, shape, says):
     with pytest.raises(ValueError) as caught:
         MambaLayer(**options)(torch.zeros(shape))
     assert says in str(caught.value)
-
-
-def test_wrong_width():
-    with pytest.raises(ValueError, match=r"x must be \(B, L, 16\), got \(1, 4, 8\)"):
-        Mamba(16)(torch.zeros(1, 4, 8))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -34,12 +34,13 @@ TOLERANCE = 0.05  # relative, of the trial: each number is rounded to 8 bits onc
 
 
 def _or_plain(operation: Callable) -> Callable:
-    """The operation where it applies, else the plain one of the same name."""
+    """The operation in training in bf16 on what its kernel takes, else the plain one of the same name."""
     plain = getattr(PlainOps, operation.__name__)
 
     @functools.wraps(operation)
     def choose(self, *args, **options):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x = next(v for v in args if isinstance(v, Tensor))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _in_bf16(x):
             with contextlib.suppress(launch.Unsupported):
                 return operation(self, *args, **options)
         return plain(*args, **options)
@@ -47,11 +48,10 @@ def _or_plain(operation: Callable) -> Callable:
     return choose
 
 
-def _bf16(x: Tensor) -> bool:
+def _in_bf16(x: Tensor) -> bool:
     kind = x.device.type
-    return x.dtype == torch.bfloat16 or (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    )
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return x.dtype == torch.bfloat16 or autocast
 
 
 class FusedOps(PlainOps):
@@ -78,9 +78,7 @@ class FusedOps(PlainOps):
         fits = type(norm) is nn.BatchNorm2d and norm.affine and statistics
         fits &= type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
         last = conv.weight.is_contiguous(memory_format=torch.channels_last)
-        launch.require(x, training=_bf16(x), layers=fits, channels_last_weights=last)
-        if residual is not None and residual.dtype != torch.bfloat16:
-            raise launch.Unsupported("the residual is not in bf16")
+        launch.require(x, layers=fits, channels_last_weights=last)
         # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
         weight, may_wait = self._weight(conv)
         y = conv2d(x.to(torch.bfloat16), weight, conv, may_wait).contiguous(memory_format=torch.channels_last)
@@ -95,38 +93,34 @@ class FusedOps(PlainOps):
 
     @_or_plain
     def max_pool(self, x):
-        launch.require(x, bf16=x.dtype == torch.bfloat16)
         return max_pool(x)
 
     @_or_plain
     def upsample_to(self, x, size):
-        launch.require(x, bf16=x.dtype == torch.bfloat16)
+        launch.require(x)
         return upsample_to(x, tuple(size))
 
     @_or_plain
     def upsample_cat(self, x, skip):
-        launch.require(x, bf16=x.dtype == torch.bfloat16, sizes=x.shape[2:] != skip.shape[2:])
+        launch.require(x, sizes=x.shape[2:] != skip.shape[2:])
         return upsample_cat(x, skip)
 
     @_or_plain
     def layer_norm(self, norm, x):
-        launch.require(x, bf16=x.dtype == torch.bfloat16)
         return PlainOps.layer_norm(norm, x).to(x.dtype)  # tokens stay in bf16; the scan's state and sums are fp32
 
     @_or_plain
     def project(self, layer, v, parts=1, tokens_first=False):
-        launch.require(v, bf16=v.dtype == torch.bfloat16)
         weight, may_wait = self._weight(layer)
         return projection(weight, v, parts, tokens_first, may_wait)
 
     @_or_plain
     def conv_silu(self, conv, x):
-        launch.require(x, bf16=x.dtype == torch.bfloat16, bias=conv.bias is not None)
+        launch.require(x, bias=conv.bias is not None)
         return conv_silu(x, conv.weight, conv.bias)
 
     @_or_plain
     def rms_norm(self, norm, x):
-        launch.require(x, bf16=x.dtype == torch.bfloat16)
         return rms_norm(x, norm.weight, norm.eps)
 
 
@@ -165,8 +159,14 @@ def _install_kernels(net: nn.Module, device: torch.device) -> str:
     return line + (f"; plain PyTorch: {plain}" if plain else "")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+def _trouble(fast: Callable[[], list[Tensor]], plain: Callable[[], list[Tensor]], difference: str) -> str:
+    """Why `fast` cannot be used: it raises, or its results differ from `plain`'s; "" where they agree."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            pairs = [(a.float(), b.float()) for a, b in zip(fast(), plain(), strict=True)]
+        return "" if all((a - b).norm() <= TOLERANCE * b.norm() for a, b in pairs) else difference
+    except Exception as error:  # whatever a compiler, driver, library or another version of Triton raises
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def _trial(device: torch.device) -> dict[str, str]:
         module.to(device, memory_format=torch.channels_last)
     large, small = (x.to(device, memory_format=torch.channels_last) for x in (large, small))
     tokens = tokens.to(device)
-    cases = {  # inputs, layers, the call; batch norm in one launch and in three
+    cases = {  # inputs, layers, the call; batch norm in three launches and in one
         "batch_norm_relu": (
             (large, small), (conv, norm),
             lambda ops, x, y: (ops.batch_norm_relu(conv, norm, x, x), ops.batch_norm_relu(conv, norm, y)),
@@ -195,33 +195,29 @@ def _trial(device: torch.device) -> dict[str, str]:
         "rms_norm": ((tokens,), (rms,), lambda ops, v: (ops.rms_norm(rms, v),)),
     }  # fmt: skip
 
-    def run(ops: PlainOps, inputs, layers, call, dtype: torch.dtype) -> list[Tensor]:
-        with torch.inference_mode(False), torch.enable_grad():
-            inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                outputs = call(ops, *inputs)
-            leaves = inputs + [p for layer in layers for p in layer.parameters() if layer is not conv or p.ndim == 4]
-            slopes = [torch.linspace(-1, 2, y.numel(), device=device).view(y.shape) for y in outputs]
-            total = sum((y * slope).sum() for y, slope in zip(outputs, slopes, strict=True))
-            grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    def run(ops: PlainOps, dtype: torch.dtype, inputs, layers, call) -> list[Tensor]:
+        norm.reset_running_stats()
+        inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = call(ops, *inputs)
+        leaves = inputs + [p for layer in layers for p in layer.parameters() if layer is not conv or p.ndim == 4]
+        slopes = [torch.linspace(-1, 2, y.numel(), device=device).view(y.shape) for y in outputs]
+        total = sum((y * slope).sum() for y, slope in zip(outputs, slopes, strict=True))
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         return [*outputs, *grads, *(b.clone() for layer in layers for b in layer.buffers() if b.is_floating_point())]
 
-    failed: dict[str, str] = {}
-    with contextlib.suppress(Exception), launch.compile_only():
+    with contextlib.suppress(Exception), torch.enable_grad(), launch.compile_only():  # side by side
         for case in cases.values():
-            run(FusedOps(), *case, torch.bfloat16)
-    for name, (inputs, layers, call) in cases.items():
-        try:
-            results = []
-            for ops, dtype in ((FusedOps(), torch.bfloat16), (PlainOps, torch.float32)):
-                norm.reset_running_stats()
-                results.append(run(ops, inputs, layers, call, dtype))
-            pairs = [(a.float(), b.float()) for a, b in zip(*results, strict=True)]
-            if not all((a - b).norm() <= TOLERANCE * b.norm() for a, b in pairs):
-                failed[name] = "differs from model/layers.py"
-        except Exception as error:  # whatever a compiler, driver or another version of Triton raises
-            failed[name] = _one_line(error)
-    return failed
+            run(FusedOps(), torch.bfloat16, *case)
+    troubles = {
+        name: _trouble(
+            functools.partial(run, FusedOps(), torch.bfloat16, *case),
+            functools.partial(run, PlainOps, torch.float32, *case),
+            "differs from model/layers.py",
+        )
+        for name, case in cases.items()
+    }
+    return {name: trouble for name, trouble in troubles.items() if trouble}
 
 
 _unusable_scans: dict[tuple[str, torch.device], str] = {}
@@ -237,22 +233,18 @@ def _unusable(name: str, device: torch.device) -> str:
 def _scan_trial(name: str, device: torch.device) -> str:
     if problem := launch.why_not(device) if name == "triton" else "" if device.type == "cuda" else "it requires CUDA":
         return problem
-    scan = selective_scan.REGISTERED[name][0]
-    reference = functools.partial(selective_scan.selective_scan, backend="reference")
     shapes = [(1, 9, 3), (1, 9, 3), (9, 4), (1, 4, 3), (1, 4, 3), (9,), (1, 9, 3), (9,)]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            inputs = [torch.linspace(-1, 1, torch.Size(s).numel(), device=device).view(s) for s in shapes]
-            inputs = [v.requires_grad_() for v in inputs]
-            results = []
-            for function in (scan, reference):
-                y = function(*inputs[:2], -inputs[2].exp(), *inputs[3:], True)
-                results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-        if not all(torch.allclose(p, q, rtol=1e-2, atol=1e-3) for p, q in zip(*results, strict=True)):
-            return "its results are wrong on this machine"
-    except Exception as error:  # whatever a missing, mismatched or miscompiled library throws
-        return _one_line(error)
-    return ""
+
+    def run(scan: Callable) -> list[Tensor]:
+        inputs = [torch.linspace(-1, 1, torch.Size(s).numel(), device=device).view(s) for s in shapes]
+        inputs = [v.requires_grad_() for v in inputs]
+        with torch.autocast(device.type, enabled=False):
+            y = scan(*inputs[:2], -inputs[2].exp(), *inputs[3:], True)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    reference = functools.partial(selective_scan.selective_scan, backend="reference")
+    scans = [functools.partial(run, scan) for scan in (selective_scan.REGISTERED[name][0], reference)]
+    return _trouble(*scans, "its results are wrong on this machine")
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:

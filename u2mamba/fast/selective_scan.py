@@ -26,27 +26,22 @@ class Tiles(NamedTuple):
 
     `groups`: blocks of rows that one backward program goes through, adding up dB and dC on its way; None: as many as
     leave PROGRAMS programs. Each of the ceil(d / (groups * R * 32 / LANES)) parts of dB and dC costs memory and time.
-    `registers`: limits for `_scan` and `_scan_backward`, None for the compiler's choice.
     """
 
-    ends: tuple[int, int, int] = (16, 8, 1)
-    scan: tuple[int, int, int] = (8, 16, 2)
-    grads: tuple[int, int, int] = (8, 16, 2)
+    states: tuple[int, int, int]
+    scan: tuple[int, int, int]
+    backward: tuple[int, int, int]
     groups: int | None = None
-    registers: tuple[int | None, int | None] = (None, 200)
 
 
 PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
-JOIN_UNROLL = 32  # chunks whose states are on their way at once
+STATES_UNROLL = 32  # chunks whose states are on their way at once
 SUM_ROWS, SUM_TILE = 32, 4096  # of the launch that adds up dB and dC: parts at once, numbers of a program at once
 TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
     # `_scan_backward` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
-    (
-        96,
-        Tiles((6, 16, 2), (6, 16, 2), (3, 32, 1), registers=(None, None)),
-    ),  # 81 tokens: the innermost level at 288x288
-    (2048, Tiles((16, 2, 1), (16, 2, 1), (4, 8, 1), registers=(None, None))),  # short chunks: more programs
-    (math.inf, Tiles(*[(16, 4, 1)] * 3, registers=(None, None))),
+    (96, Tiles((6, 16, 2), (6, 16, 2), (3, 32, 1))),  # 81 tokens: the innermost level at 288x288
+    (2048, Tiles((16, 2, 1), (16, 2, 1), (4, 8, 1))),  # short chunks: more programs
+    (math.inf, Tiles(*[(16, 4, 1)] * 3)),
 )
 
 
@@ -87,7 +82,7 @@ def _vector(L: int, K: int, tensors: tuple[Tensor, ...]) -> int:
     return math.gcd(*sizes)
 
 
-def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes, registers=None, groups=1, **flags):
+def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes, groups=1, **flags):
     """Launch over (chunks, blocks of rows, b); the kernel takes the strides of the tensors `strided`, in that order."""
     b, d, n, L = shape
     K, lanes, R = tile
@@ -98,16 +93,15 @@ def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes
         )
     V = _vector(L, K, strided)
     strides = [s if V == 1 or i == 2 else s // V for x in strided for i, s in enumerate(x.stride())]
-    limit = {"maxnreg": registers} if registers else {}
     kernel[-(-L // (K * lanes)), -(-d // rows), b](
         *pointers, *strides, d, n, L // V, *sizes, K=K, LANES=lanes, R=R, V=V,
-        MASK=L % (K * lanes) > 0 or d % rows > 0, num_warps=1, num_stages=1, **limit, **flags,
+        MASK=L % (K * lanes) > 0 or d % rows > 0, num_warps=1, num_stages=1, **flags,
     )  # fmt: skip
 
 
 def _propagate_chunk_states(ends: Tensor, delta_sums: Tensor, A: Tensor, reverse: bool) -> None:
     (b, chunks, table, d), n = ends.shape, A.shape[1]
-    sizes = {"UNROLL": JOIN_UNROLL, "REVERSE": reverse, "num_warps": 1, "num_stages": 1}
+    sizes = {"UNROLL": STATES_UNROLL, "REVERSE": reverse, "num_warps": 1, "num_stages": 1}
     scan_kernels._propagate_chunk_states[-(-n * d // 32), b](ends, delta_sums, A, d, n, chunks, table, **sizes)
 
 
@@ -141,12 +135,20 @@ def forward(
             strided = (u, B, delta, u)
             pointers = (*strided, A, bias, starts, delta_sums)
             _launch(
-                scan_kernels._chunk_states, tiles.ends, shape, pointers, strided, n, GATE=False, REVERSE=False, **flags
+                scan_kernels._chunk_states,
+                tiles.states,
+                shape,
+                pointers,
+                strided,
+                n,
+                GATE=False,
+                REVERSE=False,
+                **flags,
             )
             _propagate_chunk_states(starts, delta_sums, A, False)
         pointers = (u, delta, A, B, C, D, gate, bias, y, starts)
         _launch(
-            scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate), registers=tiles.registers[0],
+            scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate),
             GATE=gated, SKIP=skip, STARTS=kept > 0, **flags,
         )  # fmt: skip
     return y, starts, delta_sums
@@ -159,7 +161,7 @@ def backward(
     """du, ddelta, dz (empty without z), dB and dC (2, b, n, L), and (n + 2, d) fp32: dA transposed, dD, dbias."""
     shape = (b, d, n, L) = (u.shape[0], *A.shape, u.shape[2])
     tiles, chunks = _chunks(u, A, tiles)
-    blocks = -(-d // (tiles.grads[2] * 32 // tiles.grads[1]))
+    blocks = -(-d // (tiles.backward[2] * 32 // tiles.backward[1]))
     groups = min(blocks, tiles.groups or max(1, b * chunks * blocks // PROGRAMS))
     splits = -(-blocks // groups)
     flags = {"BIAS": bias is not None, "SOFTPLUS": softplus, "GATE": z is not None}
@@ -176,12 +178,12 @@ def backward(
         if chunks > 1:
             strided = (dy, C, delta, gate)
             pointers = (*strided, A, bias, sums, delta_sums)
-            _launch(scan_kernels._chunk_states, tiles.ends, shape, pointers, strided, n + 2, REVERSE=True, **flags)
+            _launch(scan_kernels._chunk_states, tiles.states, shape, pointers, strided, n + 2, REVERSE=True, **flags)
             _propagate_chunk_states(sums, delta_sums, A, True)
         pointers = (dy, u, delta, A, B, C, D, gate, bias, starts, sums, du, ddelta, dz, part, dBC)
         _launch(
-            scan_grads._scan_backward, tiles.grads, shape, pointers, (dy, u, delta, B, C, gate), groups, groups=groups,
-            registers=tiles.registers[1], SKIP=skip, STARTS=chunks > 1, SPLIT=splits > 1, **flags,
+            scan_grads._scan_backward, tiles.backward, shape, pointers, (dy, u, delta, B, C, gate), groups,
+            groups=groups, SKIP=skip, STARTS=chunks > 1, SPLIT=splits > 1, **flags,
         )  # fmt: skip
         if splits > 1:
             size, rows = dBC.numel(), min(SUM_ROWS, triton.next_power_of_2(splits))
