@@ -20,13 +20,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import joblib
 import numpy as np
 from tqdm import tqdm
 
@@ -191,7 +191,7 @@ def main(cfg: Config) -> int:
         predict, size = open_network(cfg)
         from u2mamba.inference import pipeline
     speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
-    workers = min(cfg.workers or os.cpu_count() or 1, sum(len(items) for _, items, _ in datasets))
+    workers = min(cfg.workers or joblib.cpu_count(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}  # worst: data set -> items, the worst first
     for metrics, items, unpaired in datasets:
         source = pipeline.predict_items(predict, items, size, cfg.batch) if cfg.checkpoint else items

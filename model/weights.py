@@ -176,8 +176,8 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved by DataParallel
     report = _compare(net, state_dict)
-    own, found = net.state_dict(), set(report.matched)
-    if missing := [k for k in own if k not in found and ".mamba" not in k]:
+    own, matched = net.state_dict(), set(report.matched)
+    if missing := [k for k in own if k not in matched and ".mamba" not in k]:
         raise ValueError(
             f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
             f"another shape, first {missing[0]}; {FITS}"
@@ -220,11 +220,11 @@ def _compare(net: nn.Module, state: Mapping[str, Tensor]) -> WeightReport:
 
 @torch.no_grad()
 def _copy(net: nn.Module, state: Mapping[str, Tensor], report: WeightReport) -> None:
-    own, found = net.state_dict(), set(report.matched)
-    if any(".mamba" in k for k in found) and (norm := _mamba_norm(state)) != _mamba_norm(own):
+    own, matched = net.state_dict(), set(report.matched)
+    if any(".mamba" in k for k in matched) and (norm := _mamba_norm(state)) != _mamba_norm(own):
         raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": set it so')
     for key in report.matched:
         own[key].copy_(state[key])
     for name, module in net.named_modules():
-        if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in found:
+        if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in matched:
             module.out_proj.weight.zero_()

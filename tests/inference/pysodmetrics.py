@@ -20,8 +20,8 @@ def make_set(folder: Path, images: int, size: tuple[int, int] = (300, 400), seed
         mask = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
         moved = ((y - cy - my) / ry) ** 2 + ((x - cx - mx) / rx) ** 2 < 1
         noise = gaussian_filter(rng.normal(0, 1, size), 4) * rng.uniform(0.5, 3)
-        found = (gaussian_filter(moved.astype(float), 3) + noise).clip(0, 1)
-        for kind, array in ((pred, found), (gt, mask)):
+        saliency = (gaussian_filter(moved.astype(float), 3) + noise).clip(0, 1)
+        for kind, array in ((pred, saliency), (gt, mask)):
             Image.fromarray(np.rint(array * 255).astype(np.uint8)).save(kind / f"{number:05}.png", compress_level=1)
     return pred, gt
 
@@ -38,9 +38,9 @@ def pysodmetrics_alone(pred: Path, gt: Path) -> dict[str, float]:
     }
     metrics = (mae, wf, sm, em, psm.FmeasureV2(handlers))
     for path in sorted(gt.iterdir()):
-        truth, found = np.asarray(Image.open(path)) > 128, np.asarray(Image.open(pred / path.name)) / 255
+        mask, saliency = np.asarray(Image.open(path)) > 128, np.asarray(Image.open(pred / path.name)) / 255
         for metric in metrics:
-            metric.step(found, truth, normalize=False)
+            metric.step(saliency, mask, normalize=False)
     of = metrics[-1].get_results()
     precision, recall, f_b = (of[k]["dynamic"] for k in ("precision", "recall", "f"))
     f_a = 1.3 * precision * recall / np.maximum(0.3 * precision + recall, 1e-30)

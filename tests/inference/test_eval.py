@@ -92,8 +92,8 @@ def test_golden_scores():
     scores = DatasetMetrics("golden")
     for i in range(5):
         distance = (y - 20 - 5 * i) ** 2 + (x - 30 - 4 * i) ** 2
-        found = np.clip(300 - distance // (i + 1) + (7 * x + 13 * y) % 64, 0, 255)
-        scores.add(str(i), score_map(found / 255, distance < 150 + 40 * i))
+        saliency = np.clip(300 - distance // (i + 1) + (7 * x + 13 * y) % 64, 0, 255)
+        scores.add(str(i), score_map(saliency / 255, distance < 150 + 40 * i))
     expected = json.loads(GOLDEN.read_text())
     assert scores.summary() == {k: pytest.approx(v, abs=1e-9) for k, v in expected.items()}
 
@@ -117,11 +117,11 @@ def test_both_definitions_of_f_and_of_iou_by_hand():
     half, twice = np.zeros((4, 8)), np.ones((4, 8))
     half[:2, :4] = 1  # precision 1, recall 1/2; `twice` finds everything: precision 1/2, recall 1
     scores = DatasetMetrics("hand")
-    for name, found in (("half", half), ("twice", twice)):
-        scores.add(name, score_map(found, mask))
+    for name, saliency in (("half", half), ("twice", twice)):
+        scores.add(name, score_map(saliency, mask))
     got = scores.summary()
     f = (1.3 * 0.5 / (0.3 + 0.5), 1.3 * 0.5 / (0.15 + 1))
-    everything = 1.3 * 0.5 / (0.15 + 1)  # what both maps give at threshold 0, where each pixel is found
+    everything = 1.3 * 0.5 / (0.15 + 1)  # what both maps give at threshold 0, where each pixel is saliency
     assert got["maxf_a"] == pytest.approx(0.75)  # precision and recall are 3/4 on average
     assert got["maxf_b"] == pytest.approx(sum(f) / 2)
     assert got["meanf_a"] == pytest.approx((255 * 0.75 + everything) / 256)
@@ -148,13 +148,13 @@ def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
 
 def test_an_object_on_the_border_has_an_s_measure():
     """PySODMetrics answers NaN: three of the four quadrants around its center hold no pixel."""
-    mask, found = np.zeros((30, 40), bool), np.full((30, 40), 0.3)
-    mask[-1, -1], found[-1, -1] = True, 0.9
+    mask, saliency = np.zeros((30, 40), bool), np.full((30, 40), 0.3)
+    mask[-1, -1], saliency[-1, -1] = True, 0.9
     direct = psm.Smeasure()
-    expected = 0.5 * direct.object(found, mask) + 0.5 * direct.ssim(found, mask)
-    assert score_map(found, mask).sm == pytest.approx(expected, abs=1e-12)
+    expected = 0.5 * direct.object(saliency, mask) + 0.5 * direct.ssim(saliency, mask)
+    assert score_map(saliency, mask).sm == pytest.approx(expected, abs=1e-12)
     with pytest.warns(RuntimeWarning):
-        direct.step(found, mask, normalize=False)
+        direct.step(saliency, mask, normalize=False)
     assert np.isnan(direct.get_results()["sm"])  # once it does not, our own ssim can go
 
 

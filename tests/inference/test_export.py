@@ -32,12 +32,12 @@ REMBG = os.environ.get("REMBG_PYTHON", "")  # the Python of an environment with 
 NAMES = ("astronaut", "chelsea", "coffee")
 
 
-def photograph(name: str) -> Image.Image:
+def photo(name: str) -> Image.Image:
     return Image.fromarray(read_image(PHOTO_DIR / f"{name}.png")).resize((90, 70))
 
 
 def prepared(name: str) -> torch.Tensor:
-    return normalize(torch.from_numpy(rescale_image(np.asarray(photograph(name)), SIZE))[None])
+    return normalize(torch.from_numpy(rescale_image(np.asarray(photo(name)), SIZE))[None])
 
 
 @functools.cache
@@ -55,12 +55,12 @@ def network() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The folder with the checkpoint and the files made from it, and what was printed."""
+    """The folder with the checkpoint and the exported files, and what was printed."""
     folder = tmp_path_factory.mktemp("export")
     for kind in ("images", "masks"):
         (folder / kind).mkdir()
     for name in NAMES:
-        image = photograph(name)
+        image = photo(name)
         image.save(folder / "images" / f"{name}.png")
         image.convert("L").point(lambda v: 255 * (v > 128)).save(folder / "masks" / f"{name}.png")
     (folder / "images" / "broken.png").write_bytes(b"no image")
@@ -106,11 +106,11 @@ def test_any_batch_gives_what_pytorch_gives(batch, exported):
     x = torch.cat([prepared(name) for name in NAMES[:batch]])
     with torch.no_grad():
         expected = network()(x)[0].numpy()
-    found = run_onnx(exported[0] / "out/net.onnx", x.numpy())
+    saliency = run_onnx(exported[0] / "out/net.onnx", x.numpy())
     assert np.ptp(expected) > 0.2  # else the test says nothing
-    assert found.shape == (batch, 1, SIZE, SIZE) and found.dtype == np.float32
-    assert found.min() >= 0 and found.max() <= 1
-    assert np.abs(found - expected).max() <= 2e-5  # fp32, 60 layers: 1e-6 seen
+    assert saliency.shape == (batch, 1, SIZE, SIZE) and saliency.dtype == np.float32
+    assert saliency.min() >= 0 and saliency.max() <= 1
+    assert np.abs(saliency - expected).max() <= 2e-5  # fp32, 60 layers: 1e-6 seen
 
 
 def test_variants_and_the_printed_numbers(exported):
@@ -125,13 +125,13 @@ def test_variants_and_the_printed_numbers(exported):
         expected = network()(torch.cat(x))[0][:, 0].numpy()
     for name, (megabytes, mae, largest, mae_masks) in rows.items():
         path = folder / "out" / name
-        found = run_onnx(path, torch.cat(x).numpy())[:, 0]
-        apart = np.abs(found - expected)
+        saliency = run_onnx(path, torch.cat(x).numpy())[:, 0]
+        difference = np.abs(saliency - expected)
         assert float(megabytes) == pytest.approx(path.stat().st_size / 1e6, abs=0.06)
         if name != "net.onnx":  # whose differences are roundings
-            assert float(mae) == pytest.approx(apart.mean(), rel=0.06)
-            assert float(largest) == pytest.approx(apart.max(), rel=0.06)
-        assert float(mae_masks) == pytest.approx(np.abs(found - np.stack(masks)).mean(), abs=6e-5)
+            assert float(mae) == pytest.approx(difference.mean(), rel=0.06)
+            assert float(largest) == pytest.approx(difference.max(), rel=0.06)
+        assert float(mae_masks) == pytest.approx(np.abs(saliency - np.stack(masks)).mean(), abs=6e-5)
     assert float(rows["net.onnx"][1]) < 1e-6 < float(rows["net_fp16.onnx"][1]) < 0.01
     assert float(rows["net_int8.onnx"][1]) < 0.1
     half, bytes8 = (onnx.load(folder / "out" / f"net_{kind}.onnx") for kind in ("fp16", "int8"))
@@ -219,13 +219,13 @@ def test_weights_that_amplify_rounding_are_distinguished_from_a_wrong_file(expor
 def test_unusable_input_is_one_line(more, says, exported, monkeypatch):
     monkeypatch.chdir(exported[0])
     with pytest.raises(UserError) as caught:
-        main(Config(**{"checkpoint": "net.pth", "out": "made.onnx"} | more))
+        main(Config(**{"checkpoint": "net.pth", "out": "new.onnx"} | more))
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    assert not Path("made.onnx").exists()
+    assert not Path("new.onnx").exists()
 
 
 def test_masks_are_rotated_as_in_training(tmp_path):
-    image = photograph(NAMES[0]).resize((60, 40))
+    image = photo(NAMES[0]).resize((60, 40))
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("images", "masks"):
@@ -269,14 +269,14 @@ def test_rembg_uses_the_file_and_gives_our_maps(exported, tmp_path):
     done = subprocess.run(words, env=environment | {"REMBG_HOME": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for path in images:
-        image, found = Image.open(path), np.asarray(Image.open(f"{path}.map.png"))
+        image, saliency = Image.open(path), np.asarray(Image.open(f"{path}.map.png"))
         x = np.asarray(image.convert("RGB").resize((320, 320), Image.Resampling.LANCZOS))  # as rembg 2 does, then
         x = torch.from_numpy(((x / x.max() - MEAN) / STD).transpose(2, 0, 1)[None]).float()
         with torch.no_grad():
             d0 = network()(x)[0][0, 0].numpy()
         d0 = Image.fromarray(((d0 - d0.min()) / np.ptp(d0) * 255).astype(np.uint8))  # its min-max normalization
         expected = np.asarray(d0.resize(image.size, Image.Resampling.LANCZOS))
-        difference = np.abs(found.astype(int) - expected)
+        difference = np.abs(saliency.astype(int) - expected)
         assert np.ptp(expected) > 100 and difference.max() <= 2 and difference.mean() < 0.05  # 8 bits, truncated
         cut = np.asarray(Image.open(f"{path}.cut.png"))
-        assert cut.shape == (*found.shape, 4) and np.array_equal(cut[..., 3], found)
+        assert cut.shape == (*saliency.shape, 4) and np.array_equal(cut[..., 3], saliency)

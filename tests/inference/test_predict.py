@@ -30,7 +30,7 @@ SIZE = 48
 
 
 def weights(seed: int = 0, arch: str = "u2netp") -> dict:
-    """A network whose maps differ from pixel to pixel; as initialised they are 0.5 nearly everywhere."""
+    """A network whose maps differ from pixel to pixel; as initialized they are 0.5 nearly everywhere."""
     torch.manual_seed(seed)
     net = ARCHS[arch]()
     for m in net.modules():
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def photograph(seed: int, width: int = 70, height: int = 50) -> Image.Image:
+def photo(seed: int, width: int = 70, height: int = 50) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -56,8 +56,8 @@ def photograph(seed: int, width: int = 70, height: int = 50) -> Image.Image:
 def photos(tmp_path):
     """a.png and below/b.jpg."""
     (tmp_path / "photos" / "below").mkdir(parents=True)
-    photograph(0).save(tmp_path / "photos" / "a.png")
-    photograph(1).save(tmp_path / "photos" / "below" / "b.jpg")
+    photo(0).save(tmp_path / "photos" / "a.png")
+    photo(1).save(tmp_path / "photos" / "below" / "b.jpg")
     return tmp_path / "photos"
 
 
@@ -84,8 +84,8 @@ def pixels(path: Path) -> np.ndarray:
 def network_map(image: Image.Image) -> np.ndarray:
     net = U2NETP()
     net.load_state_dict(weights())
-    squashed = torch.from_numpy(rescale_image(np.asarray(image), SIZE))[None]
-    return Predictor(net, torch.device("cpu"))(squashed)[0, 0].numpy()
+    resized = torch.from_numpy(rescale_image(np.asarray(image), SIZE))[None]
+    return Predictor(net, torch.device("cpu"))(resized)[0, 0].numpy()
 
 
 # ----------------------------------------------------------------------------------------- what it writes
@@ -93,7 +93,7 @@ def network_map(image: Image.Image) -> np.ndarray:
 
 def test_maps_are_the_networks_at_the_images_size(photos, predict, tmp_path):
     assert predict(photos, mode=("map", "mask"), threshold=0.3) == 0
-    d0 = network_map(photograph(0))
+    d0 = network_map(photo(0))
     assert np.ptp(d0) > 0.2  # else the test says nothing
     whole = np.asarray(Image.fromarray(d0).resize((70, 50), Image.Resampling.BILINEAR))
     soft, binary = (pixels(tmp_path / "out" / mode / "a.png") for mode in ("map", "mask"))
@@ -104,12 +104,12 @@ def test_maps_are_the_networks_at_the_images_size(photos, predict, tmp_path):
 
 
 def test_cut_out_keeps_every_pixel_and_the_color_profile(photos, predict, tmp_path):
-    photograph(0).save(photos / "a.png", icc_profile=b"made up, but kept")
+    photo(0).save(photos / "a.png", icc_profile=b"any profile")
     assert predict(photos / "a.png", mode=("map", "cutout")) == 0
     with Image.open(tmp_path / "out/cutout/a.png") as file:
-        assert file.mode == "RGBA" and file.info["icc_profile"] == b"made up, but kept"
+        assert file.mode == "RGBA" and file.info["icc_profile"] == b"any profile"
     rgba = pixels(tmp_path / "out/cutout/a.png")
-    assert np.array_equal(rgba[..., :3], np.asarray(photograph(0)))
+    assert np.array_equal(rgba[..., :3], np.asarray(photo(0)))
     assert np.array_equal(rgba[..., 3], pixels(tmp_path / "out/map/a.png"))
 
 
@@ -118,9 +118,9 @@ def test_overlay_and_sheet(photos, predict, tmp_path, monkeypatch):
     state["outconv.weight"].zero_()
     state["outconv.bias"].fill_(40)  # a map of 1 everywhere: the overlay is the image, the cut-out too
     torch.save(state, tmp_path / "white.pth")
-    photograph(0, 1000, 600).save(photos / "a.png")
+    photo(0, 1000, 600).save(photos / "a.png")
     assert predict(photos / "a.png", mode=("overlay", "sheet"), checkpoint=str(tmp_path / "white.pth")) == 0
-    image, sheet = np.asarray(photograph(0, 1000, 600), int), pixels(tmp_path / "out/sheet/a.jpg").astype(int)
+    image, sheet = np.asarray(photo(0, 1000, 600), int), pixels(tmp_path / "out/sheet/a.jpg").astype(int)
     assert np.abs(pixels(tmp_path / "out/overlay/a.jpg") - image).mean() < 4  # JPEG
     assert sheet.shape == (307, 3 * 512 + 16, 3)
     assert (sheet[:, 530:1020] > 250).all()
@@ -129,7 +129,7 @@ def test_overlay_and_sheet(photos, predict, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_maps_are_upright(orientation, tmp_path, predict):
-    upright, tag = photograph(0), Image.Exif()
+    upright, tag = photo(0), Image.Exif()
     tag[0x0112] = orientation
     stored = upright.transpose(Image.Transpose.ROTATE_180 if orientation == 3 else Image.Transpose.ROTATE_90)
     upright.save(tmp_path / "upright.png")
@@ -140,8 +140,8 @@ def test_maps_are_upright(orientation, tmp_path, predict):
 
 
 def test_flip_augmentation_commutes_with_a_flip(tmp_path, predict):
-    photograph(0, 48, 48).save(tmp_path / "a.png")
-    photograph(0, 48, 48).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
+    photo(0, 48, 48).save(tmp_path / "a.png")
+    photo(0, 48, 48).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
     difference = []
     for tta in (False, True):
         assert predict(tmp_path / "a.png", tmp_path / "b.png", tta=tta, overwrite=True) == 0
@@ -152,7 +152,7 @@ def test_flip_augmentation_commutes_with_a_flip(tmp_path, predict):
 
 def test_batches_do_not_change_maps(tmp_path, predict):
     for i in range(7):
-        photograph(i).save(tmp_path / f"{i}.png")
+        photo(i).save(tmp_path / f"{i}.png")
     for batch in (1, 3):
         assert predict(tmp_path / "*.png", batch=batch, out=str(tmp_path / str(batch))) == 0
     for i in range(7):
@@ -164,7 +164,7 @@ def test_batches_do_not_change_maps(tmp_path, predict):
 
 
 def test_folders_are_kept_and_what_is_done_is_skipped(photos, predict, tmp_path, capsys):
-    out = photos / "maps"  # inside the input: what was made is no input of the next call
+    out = photos / "maps"  # inside the input: outputs are no input of the next call
     assert predict(photos, out=str(out)) == 0
     assert files(out) == ["map/a.png", "map/below/b.png", "map/settings.json"]
     times = [p.stat().st_mtime_ns for p in sorted(out.rglob("*.png"))]
@@ -226,7 +226,7 @@ def test_outputs_of_another_image_or_of_unknown_origin_do_not_count_as_done(phot
     cutout = out / "cutout/a.png"
     whole = cutout.read_bytes()
     (tmp_path / "more").mkdir()
-    photograph(5).save(tmp_path / "more" / "a.png")
+    photo(5).save(tmp_path / "more" / "a.png")
     for mode in ("cutout", "sheet"):
         with pytest.raises(UserError, match=r"a\.\w+ exists, predicted from another image, or before .*more.a\.png"):
             predict(tmp_path / "more", mode=(mode,))
@@ -250,7 +250,7 @@ def test_outputs_of_another_image_or_of_unknown_origin_do_not_count_as_done(phot
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_killed_command_continues_where_it_was(overwrite, photos, predict, other, tmp_path):
     for i in range(20):
-        photograph(i).save(photos / f"{i}.png")
+        photo(i).save(photos / f"{i}.png")
     assert predict(photos, checkpoint=other, out=str(tmp_path / "expected")) == 0
     if overwrite:
         assert predict(photos) == 0
@@ -297,12 +297,12 @@ def test_patterns_and_the_same_file_twice(photos, predict, tmp_path, capsys):
 
 
 def test_images_of_one_name_do_not_overwrite_one_another(photos, predict, tmp_path):
-    photograph(2).save(photos / "a.jpg")
+    photo(2).save(photos / "a.jpg")
     assert predict(photos) == 0
     assert files(tmp_path / "out") == ["map/a.jpg.png", "map/a.png.png", "map/below/b.png", "map/settings.json"]
     assert not np.array_equal(*(pixels(tmp_path / "out/map" / n) for n in ("a.jpg.png", "a.png.png")))
     (tmp_path / "more").mkdir()
-    photograph(3).save(tmp_path / "more" / "a.png")
+    photo(3).save(tmp_path / "more" / "a.png")
     with pytest.raises(UserError, match=r"more.a\.png would both become a\.png: give each an --out"):
         predict(photos, tmp_path / "more", out=str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
@@ -395,7 +395,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
 def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
     (tmp_path / "photos").mkdir()
     for i in range(30):
-        photograph(i, 600, 400).save(tmp_path / "photos" / f"{i}.jpg")
+        photo(i, 600, 400).save(tmp_path / "photos" / f"{i}.jpg")
     words = f"photos --checkpoint {checkpoint} --out out --mode map cutout --size 160 --batch 1 --device cpu".split()
     process = subprocess.Popen(
         [sys.executable, ROOT / "u2mamba_predict.py", *words],

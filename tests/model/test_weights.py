@@ -1,6 +1,8 @@
 """model/weights.py: files are read safely, carry their settings, and are refused in one line that names them."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,13 @@ def test_an_arch_of_the_users_own_is_built_with_the_options_of_its_signature(pat
     with pytest.raises(ValueError, match=r"arch = 'tiny': model\.ARCHS has u2net, ") as error:
         load_model(path)
     one_line(error, path)
+
+
+def test_a_copy_of_the_folder_works_under_another_name(tmp_path):
+    (tmp_path / "nets").symlink_to(Path(model.__file__).parent, target_is_directory=True)
+    code = "import sys, nets; print(nets.build_model({'arch': 'u2mambap'}).settings, 'model' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "{'arch': 'u2mambap'} False\n", done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- bad files

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -24,13 +23,13 @@ import torch
 from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_image, open_pair, to_rgb
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
-from u2mamba.runtime.environment import peak_memory
+from u2mamba.runtime.environment import granted_cores, peak_memory
 from u2mamba.runtime.errors import UserError
 
 if TYPE_CHECKING:  # prediction does without PySODMetrics
     from u2mamba.inference.evaluation import Item
 
-THREADS = min(16, os.cpu_count() or 1)  # that read and write files
+THREADS = min(16, granted_cores())  # that read and write files
 S = TypeVar("S")  # what names an image file, by an attribute `image`
 Read = Callable[[S], tuple[np.ndarray, Any]]  # -> (image of the network's size, (S, S, 3) uint8; what goes with it)
 

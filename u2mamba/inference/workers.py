@@ -23,7 +23,7 @@ MAX_WORKERS = 60  # Windows cannot wait for more processes
 def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> Iterator[tuple[T, Any]]:
     """(item, task(item)) in the order of `items`, by `workers` processes (1: this one).
 
-    `items` may be endless: two per worker are taken in advance, in a thread of joblib's. Raises UserError when a worker
+    A thread of joblib's reads `items`, two per worker in advance. Raises UserError when a worker
     was killed. Close the generator where it is not exhausted.
     """
     waiting: deque[T] = deque()
