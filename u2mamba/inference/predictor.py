@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
-from model.u2net import REBNCONV
+from model.u2net import REBNCONV, saliency_map
 from u2mamba.dataset.augment import normalize
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
@@ -68,14 +68,6 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
             block.bn_s1 = nn.Identity()
     return net
-
-
-def saliency_map(logits: Tensor) -> Tensor:
-    """Logits of the final output d0, (B, K, H, W) -> saliency map, (B, 1, H, W) in [0, 1].
-
-    One channel is an object's logit; of several, channel 0 is the background.
-    """
-    return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - torch.softmax(logits, 1)[:, :1]
 
 
 class Predictor:
