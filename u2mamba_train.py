@@ -149,8 +149,7 @@ def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Te
     Their sum is U²-Net's loss (arXiv 2005.09007, equation 1, all weights 1). From logits and in fp32, because
     sigmoid + BCELoss loses log(1 - p) under mixed precision. weights: per pixel, shape of the masks.
     """
-    d = stack(logits)
-    return F.binary_cross_entropy_with_logits(d, masks.expand_as(d), weights, reduction="none").mean((1, 2, 3, 4))
+    return torch.stack([F.binary_cross_entropy_with_logits(d.float(), masks, weights) for d in logits])
 
 
 def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ def edge_weights(masks: Tensor) -> Tensor:
 
 def total_loss(logits: tuple[Tensor, ...], masks: Tensor, cfg: Config) -> Tensor:
     """The loss of each output -> (7,); training minimizes their sum."""
-    logits = stack(logits)
+    logits = stack(logits)  # once for all terms
     weights = 1 + cfg.edge_weight * edge_weights(masks) if cfg.edge_weight else None
     losses = multi_bce_loss_fusion(logits, masks, weights)
     return losses + cfg.iou_weight * soft_iou_loss(logits, masks) if cfg.iou_weight else losses

@@ -27,7 +27,7 @@ def iou_per_image(prediction: Tensor, mask: Tensor) -> Tensor:
 
     An empty mask predicted as empty counts 1. Does not wait for the device.
     """
-    p, t = (prediction.flatten(1) > 0.5).long(), (mask.flatten(1) > 0.5).long()
+    p, t = (prediction.flatten(1) > 0.5).byte(), (mask.flatten(1) > 0.5).byte()
     # per sample torchmetrics fails for a batch of one, where "global" is the same
     average = "samplewise" if len(p) > 1 else "global"
     counts = binary_stat_scores(p, t, multidim_average=average, validate_args=False).view(-1, 5)
