@@ -15,6 +15,8 @@ from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import MIN_SIZE
 from u2mamba.runtime.errors import UserError
 
+LOWER_IS_BETTER = {"MAE"}  # validation scores
+
 
 @dataclass
 class TrainState:
@@ -23,7 +25,7 @@ class TrainState:
     epoch: int = 0  # finished epochs, validation included
     position: int = 0  # pairs of the current epoch that were trained on
     iteration: int = 0  # finished steps
-    best: float = -1.0  # highest validation score so far
+    best: float = -1.0  # best validation score so far
     best_name: str = ""  # name of that score
     seconds: float = 0.0  # training time, over all starts
     finished: bool = False
@@ -32,7 +34,8 @@ class TrainState:
         """Whether the score `name` is the best so far; of equal ones the later. Scores by another name do not count."""
         if not scores or not all(map(math.isfinite, scores.values())):
             return False
-        return name != self.best_name or scores[name] >= self.best
+        gain = (self.best - scores[name]) if name in LOWER_IS_BETTER else scores[name] - self.best
+        return name != self.best_name or gain >= 0
 
     def advance(self, pairs: int) -> None:
         """Counts a step on so many pairs of all processes."""
@@ -140,5 +143,5 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
     if begins and weights and not weights.is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
-    if not cfg.scale_max and cfg.crop < 0.6 * cfg.rescale:
+    if cfg.crop < 0.6 * cfg.rescale:
         print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")

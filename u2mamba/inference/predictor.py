@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
 from model.u2net import REBNCONV, saliency_map
-from u2mamba.dataset.augment import normalize
+from u2mamba.dataset.augment import MEAN, normalize
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -46,11 +46,16 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
     Raises UserError with one line where the file cannot be used.
     """
     try:
-        return weights.load_model(weights_path(checkpoint), **options)
+        net = weights.load_model(weights_path(checkpoint), **options)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
+        raise UserError(
+            f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
+        )
+    return net
 
 
 def input_size(net: nn.Module, size: int = 0) -> int:
