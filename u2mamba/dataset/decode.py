@@ -14,11 +14,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, errors_as_bad_file, open_image
+from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, DataError, errors_as_bad_file, open_image
 from u2mamba.dataset.masks import IDENTITY, OBJECT, MaskKind, MaskRule, classify, is_flat, table
 
 T = TypeVar("T")
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
 COLORED = 16  # a pixel's channels differ by more: chroma of a lossy file does not count
 FULL_RANGES = 255, 1023, 4095, 16383, 65535  # of 8, 10, 12, 14 and 16 bits stored in 16
@@ -144,9 +145,11 @@ def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image
         # Pillow turns TIFFs itself while loading them, and removes the tag
         turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
         result = convert(image)
-        if isinstance(result, tuple):
-            return (np.ascontiguousarray(apply_orientation(result[0], turn)), *result[1:]), orientation
-        return result if result is None else np.ascontiguousarray(apply_orientation(result, turn)), orientation
+        array, *kind = result if isinstance(result, tuple) else (result,)
+        if array.ndim == 3 and array.shape[2] != len(MEAN):
+            raise DataError(f"{path}: {array.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
+        array = np.ascontiguousarray(apply_orientation(array, turn))
+        return (array, *kind) if kind else array, orientation
 
 
 def _read(path: str | os.PathLike, convert: Callable[[Image.Image], T]) -> T:
@@ -166,9 +169,14 @@ def read_orientation(path: str | os.PathLike) -> int:
         return _orientation(image)
 
 
-def read_alpha(path: str | os.PathLike) -> np.ndarray | None:
-    """An image's alpha channel, (H, W) uint8, upright; None: it has none. Raises BadFile."""
-    return _read(path, alpha_channel)
+def read_alpha(path: str | os.PathLike) -> np.ndarray:
+    """An image's alpha channel, (H, W) uint8, upright; 255 where it has none. Raises BadFile."""
+
+    def alpha_or_opaque(file: Image.Image) -> np.ndarray:
+        alpha = alpha_channel(file)
+        return np.full(file.size[::-1], 255, np.uint8) if alpha is None else alpha
+
+    return _read(path, alpha_or_opaque)
 
 
 # ---------------------------------------------------------------------------------------------------- masks, maps
