@@ -11,6 +11,10 @@ can be repeated; OUT/MODE/settings.json records what each was predicted from.
 Exit codes: 0 done, 1 done but files were skipped, 2 nothing could be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import errno
@@ -19,7 +23,6 @@ import glob
 import io
 import itertools
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator

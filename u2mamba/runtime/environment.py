@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import psutil
 import torch
@@ -79,6 +80,8 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
     if wanted in ("auto", "mps") and torch.backends.mps.is_available():
         return torch.device("mps"), f"Apple GPU ({platform.processor() or platform.machine()})"
     reason = "" if wanted == "cpu" else ", PyTorch finds no GPU"
+    if granted_cores() < torch.get_num_threads():  # PyTorch does not know the quota of a container
+        torch.set_num_threads(granted_cores())
     return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads on {granted_cores()} cores{reason}"
 
 
@@ -131,12 +134,8 @@ def cudnn_benchmark_disabled() -> Iterator[None]:
 
 
 def granted_cores() -> int:
-    """CPU cores that this process may use: CPU affinity and the quota of its container, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
+    """CPU cores that this process may use: CPU affinity, the quota of its container, LOKY_MAX_CPU_COUNT."""
+    return joblib.cpu_count()
 
 
 def available_memory() -> int:
