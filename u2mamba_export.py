@@ -76,7 +76,7 @@ def export(net: nn.Module, path: Path, size: int, opset: int) -> None:
     """
     import onnx
 
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, len(MEAN), size, size)
     names = {"input_names": ["image"], "output_names": ["d0"], "dynamic_axes": {"image": {0: "N"}, "d0": {0: "N"}}}
     traced = path.with_suffix(".traced.onnx")
     model = SaliencyModel(fold_batch_norm(net))

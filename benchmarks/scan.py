@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.hardware import in_cuda_graph, in_turn, lines, median_and_spread, time_calls
 from model.selective_scan import choose_backend, selective_scan
+from u2mamba.fast.install import register_scans
 from u2mamba.runtime.environment import choose_device, memory_in_use, peak_memory
 
 D_STATE = 16
@@ -75,6 +76,7 @@ def on_cpu(cfg: Config) -> None:
 
 
 def on_gpu(cfg: Config, device: torch.device) -> None:
+    register_scans()
     backends = []
     for name in ("mamba_ssm", "torch", "triton"):
         try:

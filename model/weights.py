@@ -90,12 +90,17 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
     size: pixels of the training images. It and `net.settings` travel in `_metadata`, so the keys are those of `net`
     alone, and U-2-Net's code loads the file with strict=True.
     """
-    state = net.state_dict()
+    state = uncompiled(net).state_dict()
     result = OrderedDict((k, v.detach().to("cpu", copy=True).contiguous()) for k, v in state.items())
     settings = {k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"}  # which a machine chooses
     settings |= {"size": size} if size else {}
     result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
     return result
+
+
+def uncompiled(net: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, whose keys have no "_orig_mod."."""
+    return getattr(net, "_orig_mod", net)
 
 
 def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -138,6 +143,7 @@ def load_model(path: str | Path, **options: Any) -> nn.Module:
 
 def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
+    net = uncompiled(net)
     own = net.state_dict()
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)  # absent in old files
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
@@ -192,13 +198,13 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
     size: pixels of the new run's images; one more line warns where the file's training size is clearly another.
     Raises ValueError when more than half of the file's tensors find no place; then `net` is left unchanged.
     """
-    state, settings = read_state_dict(path)
+    net, (state, settings) = uncompiled(net), read_state_dict(path)
     report = _compare(net, state)
     if 2 * len(report.unfit) > len(state):
         arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
         raise ValueError(
             f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {arch!r}, first "
-            f"{report.unfit[0]}; {FITS}"
+            f'{report.unfit[0]}; {FITS}; --pretrained "" starts without'
         )
     try:
         _copy(net, state, report)

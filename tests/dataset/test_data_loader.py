@@ -17,6 +17,12 @@ from u2mamba.dataset.cache import PairCache
 from u2mamba.dataset.decode import read_pair
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.runtime.source import PUBLISHED_LOADER, source_checksum
+
+
+def test_the_published_classes_are_unchanged():
+    """After a change on purpose, which the tests below approve: enter the new checksum."""
+    assert source_checksum(Path(__file__).parents[2] / "data_loader.py") == PUBLISHED_LOADER
 
 
 def test_rescale_t_is_skimage_squash():

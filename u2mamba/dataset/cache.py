@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from u2mamba.dataset import decode, image_file, rescale
-from u2mamba.dataset.decode import Pair
+from u2mamba.dataset.decode import MEAN, Pair
 from u2mamba.dataset.pairs import DataReport, check_pairs, is_file
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.runtime.environment import granted_cores
@@ -45,11 +45,11 @@ class PairCache:
 
     @classmethod
     def empty(cls, count: int, size: int) -> PairCache:
-        return cls(*(torch.empty((count, size, size, *c), dtype=torch.uint8) for c in ((3,), ())))
+        return cls(*(torch.empty((count, size, size, *c), dtype=torch.uint8) for c in ((len(MEAN),), ())))
 
     @staticmethod
     def bytes_for(count: int, size: int) -> int:
-        return count * size * size * 4
+        return count * size * size * (len(MEAN) + 1)
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +86,11 @@ class PairCache:
             raise ValueError("it has a wrong size")
         if _checksum([pixels, json.dumps(metadata).encode()]) != checksum:
             raise ValueError("its checksum does not match")
-        images, masks = pixels[: 3 * len(pixels) // 4], pixels[3 * len(pixels) // 4 :]
+        images, masks = np.split(pixels, [-count * size * size])
         report = DataReport(**metadata["report"])
         report.unusable = [tuple(entry) for entry in report.unusable]
         return cls(
-            *map(torch.from_numpy, (images.reshape(count, size, size, 3), masks.reshape(count, size, size)))
+            *map(torch.from_numpy, (images.reshape(count, size, size, -1), masks.reshape(count, size, size)))
         ), report
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, errors_as_bad_file, open_image
+from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, DataError, errors_as_bad_file, open_image
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
 NOISE_BELOW = 64  # a mask of many values that are all darker is compression noise on an empty mask
 MAX_LABELS, MAX_CLASSES, MIN_REGION = 8, 20, 0.05  # of a label map: values, largest class, a class's share of pixels
@@ -105,6 +106,8 @@ def decode(
         # Pillow turns TIFFs itself while loading them, and removes the tag
         upright = orientation != 1 and _orientation(image) == 1
         array = convert(image)
+        if array.ndim == 3 and array.shape[2] != len(MEAN):
+            raise DataError(f"{path}: {array.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
         return np.ascontiguousarray(array if upright else apply_orientation(array, orientation)), orientation
 
 

@@ -26,11 +26,10 @@ class GradientAverager:
         self.views: dict[nn.Parameter, Tensor] = {}  # none before the first pass
 
     def zero(self) -> None:
-        """Call it before the backward pass, or before the first of several that add up."""
-        if self.views:
-            self.gradients.zero_()
+        """Call it before the backward pass, or before the first of several that add up. Autograd then hands its tensors
+        over, where adding them to zeros would cost a kernel for each."""
         for parameter in self.parameters:
-            parameter.grad = self.views.get(parameter)
+            parameter.grad = None
 
     @torch.no_grad()
     def __call__(self, *others: Tensor) -> Tensor:
@@ -41,6 +40,14 @@ class GradientAverager:
         elif outside:  # the processes could not agree on it without waiting for each other
             for parameter in outside:
                 parameter.grad = None
+        made = [(view, p.grad) for p, view in self.views.items() if p.grad is not None and p.grad is not view]
+        missing = [view for p, view in self.views.items() if p.grad is None]
+        if made:
+            torch._foreach_copy_([view for view, _ in made], [grad for _, grad in made])
+        if missing:
+            torch._foreach_zero_(missing)
+        for parameter, view in self.views.items():
+            parameter.grad = view
         if self.dist.size > 1:
             torch._foreach_copy_(self._others, list(others))
             self.dist.mean(self._buffer)
@@ -58,7 +65,3 @@ class GradientAverager:
         views = [part.as_strided(t.shape, t.stride(), part.storage_offset()) for part, t in parts]
         self.views, self._others = dict(zip(used, views, strict=False)), views[len(used) :]
         self.gradients = self._buffer[: sum(sizes[: len(used)])]
-        for parameter, view in self.views.items():
-            if parameter.grad is not None:
-                view.copy_(parameter.grad)
-            parameter.grad = view

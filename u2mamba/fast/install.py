@@ -131,13 +131,17 @@ def install(net: nn.Module) -> list[str]:
     taken over, what not, and why.
     """
     device = selective_scan.with_index(next(net.parameters()).device)
-    selective_scan.REGISTERED["triton"] = (selective_scan_triton, functools.partial(_unusable, "triton"))
-    selective_scan.REGISTERED["mamba_ssm"] = (_mamba_ssm_scan, functools.partial(_unusable, "mamba_ssm"))
+    register_scans()
     lines = [_install_kernels(net, device)]
     for wanted in {m.backend for m in net.modules() if isinstance(m, Mamba)}:
         backend, reason = selective_scan.choose_backend(device, wanted)
         lines.append(f"selective scan: {backend} ({reason})")
     return lines
+
+
+def register_scans() -> None:
+    for name, scan in (("triton", selective_scan_triton), ("mamba_ssm", _mamba_ssm_scan)):
+        selective_scan.REGISTERED[name] = (scan, functools.partial(_unusable, name))
 
 
 def _install_kernels(net: nn.Module, device: torch.device) -> str:

@@ -64,20 +64,18 @@ def _largest(v00, v01, v10, v11):
 
 @jit("H", "W", "blocks")
 def _max_pool(
-    x, y, dy, dskip, dx, H, W, C, S, blocks,
+    x, y, places, dy, dskip, dx, H, W, C, S, blocks,
     TH: constexpr, TW: constexpr, BLOCK_C: constexpr, BACKWARD: constexpr, SKIP: constexpr,
 ):  # fmt: skip
-    """Forward writes y; BACKWARD finds the maxima again and writes dx, to which SKIP adds dskip.
-
-    Pixels are S apart in dskip."""
+    """Forward writes y and the place of each maximum in its window; BACKWARD reads the places and writes dx, to which
+    SKIP adds dskip, whose pixels are S apart."""
     before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _pool_windows(
         tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
     )
-    v00, v01, v10, v11 = _load_windows(x + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, float("-inf"))
-    best, which = _largest(v00, v01, v10, v11)
-    pooled = place * C + cols
+    pooled = pooled_before * C + place * C + cols
     if BACKWARD:
-        g = tl.load(dy + pooled_before * C + pooled, mask=ok00, other=0.0).to(tl.float32)
+        which = tl.load(places + pooled, mask=ok00, other=0)
+        g = tl.load(dy + pooled, mask=ok00, other=0.0).to(tl.float32)
         g00 = tl.where(which == 0, g, 0.0)
         g01 = tl.where(which == 1, g, 0.0)
         g10 = tl.where(which == 2, g, 0.0)
@@ -90,7 +88,10 @@ def _max_pool(
             g11 += s11
         _store_windows(dx + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, g00, g01, g10, g11)
     else:
-        tl.store(y + pooled_before * C + pooled, best, mask=ok00)
+        v00, v01, v10, v11 = _load_windows(x + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, float("-inf"))
+        best, which = _largest(v00, v01, v10, v11)
+        tl.store(y + pooled, best, mask=ok00)
+        tl.store(places + pooled, which.to(tl.uint8), mask=ok00)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -98,14 +99,16 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         n, c, h, w = x.shape
         shape = (n, c, -(-h // 2), -(-w // 2))
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        places = torch.empty_like(y, dtype=torch.uint8)  # an eighth of x, which need not be kept for the backward pass
+        ctx.save_for_backward(places)
+        ctx.shape = x.shape
         grid, blocks, sizes = tiles(x, c, *y.shape[2:])
         with on_device(x):
-            _max_pool[grid](x, y, x, x, x, h, w, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
+            _max_pool[grid](x, y, places, x, x, x, h, w, c, c, blocks, BACKWARD=False, SKIP=False, **sizes)
         return y, x
 
     @staticmethod
@@ -113,15 +116,15 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx, dy, dskip):
         if dy is None:
             return dskip
-        (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        (places,) = ctx.saved_tensors
+        dx = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         dy = dy.contiguous(memory_format=torch.channels_last)
         other, stride = as_channels_last_rows(dx if dskip is None else dskip)
-        _, c, h, w = x.shape
-        grid, blocks, sizes = tiles(x, c, *dy.shape[2:])
-        with on_device(x):
+        _, c, h, w = ctx.shape
+        grid, blocks, sizes = tiles(dx, c, *dy.shape[2:])
+        with on_device(dx):
             _max_pool[grid](
-                x, x, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
+                dx, dx, places, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
             )
         return dx
 
@@ -130,7 +133,7 @@ def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
     """`F.max_pool2d(x, 2, 2, ceil_mode=True)` and x for the skip connection, which has to be used in place of x.
 
     The gradients of both are added in one kernel. That of the pooling goes to the first maximum of a window, as in
-    PyTorch; no indices are kept. x: (B, C, H, W), channels_last. Raises Unsupported.
+    PyTorch. x: (B, C, H, W), channels_last. Raises Unsupported.
     """
     require(x, channels_last=True)
     return _MaxPool.apply(x)

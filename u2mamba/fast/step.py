@@ -168,8 +168,10 @@ class TrainStep(step.TrainStep):
                     weight.grad.add_(copied)
         used = [(weight, copied) for weight, copied in self.copies.items() if copied.grad is not None]
         for weight, _ in used:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+            if weight.grad is None:  # written in place where the optimizer reads it
+                weight.grad = self.averager.views[weight] if self.averager.views else torch.empty_like(weight)
+                if not first:
+                    weight.grad.zero_()
         if used:
             copy_or_add = torch._foreach_copy_ if first else torch._foreach_add_
             copy_or_add([weight.grad for weight, _ in used], [copied.grad for _, copied in used])

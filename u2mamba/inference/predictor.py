@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
-from model.u2net import REBNCONV
-from u2mamba.dataset.augment import normalize
+from model.u2net import REBNCONV, saliency_map
+from u2mamba.dataset.augment import MEAN, normalize
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -46,11 +46,16 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
     Raises UserError with one line where the file cannot be used.
     """
     try:
-        return weights.load_model(weights_path(checkpoint), **options)
+        net = weights.load_model(weights_path(checkpoint), **options)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
+        raise UserError(
+            f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
+        )
+    return net
 
 
 def input_size(net: nn.Module, size: int = 0) -> int:
@@ -68,14 +73,6 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
             block.bn_s1 = nn.Identity()
     return net
-
-
-def saliency_map(logits: Tensor) -> Tensor:
-    """Logits of the final output d0, (B, K, H, W) -> saliency map, (B, 1, H, W) in [0, 1].
-
-    One channel is an object's logit; of several, channel 0 is the background.
-    """
-    return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - torch.softmax(logits, 1)[:, :1]
 
 
 class Predictor:
