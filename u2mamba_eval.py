@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import joblib
 import numpy as np
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from u2mamba.dataset.pairs import Unpaired, truncate_list
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, read_item
 from u2mamba.runtime.config import Range, check_settings, read_settings
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
@@ -194,7 +194,7 @@ def main(cfg: Config) -> int:
         predict, size = open_network(cfg)
         from u2mamba.inference import pipeline
     speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
-    workers = min(cfg.workers or joblib.cpu_count(), sum(len(items) for _, items, _ in datasets))
+    workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}  # worst: data set -> items, the worst first
     for metrics, items, unpaired in datasets:
         source = pipeline.predict_items(predict, items, size, cfg.batch) if cfg.checkpoint else items

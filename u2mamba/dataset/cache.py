@@ -24,7 +24,7 @@ from u2mamba.dataset import decode, image_file, rescale
 from u2mamba.dataset.decode import MEAN, Pair
 from u2mamba.dataset.pairs import DataReport, check_pairs, is_file
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import granted_cores
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.files import replacing
 from u2mamba.runtime.source import source_checksum
 

@@ -126,8 +126,8 @@ def init_distributed() -> Iterator[DistContext]:
     needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(
-            f"WORLD_SIZE = {world!r} is set in the environment, but not by torchrun, as {', '.join(missing)} is not: "
-            "unset WORLD_SIZE, or start with torchrun"
+            f"WORLD_SIZE = {world!r} is set, but not by torchrun (no {', '.join(missing)}): unset it, or start with "
+            "torchrun"
         )
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = _store_of_this_attempt(store, rank, size)

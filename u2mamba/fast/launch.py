@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from u2mamba.runtime.environment import granted_cores
+from u2mamba.runtime.cores import granted_cores
 
 try:
     import triton

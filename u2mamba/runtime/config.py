@@ -109,11 +109,11 @@ def _expand_home(value: Any) -> Any:
 def _refuse_misspelled(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
     for word, value in itertools.pairwise([*argv, ""]):
         name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        name = name if name in hints else name.removeprefix("no_")
         if hints.get(name) is bool and ("=" in word or value.lower() in ("true", "false")):
             raise UserError(f"--{name} takes no value: --{name} switches it on, --no-{name} off")
-        close = difflib.get_close_matches(name, hints, 1)
-        if close and not hints.keys() & {name, name.removeprefix("no_")}:
-            raise UserError(f"--{name}: there is no such option; is --{close[0]} meant?")
+        if name not in hints and (close := difflib.get_close_matches(name, hints, 1)):
+            raise UserError(f"{word}: there is no such option; is --{close[0]} meant?")
 
 
 def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[str, Any] | None) -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import psutil
 import torch
 
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import UserError
 
 VERSION = "0.2.0"
@@ -131,11 +131,6 @@ def cudnn_benchmark_disabled() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def granted_cores() -> int:
-    """CPU cores that this process may use: CPU affinity, the quota of its container, LOKY_MAX_CPU_COUNT."""
-    return joblib.cpu_count()
 
 
 def available_memory() -> int:

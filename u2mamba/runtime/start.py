@@ -12,10 +12,10 @@ import sys
 import warnings
 from pathlib import Path
 
-COMMON = ("torch", "numpy", "skimage", "PIL", "tyro", "psutil", "joblib", "tqdm")
+COMMON = ("torch", "numpy", "skimage", "PIL", "tyro", "psutil", "tqdm")
 REQUIRED = {  # script -> packages that it cannot do without
     "u2mamba_train.py": (*COMMON, "filelock", "torchvision", "torchmetrics"),
-    "u2mamba_eval.py": (*COMMON, "matplotlib", "py_sod_metrics"),
+    "u2mamba_eval.py": (*COMMON, "joblib", "matplotlib", "py_sod_metrics"),
     "u2mamba_predict.py": COMMON,
     "u2mamba_export.py": COMMON,
     "prepare_duts.py": ("numpy", "PIL"),
