@@ -434,6 +434,45 @@ def test_a_killed_worker_is_one_line():
         list(process_map(os._exit, [1, 1], workers=2))
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no new thread"), None]
+)
+def test_where_no_processes_can_be_started_this_one_computes(error, monkeypatch, capsys):
+    """A limit of processes or threads; None: no semaphores, where joblib computes in this process without a word."""
+
+    def parallel(*_, **__):
+        if error:
+            raise error
+        return lambda calls: (function(*args, **named) for function, args, named in calls)
+
+    monkeypatch.setattr("u2mamba.inference.workers.joblib.Parallel", parallel)
+    assert list(process_map(abs, [-1, 2], workers=2)) == [(-1, 1), (2, 2)]
+    assert capsys.readouterr().out.count("no worker processes can be started") == 1
+
+
+def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from u2mamba_eval import Config, main
+main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},), workers=2))
+"""
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "images" in done.stdout and not done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the cores of a process")
+def test_one_granted_core_is_one_process(folders, monkeypatch):
+    monkeypatch.setattr("u2mamba.inference.workers._start", None)  # not called
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert main(Config(pred=(str(folders[0]),), gt=(str(folders[1]),))) == 0
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
     taken = []
 
