@@ -1,6 +1,7 @@
 """Worker processes (joblib's) that end with the process that started them, however it ends."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -37,10 +38,7 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
     was killed. Close the generator where it is not exhausted.
     """
     workers = min(workers, MAX_WORKERS)
-    if workers > 1 and (reason := _start(workers)):
-        print(f"metrics: in this process, as no worker processes can be started ({reason})", flush=True)
-        workers = 1
-    if workers == 1:
+    if workers == 1 or not _started(workers):
         yield from ((item, task(item)) for item in items)
         return
     waiting: deque[T] = deque()
@@ -66,15 +64,21 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
         threading.excepthook = hook
 
 
-def _start(workers: int) -> str:
-    """Starts the processes, which joblib keeps for the next call -> why they cannot be started, or nothing."""
+@functools.cache
+def _started(workers: int) -> bool:
+    """Starts the processes, which joblib keeps for the next call; prints a line where that fails."""
     try:
         with _sigint_blocked(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # joblib's about what the line of the caller says
             ids = list(joblib.Parallel(workers, **OPTIONS)(joblib.delayed(os.getpid)() for _ in range(workers)))
     except Exception as error:  # a limit of processes or threads, no semaphores, no folder for temporary files
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return "no semaphores, as without /dev/shm" if os.getpid() in ids else ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    else:
+        if os.getpid() not in ids:
+            return True
+        reason = "no semaphores, as without /dev/shm"
+    print(f"one process: no worker processes can be started ({reason})", flush=True)
+    return False
 
 
 def _ignore_cancelled_task(args: threading.ExceptHookArgs) -> None:
