@@ -91,4 +91,4 @@ def test_a_file_and_an_array_give_a_map_of_their_size(tmp_path):
     found, same = predict.saliency(tmp_path / "photo.png"), predict.saliency(photo)
     small = predict(torch.from_numpy(rescale_image(photo, 320))[None])
     expected = torch.nn.functional.interpolate(small, photo.shape[:2], mode="bilinear")[0, 0]
-    assert np.array_equal(found, same) and np.abs(found - expected.numpy()).max() < 1e-4  # F.interpolate's weights are fp32
+    assert np.array_equal(found, same) and np.abs(found - expected.numpy()).max() < 1e-4  # its weights are fp32
