@@ -84,6 +84,9 @@ class Config:
     )
     rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # rotation by up to ± so many degrees
     color_jitter: Fraction = 0.0  # brightness, contrast and saturation by up to ± this fraction
+    sharpness: Annotated[float, Range(0, 3)] = 0.0  # sharpness factor from exp(-sharpness), blurred, to exp(sharpness)
+    noise: Fraction = 0.0  # Gaussian noise with a standard deviation of up to this, of images in [0, 1]
+    whole_fraction: Fraction = 0.0  # last fraction of the epochs, on whole images instead of random crops
     # training
     overfit: CountOrZero = 0  # pairs to overfit, as a sanity check; 0: train
     epoch_num: Count = 720  # 720 epochs of DUTS-TR in batches of 12 are the paper's 600,000 iterations

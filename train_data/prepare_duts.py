@@ -72,9 +72,9 @@ def copy(archive: zipfile.ZipFile | None, entry: zipfile.ZipInfo | Path, to: Pat
 
 def save_flipped(pair: Pair, image_path: Path, mask_path: Path, work: Path) -> None:
     """The horizontally flipped copy of a pair; the files appear once they are complete."""
-    decoded = read_pair(pair)
-    Image.fromarray(decoded.image[:, ::-1]).save(work / "i", "JPEG", quality=MIRROR_QUALITY, subsampling=0)
-    Image.fromarray(decoded.mask[:, ::-1]).save(work / "m", "PNG")
+    image, mask = read_pair(pair)
+    Image.fromarray(image[:, ::-1]).save(work / "i", "JPEG", quality=MIRROR_QUALITY, subsampling=0)
+    Image.fromarray(mask[:, ::-1]).save(work / "m", "PNG")
     os.replace(work / "i", image_path)
     os.replace(work / "m", mask_path)
 

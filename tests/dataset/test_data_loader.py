@@ -56,7 +56,7 @@ def test_random_crop_takes_every_offset_and_flips_half():
         np.testing.assert_array_equal(got["image"][..., :1], got["label"])
         key = tuple(got["image"][:2, 0, 0].tolist())
         seen[key] = seen.get(key, 0) + 1
-    assert len(seen) == 3 * 2 * 2  # tops, lefts, upside down or not
+    assert len(seen) == 3 * 2 * 2  # tops, lefts, vertical flip or not
     upside_down = sum(count for (first, second), count in seen.items() if first > second)
     assert abs(upside_down - 300) < 50  # four deviations of 12.2
     same = RandomCrop(5)(sample(image[:5], image[:5, :, 0]))  # the published one fails here

@@ -1,5 +1,5 @@
 """Data augmentation of a whole batch at once, on any device: the published flip and crop, or flips, rotation, random
-resized crop and color jitter.
+resized crop, color jitter, sharpness and noise.
 
 All random numbers are drawn into the plan of an epoch, a tensor that depends on (seed, epoch) alone. A run that resumes
 in the middle of an epoch, on any device, sees what the uninterrupted run would have seen.
@@ -21,9 +21,11 @@ from u2mamba.dataset.decode import MEAN, STD
 
 INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 VFLIP, HFLIP = 1, 2  # bits of the column FLIP
-NUM_RANDOM = 8  # random numbers per image
+NUM_RANDOM = 12  # random numbers per image
 RANDOM_STEPS = 1 << 24  # they are stored as integers below this, which float32 represents exactly
-SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(NUM_RANDOM)
+SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(8)
+SHARPNESS, NOISE, NOISE_X, NOISE_Y = range(8, NUM_RANDOM)
+NOISE_SHIFT = 256  # pixels: the noise of an image is a random crop of one field, larger by this than the image
 MAX_ASPECT = 4 / 3  # of a random resized crop, wide or high
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 
@@ -38,6 +40,8 @@ class Augmentation(NamedTuple):
     scale_max: float = 0.0  # above 1: with reflection padding; both 1: whole images are resized to the crop size
     rotation_degrees: float = 0.0  # maximum, in both directions
     color_jitter: float = 0.0  # brightness, contrast and saturation are multiplied by 1 - color_jitter to 1 + it
+    sharpness: float = 0.0  # the difference from the smoothed image is multiplied by exp(-sharpness) to exp(sharpness)
+    noise: float = 0.0  # maximum standard deviation of Gaussian noise, of images in [0, 1]
 
     @classmethod
     def from_config(cls, cfg) -> Augmentation:
@@ -54,9 +58,14 @@ def augment_batch(
     x = torch.cat((images, masks), 1)
     grid = F.affine_grid(_affine_params(random, flips, augmentation), [*x.shape[:2], size, size], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    if not augmentation.color_jitter:
-        return x
-    return torch.cat((_color_jitter(x[:, :3], random, augmentation.color_jitter), x[:, 3:]), 1)
+    image, mask = x[:, :3], x[:, 3:]
+    if augmentation.color_jitter:
+        image = _color_jitter(image, random, augmentation.color_jitter)
+    if augmentation.sharpness:
+        image = _sharpen(image, random, augmentation.sharpness)
+    if augmentation.noise:
+        image = _add_noise(image, random, augmentation.noise)
+    return torch.cat((image, mask), 1)
 
 
 def _affine_params(random: Tensor, flips: Tensor, augmentation: Augmentation) -> Tensor:
@@ -80,6 +89,28 @@ def _color_jitter(x: Tensor, random: Tensor, strength: float) -> Tensor:
     x = x * factor[:, BRIGHTNESS]
     x = torch.lerp(_gray(x).mean((2, 3), keepdim=True), x, factor[:, CONTRAST])
     return torch.lerp(_gray(x), x, factor[:, SATURATION]).clamp(0, 1)
+
+
+def _sharpen(x: Tensor, random: Tensor, strength: float) -> Tensor:
+    """Factor < 1 blurs toward Pillow's SMOOTH filter (1 around 5, over 13), > 1 sharpens away from it."""
+    factor = (strength * (2 * random[:, SHARPNESS] - 1)).exp().view(-1, 1, 1, 1)
+    smooth = (9 * F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False) + 4 * x) / 13
+    return torch.lerp(smooth, x, factor).clamp(0, 1)
+
+
+def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
+    """From one fixed field, so that the noise depends on the plan alone; a generator on a GPU would have to wait."""
+    size = x.shape[2]
+    top, left = (random[:, (NOISE_Y, NOISE_X)] * NOISE_SHIFT).long()[:, :, None].unbind(1)  # (B, 1)
+    rows, columns = (start + _range(x.device, size) for start in (top, left))
+    noise = _noise_field(x.device, size + NOISE_SHIFT)[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+    return (x + noise * (strength * random[:, NOISE]).view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _noise_field(device: torch.device, size: int) -> Tensor:
+    """Standard normal (3, size, size) on a device; made once, outside any CUDA graph."""
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _gray(x: Tensor) -> Tensor:

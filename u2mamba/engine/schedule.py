@@ -93,12 +93,18 @@ class Schedule:
         early = self.cfg.early_crop and epoch < self.cfg.early_fraction * self.cfg.epoch_num
         return self.cfg.early_crop if early else self.cfg.crop
 
+    def augmentation(self, epoch: int) -> Augmentation:
+        """Random resized crops become whole images in the last epochs: trained as used (arXiv 1906.06423)."""
+        whole = epoch >= (1 - self.cfg.whole_fraction) * self.cfg.epoch_num
+        augmentation = Augmentation.from_config(self.cfg)
+        return augmentation._replace(scale_min=1.0, scale_max=1.0) if whole else augmentation
+
     def plan(self, epoch: int) -> Tensor:
         """Order, crops and flips of an epoch: rows as of `epoch_plan`, a function of seed and epoch alone."""
         cfg = self.cfg
         plan = epoch_plan(
             self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
-            random=any(Augmentation.from_config(cfg)),
+            random=any(self.augmentation(epoch)),
         )  # fmt: skip
         return plan[: self.pairs_per_epoch]
 
@@ -108,12 +114,12 @@ def train_batches(
 ) -> Iterator[TrainBatch]:
     """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
     cfg = schedule.cfg
-    augmentation = Augmentation.from_config(cfg)
     for epoch in range(state.epoch, cfg.epoch_num):
         rows = schedule.plan(epoch)[state.position if epoch == state.epoch else 0 :]
         done = 0
         own = dist.shard(rows)
-        for batch in batches(source, own, cfg.batch_size_train, schedule.crop_size(epoch), channels_last, augmentation):
+        crop, augmentation = schedule.crop_size(epoch), schedule.augmentation(epoch)
+        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation):
             taken = len(batch.rows) * dist.size
             done += taken
             ends = done // dist.size == len(own)

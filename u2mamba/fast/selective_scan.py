@@ -111,7 +111,7 @@ def _chunks(u: Tensor, A: Tensor, tiles: Tiles | None = None) -> tuple[Tiles, in
 
 
 def _vectors(A: Tensor, D: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A in fp32, D and the bias; A stands in for what is missing (a flag tells the kernel)."""
+    """A in fp32, D and the bias; A takes the place of what is missing (a flag tells the kernel)."""
     A = A.float().contiguous()
     return A, A if D is None else D.contiguous(), A if bias is None else bias.contiguous()
 

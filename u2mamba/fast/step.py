@@ -69,7 +69,7 @@ class TrainStep(step.TrainStep):
     def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
         """Compiles the Triton kernels of a step side by side, by a step of a copy of the network thrown away after.
 
-        The sum of the outputs stands in for the loss, which must not see memory that nothing wrote.
+        The sum of the outputs replaces the loss, which must not see memory that nothing wrote.
         """
         net, (images, _) = copy.deepcopy(self.net), next(self._micro_batches(images, masks))
         with compile_only():
