@@ -222,6 +222,8 @@ def test_a_network_of_ones_own_is_known_to_every_command(project, data):
     assert predict(project, data).shape == (48, 72)
     files = "--image", data / "val/images", "--gt", data / "val/masks", "--workers", "1", "--device", "cpu"
     assert "IoU" in project.run("u2mamba_eval.py", "--checkpoint", best, *files)
+    (project.folder / "hub.py").write_text(f"import hubconf\nprint(hubconf.u2net_file({str(best)!r}).settings)\n")
+    assert "'arch': 'quarter', 'mamba_at': 'bottleneck', 'd_state': 8" in project.run("hub.py").replace('"', "'")
     lines = project.train("--arch", "quarter", "--pretrained", best, "--model_name", "second")
     assert f"pretrained: {len(weights)} tensors matched, 0 new" in lines
     copy_project_file(project, "model/__init__.py")  # the edit undone
