@@ -152,7 +152,7 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Confi
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
-    photo = Image.fromarray(image)
+    photo = Image.fromarray(image[..., :3])
 
     def colors(photo: Image.Image) -> Image.Image:
         return Image.fromarray(foreground_colors(np.asarray(photo), np.asarray(alpha))) if cfg.foreground else photo
