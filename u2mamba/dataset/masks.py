@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.image_file import DataError
+from u2mamba.dataset.image_file import BadFile, DataError
 
 OBJECT = 128  # above: object, as in PySODMetrics
 MAX_CLASS = 20  # label maps number their classes up to here (VOC); gray levels of an object are brighter
@@ -104,3 +105,20 @@ def table(kind: MaskKind, rule: MaskRule) -> np.ndarray | str:
         wide = rule.full_range if kind.full_range > 255 else 255
         return np.rint(IDENTITY * (kind.full_range / wide)).astype(np.uint8)
     return f"holds {kind.values}, which can be read in several ways, unlike the other masks of the set; {FIX}"
+
+
+class RawMask(NamedTuple):
+    """A mask file as stored: values (H, W) uint8, upright, and their kind. `by` makes it a mask."""
+
+    path: Path
+    values: np.ndarray
+    kind: MaskKind
+
+    def by(self, rule: MaskRule | None) -> np.ndarray:
+        """(H, W) uint8, 0 background to 255 object, by the rule of its set, or by itself. Raises BadFile."""
+        if rule is None:
+            rule = MaskRule(self.kind.name, self.kind.full_range)
+        lookup = table(self.kind, rule)
+        if isinstance(lookup, str):
+            raise BadFile(self.path, lookup)
+        return self.values if lookup is IDENTITY else lookup[self.values]
