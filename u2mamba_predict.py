@@ -38,6 +38,7 @@ from u2mamba.dataset.decode import BadFile, read_alpha
 from u2mamba.dataset.image_file import PNG_TEXT
 from u2mamba.dataset.pairs import IMAGE_TYPES, truncate_list
 from u2mamba.dataset.rescale import rescale_image, resize_map
+from u2mamba.inference.foreground import foreground_colors
 from u2mamba.inference.pipeline import THREADS, compute_maps, held_image, ordered_map
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
 from u2mamba.inference.provenance import Provenance, checksum
@@ -64,6 +65,7 @@ class Config:
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(0, 4096)] = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
     threshold: Annotated[float, Range(0, 1)] = 0.5  # of mask
+    foreground: bool = True  # cutout, sheet: the object's colors under soft edges, without the old background
     tta: bool = False  # flip test-time augmentation: twice the time
     overwrite: bool = False  # predict again what exists
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -140,27 +142,32 @@ def _images_in(folder: Path, out: Path, others: list[str]) -> Iterator[Path]:
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, threshold: float) -> Image.Image:
+def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Config) -> Image.Image:
     """The output of a mode; saliency: (H, W) in [0, 1]; image: (H, W, 3) uint8, for the modes in NEEDS_IMAGE."""
     if mode == "mask":
-        return Image.fromarray((saliency > threshold).astype(np.uint8) * 255)
+        return Image.fromarray((saliency > cfg.threshold).astype(np.uint8) * 255)
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
     photo = Image.fromarray(image)
+
+    def colors(photo: Image.Image) -> Image.Image:
+        return Image.fromarray(foreground_colors(np.asarray(photo), np.asarray(alpha))) if cfg.foreground else photo
+
     if mode == "overlay":
         ground = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, (20, 30, 60)), 0.6)
         return Image.composite(photo, ground, alpha)
     if mode == "sheet":
         for part in (photo, alpha):
             part.thumbnail((SHEET_TILE, SHEET_TILE))
-        cutout = Image.composite(photo, Image.new("RGB", photo.size, "white"), alpha)
+        cutout = Image.composite(colors(photo), Image.new("RGB", photo.size, "white"), alpha)
         sheet = Image.new("RGB", (3 * photo.width + 16, photo.height), "white")
         for column, part in enumerate((photo, alpha, cutout)):
             sheet.paste(part, (column * (photo.width + 8), 0))
         return sheet
-    photo.putalpha(alpha)
-    return photo
+    cutout = colors(photo)
+    cutout.putalpha(alpha)
+    return cutout
 
 
 def color_profile(path: Path) -> bytes | None:
@@ -171,7 +178,7 @@ def color_profile(path: Path) -> bytes | None:
         return profile if profile and len(profile) <= PNG_TEXT else None
 
 
-def write(result: tuple, outputs: dict[Source, dict[str, Path]], threshold: float) -> BadFile | None:
+def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
     """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
     source, saliency, shape = result
     if isinstance(saliency, BadFile):
@@ -188,7 +195,7 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], threshold: floa
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
                 kind = {"format": "PNG", "compress_level": 1} if path.suffix == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
-                render(mode, shown, image, threshold).save(encoded, **kind, quality=90, icc_profile=profile)
+                render(mode, shown, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
                 atomic_write(path, encoded.getbuffer(), flush=False)
     except BadFile as error:
         return error
@@ -216,10 +223,8 @@ def main(cfg: Config) -> int:
     net, weights = load_model(cfg.checkpoint), weights_path(cfg.checkpoint)
     size = input_size(net, cfg.size)
     settings = {"weights": weights.name, "crc32": checksum(weights), "size": size, "tta": cfg.tta}
-    records = {
-        mode: Provenance(out / mode, settings | ({"threshold": cfg.threshold} if mode == "mask" else {}))
-        for mode in cfg.mode
-    }
+    own = {"mask": {"threshold": cfg.threshold}} | {m: {"foreground": cfg.foreground} for m in ("cutout", "sheet")}
+    records = {mode: Provenance(out / mode, settings | own.get(mode, {})) for mode in cfg.mode}
     outputs = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in records} for s in sources}
     if not cfg.overwrite:
         outputs = {
@@ -257,7 +262,7 @@ def main(cfg: Config) -> int:
     skipped, pool = 0, ThreadPoolExecutor(THREADS)
     try:
         maps = compute_maps(predict, outputs, read, pool, batch)
-        task = functools.partial(write, outputs=outputs, threshold=cfg.threshold)
+        task = functools.partial(write, outputs=outputs, cfg=cfg)
         results = ordered_map(pool, task, maps, 2 * batch + THREADS)
         for _, failure in tqdm(results, total=len(outputs), unit="img", disable=None):
             if failure:

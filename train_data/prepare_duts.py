@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("train_data"), help="the trainer's data_dir; default: %(default)s"
     )
     args = parser.parse_args(arguments)
+    args.source, args.out = args.source.absolute(), args.out.absolute()  # for messages
     try:
         count, bad, unpaired = prepare(args.source, args.out, args.mirror)
     except OSError as error:

@@ -105,7 +105,7 @@ def test_maps_are_the_networks_at_the_images_size(photos, predict, tmp_path):
 
 def test_cut_out_keeps_every_pixel_and_the_color_profile(photos, predict, tmp_path):
     photo(0).save(photos / "a.png", icc_profile=b"any profile")
-    assert predict(photos / "a.png", mode=("map", "cutout")) == 0
+    assert predict(photos / "a.png", mode=("map", "cutout"), foreground=False) == 0
     with Image.open(tmp_path / "out/cutout/a.png") as file:
         assert file.mode == "RGBA" and file.info["icc_profile"] == b"any profile"
     rgba = pixels(tmp_path / "out/cutout/a.png")

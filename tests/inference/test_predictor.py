@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
+from PIL import Image
 
 from model import U2MAMBAP, U2NETP
 from u2mamba.dataset.augment import normalize
@@ -80,3 +82,13 @@ def test_prediction_and_export_import_only_what_they_need():
     names = ("torchmetrics", "matplotlib", "py_sod_metrics", "joblib", "onnx")
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_file_and_an_array_give_a_map_of_their_size(tmp_path):
+    photo = skimage.data.rocket()[:, :500]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    predict = Predictor(load_model("small"))
+    found, same = predict.saliency(tmp_path / "photo.png"), predict.saliency(photo)
+    small = predict(torch.from_numpy(rescale_image(photo, 320))[None])
+    expected = torch.nn.functional.interpolate(small, photo.shape[:2], mode="bilinear")[0, 0]
+    assert np.array_equal(found, same) and np.abs(found - expected.numpy()).max() < 1e-4  # its weights are fp32

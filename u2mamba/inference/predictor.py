@@ -2,6 +2,7 @@
 
 net = load_model("saved_models/u2net/best.pth")
 predict = Predictor(net, torch.device("cpu"))
+saliency = predict.saliency("photo.jpg")  # (H, W) float32 probabilities
 saliency = predict(images)  # (B, S, S, 3) uint8 RGB -> (B, 1, S, S) float32 probabilities; net.settings has S
 """
 
@@ -10,6 +11,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -17,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model import weights
 from model.u2net import REBNCONV, saliency_map
 from u2mamba.dataset.augment import MEAN, normalize
+from u2mamba.dataset.decode import read_image
+from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -114,6 +118,15 @@ class Predictor:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             saliency = self._predict(images)
             return (saliency + self._predict(images.flip(2)).flip(3)) / 2 if self.tta else saliency
+
+    def saliency(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """A file, or (H, W, 3) uint8 RGB -> its saliency map, (H, W) float32 in [0, 1].
+
+        The network sees it at `net.settings["size"]`. Raises BadFile for a file that cannot be read.
+        """
+        image = image if isinstance(image, np.ndarray) else read_image(image)
+        resized = torch.from_numpy(rescale_image(image, input_size(self.net)))
+        return resize_map(self(resized[None])[0, 0].cpu().numpy(), image.shape[:2])
 
     def _predict(self, images: Tensor) -> Tensor:
         try:
