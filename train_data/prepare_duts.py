@@ -157,9 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unpaired.skipped:
         names = unpaired.images + unpaired.masks + unpaired.duplicates
         print(f"warning: skipped {len(names):,} files without a partner: {truncate_list(names)}")
-    print(
-        f"{count:,} pairs{' and their flipped copies' if args.mirror else ''} in {Path(args.out, 'DUTS-TR', 'DUTS-TR').absolute()}"
-    )
+    print(f"{count:,} pairs{' and their flipped copies' if args.mirror else ''} in {args.out / 'DUTS-TR' / 'DUTS-TR'}")
     return 2 if not count else 1 if bad or unpaired.skipped else 0
 
 

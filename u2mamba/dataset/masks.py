@@ -75,7 +75,10 @@ def classify(values: np.ndarray, source: str, photo: bool = False, full_range: i
 def decide(kinds: Iterable[MaskKind], as_stored: bool = False) -> MaskRule:
     """The rule of a set: the kind of most of its files. Raises DataError where these are label maps."""
     kinds = list(kinds)
-    votes = Counter(kind.name for kind in kinds if kind.name != "empty")
+    # where there are bright gray levels, a dark one above MAX_CLASS is one more of them
+    graded = any(kind.name == "gray" and kind.counts[OBJECT + 1 :].any() for kind in kinds)
+    names = ["gray" if graded and kind.name == "value" and not kind.flat else kind.name for kind in kinds]
+    votes = Counter(name for name in names if name != "empty")
     name = votes.most_common(1)[0][0] if votes else "gray"
     example = next((kind.values for kind in kinds if kind.name == name), "0")
     count = f"{votes[name] + len(kinds) - sum(votes.values()):,} of {len(kinds):,}"
