@@ -138,12 +138,14 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code. Raises DataError."""
+
+    def path(word: str) -> Path:
+        return Path(os.path.expanduser(word))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
+    parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument(
-        "--out", type=Path, default=Path("train_data"), help="the trainer's data_dir; default: %(default)s"
-    )
+    parser.add_argument("--out", type=path, default=Path("train_data"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     args.source, args.out = args.source.absolute(), args.out.absolute()  # for messages
     try:

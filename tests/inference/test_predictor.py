@@ -10,11 +10,12 @@ import skimage.data
 import torch
 from PIL import Image
 
-from model import U2MAMBAP, U2NETP
+from model import U2MAMBAP, U2NETP, build_model
+from model.weights import cpu_state_dict
 from u2mamba.dataset.augment import normalize
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import Predictor, load_model
-from u2mamba.inference.predictor import fold_batch_norm, weights_path
+from u2mamba.inference.predictor import fold_batch_norm, input_size, weights_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +54,15 @@ def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     assert d0.shape == (2, 1, 64, 96) and d0.dtype == torch.float32
     assert (d0 - expected).abs().max() <= tolerance
     assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
+
+
+def test_weights_of_unknown_size_and_of_several_outputs_are_said(tmp_path, capsys):
+    torch.save(U2NETP(out_ch=4).state_dict(), tmp_path / "net.pth")
+    assert input_size(load_model(tmp_path / "net.pth")) == 320
+    said = capsys.readouterr().out
+    assert "has 4 outputs" in said and "do not say at which size they were trained: 320" in said
+    torch.save(cpu_state_dict(build_model({"arch": "u2netp"}), size=96), tmp_path / "copy.pth")
+    assert input_size(load_model(tmp_path / "copy.pth")) == 96 and not capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA GPU")

@@ -31,7 +31,8 @@ from u2mamba.dataset.decode import Pair, open_pair
 from u2mamba.dataset.image_file import BadFile, DataError
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import available_memory, granted_cores
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.environment import available_memory
 
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
 STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit

@@ -59,6 +59,8 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
         raise UserError(
             f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
         )
+    if (outputs := net.settings.get("out_ch", 1)) > 1:
+        print(f"{checkpoint}: has {outputs} outputs; a map is 1 minus the probability of the first, the background")
     return net
 
 
@@ -66,6 +68,10 @@ def input_size(net: nn.Module, size: int = 0) -> int:
     """Pixels of the square that images are resized to: `size`, or for 0 the training size. Raises UserError."""
     if 0 < size < 32:
         raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the training size")
+    if not size and "size" not in net.settings:
+        print(
+            f"the weights do not say at which size they were trained: {weights.DEFAULT_SIZE} pixels are used (--size)"
+        )
     return size or net.settings.get("size", weights.DEFAULT_SIZE)
 
 
