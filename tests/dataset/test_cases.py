@@ -20,7 +20,7 @@ from u2mamba.dataset.rescale import rescale_mask
 from u2mamba_eval import Config as EvalConfig
 from u2mamba_eval import main as evaluate
 from u2mamba_predict import Config as PredictConfig
-from u2mamba_predict import find_images, write
+from u2mamba_predict import Source, find_images, write
 
 SHAPE = 60, 80
 OBJECT = disc(*SHAPE) > 0
@@ -284,7 +284,7 @@ def test_a_large_profile_and_xmp_are_read_and_not_passed_on(tmp_path, monkeypatc
     text.add_itxt("XML:com.adobe.xmp", "<x/>" * 500_000, zip=True)
     Image.fromarray(photo(*SHAPE)).save(tmp_path / "a.png", icc_profile=profile, pnginfo=text)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), photo(*SHAPE))
-    (source,), _ = find_images([str(tmp_path / "a.png")], tmp_path / "out")
+    source = Source(tmp_path / "a.png", Path("a"))
     outputs = {source: {"cutout": tmp_path / "cut.png"}}
     assert write((source, np.ones(SHAPE, np.float32), SHAPE), outputs, PredictConfig()) is None
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20)  # Pillow's own, in the programs of others
@@ -293,7 +293,7 @@ def test_a_large_profile_and_xmp_are_read_and_not_passed_on(tmp_path, monkeypatc
 
 def test_a_cut_out_is_never_less_transparent_than_its_image(tmp_path):
     Image.fromarray(np.dstack((photo(*SHAPE), LEFT * np.full(SHAPE, 200, np.uint8)))).save(tmp_path / "a.png")
-    (source,), _ = find_images([str(tmp_path / "a.png")], tmp_path / "out")
+    source = Source(tmp_path / "a.png", Path("a"))
     outputs = {source: {"cutout": tmp_path / "cut.png"}}
     write((source, np.full(SHAPE, 0.9, np.float32), SHAPE), outputs, PredictConfig())
     alpha = np.asarray(Image.open(tmp_path / "cut.png"))[..., 3]
@@ -306,9 +306,9 @@ def test_linked_folders_brackets_and_jfif_are_found(tmp_path):
         Image.fromarray(photo(*SHAPE)).save(tmp_path / folder / "a.jfif", "JPEG")
     (tmp_path / "trip[1]" / "day2").symlink_to(tmp_path / "away", target_is_directory=True)
     (tmp_path / "away" / "circle").symlink_to(tmp_path / "trip[1]", target_is_directory=True)
-    found, others = find_images([str(tmp_path / "trip[1]")], tmp_path / "out")
+    found, others, _ = find_images([str(tmp_path / "trip[1]")])
     assert sorted(str(source.name) for source in found) == ["a", "day2/a"] and others == []
-    found, _ = find_images([str(tmp_path / "trip[1]" / "*.jfif")], tmp_path / "out")
+    found, *_ = find_images([str(tmp_path / "trip[1]" / "*.jfif")])
     assert [str(source.name) for source in found] == ["a"]
     images, masks = make_folders(tmp_path / "set", 1)
     Image.fromarray(photo(*SHAPE)).save(images / "b.jpe", "JPEG")
