@@ -33,7 +33,7 @@ if triton is not None:
 
 
 def jit(*no_specialize: str):
-    """`triton.jit` that does not compile anew for each value of the arguments named; does nothing without Triton."""
+    """`triton.jit` that does not compile again for each value of the arguments named; does nothing without Triton."""
     if triton is None:
         return lambda kernel: kernel
     if INTERPRETED:

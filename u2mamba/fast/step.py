@@ -1,7 +1,7 @@
 """The training step of engine/step.py, faster: one CUDA graph, weights in bf16, weight gradients on a second stream.
 
 U²-Net launches some 5,000 kernels a step, and the CPU cannot launch them as fast as the GPU runs them; a graph replays
-them all. On a CPU the step runs as it is.
+them all. On a CPU the step runs unmodified.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ class TrainStep(step.TrainStep):
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         self.rates = [torch.tensor(float(rate), device=self.device) for rate in rates]
-        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
+        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay next to it
         graph = torch.cuda.CUDAGraph()
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
