@@ -1,4 +1,5 @@
 """Official DUTS-TR -> the layout that the trainer reads: OUT/DUTS-TR/DUTS-TR/{im_aug,gt_aug}/.
+OUT is train_data in the current folder, where the trainer looks too.
 
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
@@ -39,9 +40,10 @@ def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
     """File name -> entry, for each of FOLDERS. Raises DataError if a name leads out of the folder, or for a bomb."""
     entries, total = {folder: {} for folder in FOLDERS}, 0
     for entry in archive.infolist():
-        name = entry.orig_filename  # on Windows, `filename` has been cleaned up
+        # as old Windows tools write it; `filename` has been cleaned up on Windows
+        name = entry.orig_filename.replace("\\", "/")
         parts, total, problem = PurePosixPath(name).parts, total + entry.file_size, ""
-        if name.startswith("/") or "\\" in name or ":" in name or "\0" in name or ".." in parts:
+        if name.startswith("/") or ":" in name or "\0" in name or ".." in parts:
             problem = "leaves the folder"
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device"
@@ -51,7 +53,7 @@ def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
             problem = f"exceeds MAX_TOTAL = {MAX_TOTAL:,} bytes"
         if problem:
             raise DataError(f"{archive.filename}: refused, {name!r} in it {problem}; nothing was written")
-        if not entry.is_dir() and len(parts) > 1 and parts[-2] in entries and "__MACOSX" not in parts:
+        if not name.endswith("/") and len(parts) > 1 and parts[-2] in entries and "__MACOSX" not in parts:
             entries[parts[-2]][parts[-1]] = entry
     return list(entries.values())
 
@@ -92,7 +94,9 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
         try:
             archive = zipfile.ZipFile(source)
         except FileNotFoundError:
-            raise DataError(f"{source}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/") from None
+            raise DataError(
+                f"{source.absolute()}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
+            ) from None
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
         entries = zip_entries(archive)
@@ -141,8 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument("--out", type=path, default=Path(__file__).resolve().parent, help="default: %(default)s")
+    parser.add_argument("--out", type=path, default=Path("train_data"), help="default: %(default)s")
     args = parser.parse_args(arguments)
+    args.source, args.out = args.source.absolute(), args.out.absolute()  # for messages
     try:
         count, bad, unpaired = prepare(args.source, args.out, args.mirror)
     except OSError as error:

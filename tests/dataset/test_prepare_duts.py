@@ -130,7 +130,7 @@ def test_a_zip_that_leaves_the_folder_is_refused_before_writing(tmp_path, capsys
         "/n9.jpg",
         "C:/n9.jpg",
         "DUTS-TR/DUTS-TR-Image/../../n9.jpg",
-        "DUTS-TR\\DUTS-TR-Image\\n9.jpg",
+        "..\\n9.jpg",
     ]
     link = zipfile.ZipInfo("DUTS-TR/DUTS-TR-Image/n9.jpg")
     link.external_attr = 0o120777 << 16
@@ -175,5 +175,5 @@ def test_unusable_sources_as_a_user_runs_it(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
+        f"error: {tmp_path}/missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
     ]
