@@ -37,8 +37,11 @@ MIRROR_QUALITY = 95  # of the flipped JPEGs
 
 
 def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
-    """File name -> entry, for each of FOLDERS. Raises DataError if a name leads out of the folder, or for a bomb."""
-    entries, total = {folder: {} for folder in FOLDERS}, 0
+    """File name -> entry, for each of FOLDERS, at any depth and in any case.
+
+    Raises DataError if a name leads out of the folder, or for a bomb.
+    """
+    entries, total = {folder.lower(): {} for folder in FOLDERS}, 0
     for entry in archive.infolist():
         # as old Windows tools write it; `filename` has been cleaned up on Windows
         name = entry.orig_filename.replace("\\", "/")
@@ -53,8 +56,8 @@ def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
             problem = f"exceeds MAX_TOTAL = {MAX_TOTAL:,} bytes"
         if problem:
             raise DataError(f"{archive.filename}: refused, {name!r} in it {problem}; nothing was written")
-        if not name.endswith("/") and len(parts) > 1 and parts[-2] in entries and "__MACOSX" not in parts:
-            entries[parts[-2]][parts[-1]] = entry
+        if not name.endswith("/") and len(parts) > 1 and parts[-2].lower() in entries and "__MACOSX" not in parts:
+            entries[parts[-2].lower()][parts[-1]] = entry
     return list(entries.values())
 
 
@@ -88,8 +91,12 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
     """
     archive = None
     if source.is_dir():
-        home = next((home for home in (source, source / "DUTS-TR") if (home / FOLDERS[0]).is_dir()), source)
-        entries = [{path.name: path for path in (home / name).glob("*") if path.is_file()} for name in FOLDERS]
+        found = [source, *source.glob("*"), *source.glob("*/*")]
+        entries = [{} for _ in FOLDERS]
+        for home in found:
+            for name, files in zip(FOLDERS, entries, strict=True):
+                if home.name.lower() == name.lower():
+                    files.update({path.name: path for path in home.glob("*") if path.is_file()})
     else:
         try:
             archive = zipfile.ZipFile(source)
@@ -101,10 +108,15 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
             raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
         entries = zip_entries(archive)
     if not all(entries):
-        raise DataError(f"{source}: no files in folders {' and '.join(FOLDERS)} in it")
+        names, hint = archive.namelist() if archive else list(map(str, found)), ""
+        if any("duts-te" in name.lower() for name in names):
+            hint = ": this is the test set, DUTS-TE, for u2mamba_eval.py; training needs DUTS-TR"
+        elif zips := [name for name in names if name.lower().endswith(".zip")]:
+            hint = f": unpack {zips[0]}, and give that"
+        raise DataError(f"{source.absolute()}: no files in folders {' and '.join(FOLDERS)} in it{hint}")
     paired, unpaired = pair_names(*entries)
     if not paired:
-        raise DataError(f"{source}: no image in it has a mask of the same name")
+        raise DataError(f"{source}: no image in it has a mask of the same name{unpaired.near_miss}")
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)
