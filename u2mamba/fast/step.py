@@ -51,7 +51,7 @@ class TrainStep(step.TrainStep):
             super()._run(images, masks)
             return
         if self.shape is None or images.shape[2:] != self.shape[2:]:
-            self._compile_kernels(images, masks)
+            self._compile_kernels(images)
         if self.graph and images.shape == self.images.shape:
             for group, captured in zip(self.optimizer.param_groups, self.rates, strict=True):
                 captured.fill_(group["lr"])  # which a user or a scheduler may have set, for any group
@@ -64,15 +64,15 @@ class TrainStep(step.TrainStep):
             self._eager_step(images, masks)
         self.shape = images.shape
 
-    def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
+    def _compile_kernels(self, images: Tensor) -> None:
         """Compiles the Triton kernels of a step in parallel, by a forward and backward pass of a copy of the network.
 
         It uses the sum of the outputs as the loss: the real one must not see uninitialized memory.
         """
-        net, (images, _) = copy.deepcopy(self.net), next(self._micro_batches(images, masks))
+        net = copy.deepcopy(self.net)
         with compile_only():
             with self.env.autocast():
-                outputs = net(images, logits=True)
+                outputs = net(images.chunk(self.grad_accum_steps)[0], logits=True)
             total = sum(d.float().sum() for d in (outputs if isinstance(outputs, (tuple, list)) else [outputs]))
             if total.requires_grad:
                 with torch.autograd.set_multithreading_enabled(False):
