@@ -15,26 +15,30 @@ when it saves maps, first normalize each map by its minimum and maximum: --norma
 Exit codes: 0 done; 1 done, but files were skipped; 2 the input cannot be used; 130, 143 stopped by Ctrl-C, SIGTERM.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import joblib
 import numpy as np
 from tqdm import tqdm
 
 from u2mamba.dataset.decode import BadFile, read_image
+from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.pairs import Unpaired, truncate_list
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, read_item
+from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, mask_rule, read_item
 from u2mamba.runtime.config import Range, check_settings, read_settings
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
@@ -140,8 +144,12 @@ def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list
         (flagged["resized"], "maps that were resized to their mask"),
         (flagged["constant"], "maps with a single value (used)"),
         (flagged["empty"], "masks without an object (used)"),
+        (unpaired.others, "entries that are not read"),
     )
-    return [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
+    lines = [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
+    if metrics.images and all(scores.faint for _, scores in metrics.images):
+        lines.append(f"{metrics.name}: no map exceeds 1 of 255: saved as 0 and 1? A map holds 0 to 255")
+    return lines
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> str:
@@ -157,11 +165,11 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def sheet_rows(metrics: DatasetMetrics, worst: Sequence[Item]) -> list[tuple[str, list[np.ndarray]]]:
+def sheet_rows(metrics: DatasetMetrics, worst: Sequence[Item], rule: MaskRule) -> list[tuple[str, list[np.ndarray]]]:
     """For `plots.contact_sheet`: name and scores above the image (if any is known), mask and map."""
     scores, rows = dict(metrics.images), []
     for item in worst:
-        mask, saliency = read_item(item)
+        mask, saliency = read_item(item, rule)
         images = [mask, np.rint(resize_map(saliency, mask.shape) * 255).astype(np.uint8)]
         if any(w.image for w in worst):
             images.insert(0, np.zeros((1, 1), np.uint8))
@@ -191,11 +199,12 @@ def main(cfg: Config) -> int:
         predict, size = open_network(cfg)
         from u2mamba.inference import pipeline
     speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
-    workers = min(cfg.workers or joblib.cpu_count(), sum(len(items) for _, items, _ in datasets))
-    lines, worst = [], {}  # worst: data set -> items, the worst first
+    workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
+    lines, worst = [], {}  # worst: data set -> items, the worst first, and how their masks are read
     for metrics, items, unpaired in datasets:
-        source = pipeline.predict_items(predict, items, size, cfg.batch) if cfg.checkpoint else items
-        results = evaluate(source, workers, cfg.normalize)
+        rule = mask_rule(items, workers)
+        source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items
+        results = evaluate(source, workers, cfg.normalize, rule)
         ranking = []
         with contextlib.closing(results):
             for item, scores in tqdm(results, metrics.name, len(items), unit="img", disable=None, leave=False):
@@ -203,7 +212,8 @@ def main(cfg: Config) -> int:
                 if cfg.out and not isinstance(scores, BadFile):
                     ranking = sorted([*ranking, (scores.iou, -scores.mae, item.stem, item)], key=lambda r: r[:3])
                     del ranking[SHEET_IMAGES:]
-        worst[metrics.name] = [entry[-1] for entry in ranking]
+        worst[metrics.name] = [entry[-1] for entry in ranking], rule
+        lines += [f"{metrics.name}: {rule.line}"] if rule.line else []
         lines += report_files(metrics, unpaired, "map" if cfg.pred else "image")
     summaries = [metrics.summary() | speed for metrics, *_ in datasets]
     print("\n".join([*lines, table(summaries)]), flush=True)
@@ -222,7 +232,7 @@ def main(cfg: Config) -> int:
         for metrics, *_ in datasets:
             rows = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in metrics.images]
             atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), as_csv(rows))
-            sheet = plots.contact_sheet(sheet_rows(metrics, worst[metrics.name]))
+            sheet = plots.contact_sheet(sheet_rows(metrics, *worst[metrics.name]))
             atomic_write(Path(cfg.out, f"{metrics.name}_worst.png"), sheet)
     skipped = any(metrics.bad or unpaired.skipped for metrics, _, unpaired in datasets)
     return EXIT_SKIPPED if skipped else EXIT_OK

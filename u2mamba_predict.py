@@ -11,6 +11,10 @@ can be repeated; OUT/MODE/settings.json records what each was predicted from.
 Exit codes: 0 done, 1 done but files were skipped, 2 nothing could be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import errno
@@ -19,7 +23,6 @@ import glob
 import io
 import itertools
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -37,9 +40,10 @@ from tqdm import tqdm
 from u2mamba.dataset.decode import BadFile
 from u2mamba.dataset.pairs import IMAGE_TYPES, truncate_list
 from u2mamba.dataset.rescale import rescale_image, resize_map
+from u2mamba.inference.foreground import foreground_colors
 from u2mamba.inference.pipeline import THREADS, compute_maps, held_image, ordered_map
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
-from u2mamba.inference.provenance import Provenance, checksum
+from u2mamba.inference.provenance import SETTINGS_FILE, Provenance, checksum, recorded_outputs
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
@@ -63,6 +67,7 @@ class Config:
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(0, 4096)] = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
     threshold: Annotated[float, Range(0, 1)] = 0.5  # of mask
+    foreground: bool = True  # cutout, sheet: the object's colors under soft edges, without the old background
     tta: bool = False  # flip test-time augmentation: twice the time
     overwrite: bool = False  # predict again what exists
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -79,20 +84,25 @@ class Source(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def find_images(inputs: Iterable[str], out: Path) -> tuple[list[Source], list[str]]:
+def find_images(inputs: Iterable[str]) -> tuple[list[Source], list[str], list[str]]:
     """The files that are named, match a pattern, or have an image's extension in a folder, each once; and the names of
-    other files in those folders.
+    other files in those folders, and of this command's outputs in folders and patterns, wherever they are.
 
     Raises UserError for an input without an image, and for two images that would have the same outputs.
     """
     images: dict[Path, tuple[Path, Path]] = {}  # resolved path -> path as given, path below its input
-    others: list[str] = []
+    others, outputs = [], []
+    recorded = functools.cache(recorded_outputs)
     for word in inputs:
         base, matches = _matches(word)
         before = len(images)
         for match in matches:
-            for path in _images_in(match, out, others) if match.is_dir() else [match]:
-                images.setdefault(path.resolve(), (path, path.relative_to(base)))
+            for path in _images_in(match, others) if match.is_dir() else [match]:
+                full = path.absolute()
+                if path != Path(word) and any(full.relative_to(p).as_posix() in recorded(p) for p in full.parents):
+                    outputs.append(path.name)
+                else:
+                    images.setdefault(path.resolve(), (path, path.relative_to(base)))
         if len(images) == before and not any(m.is_file() for m in matches):
             raise UserError(f"{word}: no image in it ({' '.join(IMAGE_TYPES)})")
     # a.jpg next to a.png: their outputs keep the extension, a.jpg.png and a.png.png
@@ -103,7 +113,7 @@ def find_images(inputs: Iterable[str], out: Path) -> tuple[list[Source], list[st
         if name in sources:
             raise UserError(f"{sources[name].image} and {path} would both become {name}: give each an --out of its own")
         sources[name] = Source(path, name)
-    return list(sources.values()), others
+    return list(sources.values()), others, outputs
 
 
 def _matches(word: str) -> tuple[Path, list[Path]]:
@@ -117,46 +127,50 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
 
 
-def _images_in(folder: Path, out: Path, others: list[str]) -> Iterator[Path]:
-    """Images in `folder` and below, except outputs and hidden files; the names of other files go to `others`."""
+def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
+    """Images in `folder` and below, except hidden files; the names of other files go to `others`."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    outputs = {(out / mode).resolve() for mode in MODES}
     for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in outputs)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(f for f in files if not f.startswith(".")):
             if name.lower().endswith(IMAGE_TYPES):
                 yield Path(root, name)
-            else:
+            elif name != SETTINGS_FILE:
                 others.append(name)
 
 
 # ----------------------------------------------------------------------------------------------------- writing
 
 
-def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, threshold: float) -> Image.Image:
+def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Config) -> Image.Image:
     """The output of a mode; saliency: (H, W) in [0, 1]; image: (H, W, 3) uint8, for the modes in NEEDS_IMAGE."""
     if mode == "mask":
-        return Image.fromarray((saliency > threshold).astype(np.uint8) * 255)
+        return Image.fromarray((saliency > cfg.threshold).astype(np.uint8) * 255)
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
-    photo = Image.fromarray(image)
+    photo = Image.fromarray(image[..., :3])
+
+    def colors(photo: Image.Image) -> Image.Image:
+        return Image.fromarray(foreground_colors(np.asarray(photo), np.asarray(alpha))) if cfg.foreground else photo
+
     if mode == "overlay":
         ground = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, (20, 30, 60)), 0.6)
         return Image.composite(photo, ground, alpha)
     if mode == "sheet":
         for part in (photo, alpha):
             part.thumbnail((SHEET_TILE, SHEET_TILE))
-        cutout = Image.composite(photo, Image.new("RGB", photo.size, "white"), alpha)
+        cutout = Image.composite(colors(photo), Image.new("RGB", photo.size, "white"), alpha)
         sheet = Image.new("RGB", (3 * photo.width + 16, photo.height), "white")
         for column, part in enumerate((photo, alpha, cutout)):
             sheet.paste(part, (column * (photo.width + 8), 0))
         return sheet
-    photo.putalpha(alpha)
-    return photo
+    cutout = colors(photo)
+    cutout.putalpha(alpha)
+    return cutout
 
 
 def color_profile(path: Path) -> bytes | None:
@@ -165,7 +179,7 @@ def color_profile(path: Path) -> bytes | None:
         return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
 
 
-def write(result: tuple, outputs: dict[Source, dict[str, Path]], threshold: float) -> BadFile | None:
+def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
     """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
     source, saliency, shape = result
     if isinstance(saliency, BadFile):
@@ -179,7 +193,7 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], threshold: floa
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
                 kind = {"format": "PNG", "compress_level": 1} if path.suffix == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
-                render(mode, saliency, image, threshold).save(encoded, **kind, quality=90, icc_profile=profile)
+                render(mode, saliency, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
                 atomic_write(path, encoded.getbuffer(), flush=False)
     except BadFile as error:
         return error
@@ -203,14 +217,12 @@ def main(cfg: Config) -> int:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
     if not cfg.inputs:
         raise UserError("no input: name images, folders or patterns (--help shows examples)")
-    sources, others = find_images(cfg.inputs, out)
+    sources, others, made = find_images(cfg.inputs)
     net, weights = load_model(cfg.checkpoint), weights_path(cfg.checkpoint)
     size = input_size(net, cfg.size)
     settings = {"weights": weights.name, "crc32": checksum(weights), "size": size, "tta": cfg.tta}
-    records = {
-        mode: Provenance(out / mode, settings | ({"threshold": cfg.threshold} if mode == "mask" else {}))
-        for mode in cfg.mode
-    }
+    own = {"mask": {"threshold": cfg.threshold}} | {m: {"foreground": cfg.foreground} for m in ("cutout", "sheet")}
+    records = {mode: Provenance(out / mode, settings | own.get(mode, {})) for mode in cfg.mode}
     outputs = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in records} for s in sources}
     if not cfg.overwrite:
         outputs = {
@@ -219,8 +231,9 @@ def main(cfg: Config) -> int:
         }
     outputs = {s: paths for s, paths in outputs.items() if paths}
     print(f"images: {len(sources):,}, of which {len(sources) - len(outputs):,} are done and skipped (--overwrite)")
-    if others:
-        print(f"skipped {len(others):,} files of other types: {truncate_list(others)}")
+    for names, what in ((others, "files of other types"), (made, "outputs of this command")):
+        if names:
+            print(f"skipped {len(names):,} {what}: {truncate_list(names)}")
     if not outputs:
         return EXIT_OK
     check_folder(out)
@@ -248,7 +261,7 @@ def main(cfg: Config) -> int:
     skipped, pool = 0, ThreadPoolExecutor(THREADS)
     try:
         maps = compute_maps(predict, outputs, read, pool, batch)
-        task = functools.partial(write, outputs=outputs, threshold=cfg.threshold)
+        task = functools.partial(write, outputs=outputs, cfg=cfg)
         results = ordered_map(pool, task, maps, 2 * batch + THREADS)
         for _, failure in tqdm(results, total=len(outputs), unit="img", disable=None):
             if failure:

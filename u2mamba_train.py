@@ -11,11 +11,15 @@
 Edit the settings, run, read loss and IoU; checkpoints: saved_models/<model_name>/. The same command resumes a run.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import math
-import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +33,7 @@ from u2mamba.dataset.demo import make_demo
 from u2mamba.engine.checkpoint import Checkpointer, warm_start
 from u2mamba.engine.distributed import DistContext, init_distributed
 from u2mamba.engine.logger import NonFiniteError, TrainLogger
-from u2mamba.engine.overfit import overfit
+from u2mamba.engine.overfit import overfit, try_batch
 from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.run_folder import acquire_run_dir, release_run_locks
 from u2mamba.engine.schedule import Schedule, train_batches, validate_config
@@ -46,7 +50,7 @@ try:
 except ImportError:  # the folder was deleted
     FastTrainStep = install = None
 
-BEST_BY = "maxF"  # the validation score that best.pth is chosen by
+BEST_BY = "maxF"  # the validation score that best.pth is chosen by: the highest is best, of MAE the lowest
 
 # ------- 1. settings --------
 
@@ -83,6 +87,9 @@ class Config:
     )
     rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # rotation by up to ± so many degrees
     color_jitter: Fraction = 0.0  # brightness, contrast and saturation by up to ± this fraction
+    sharpness: Annotated[float, Range(0, 3)] = 0.0  # sharpness factor from exp(-sharpness), blurred, to exp(sharpness)
+    noise: Fraction = 0.0  # Gaussian noise with a standard deviation of up to this, of images in [0, 1]
+    whole_fraction: Fraction = 0.0  # last fraction of the epochs, on whole images instead of random crops
     # training
     overfit: CountOrZero = 0  # pairs to overfit, as a sanity check; 0: train
     epoch_num: Count = 720  # 720 epochs of DUTS-TR in batches of 12 are the paper's 600,000 iterations
@@ -219,7 +226,7 @@ def run(cfg: Config, dist: DistContext) -> int:
     groups, algorithm = param_groups_weight_decay(net), torch.optim.AdamW if cfg.weight_decay else torch.optim.Adam
     optimizer = algorithm(groups, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay, fused=True)
     step = step_class(
-        net, optimizer, lambda logits, masks: total_loss(logits, masks, cfg), env, dist,
+        net, optimizer, partial(total_loss, cfg=cfg), env, dist,
         grad_clip=cfg.grad_clip, ema_decay=cfg.ema_decay, grad_accum_steps=cfg.grad_accum_steps,
     )  # fmt: skip
     if cfg.overfit:
@@ -234,6 +241,7 @@ def run(cfg: Config, dist: DistContext) -> int:
         return EXIT_OK
     if pretrained and not state.iteration:
         print(warm_start(net, pretrained, cfg.rescale))
+    try_batch(step, shown, BEST_BY, dist)
     checkpoints.begin(state)  # all processes have the main one's weights from here on
     schedule.start_from(state)
     logger = TrainLogger(folder, [pair.image.name for pair in data.train.pairs], schedule, state, dist.is_main)
@@ -257,7 +265,6 @@ def run(cfg: Config, dist: DistContext) -> int:
 
     with StopSignal() as stop, logger:
         try:
-            validate(net, [shown], stop, dist)  # what cannot be scored ends the run here, not after an epoch
             if schedule.epoch_is_over(state):  # a signal cut its validation short
                 end_epoch()
             for batch in train_batches(data.train, schedule, state, env.channels_last, dist):

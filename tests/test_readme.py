@@ -12,7 +12,8 @@ import tyro
 
 import u2mamba_export
 from u2mamba.dataset.demo import PHOTOGRAPHS
-from u2mamba.runtime.config import read_settings
+from u2mamba.runtime.config import OLD_NAMES, read_settings
+from u2mamba.runtime.environment import VERSION
 from u2mamba_train import PRESETS, Config
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,14 @@ def test_the_table_of_options_is_current():
         comment = next(line.partition("# ")[2] for line in lines if "# " in line)
         rows.append(f"| `{node.target.id}` | `{getattr(Config(), node.target.id)!r}` | {comment} |\n")
     assert "".join(rows) in PAGES[ROOT / "docs/training.md"], "".join(rows)
+
+
+def test_the_frame_is_current():
+    change, citation = PAGES[ROOT / "CHANGELOG.md"], (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f"\nversion: {VERSION}\n" in citation and re.search(r"^## (.*)", change, re.MULTILINE)[1] == VERSION
+    missing = [name for name in OLD_NAMES if not re.search(rf"`{name}\b", change)]
+    assert not missing, f"CHANGELOG.md lacks {missing}"
 
 
 def test_links_lead_somewhere():

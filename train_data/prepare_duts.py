@@ -72,9 +72,9 @@ def copy(archive: zipfile.ZipFile | None, entry: zipfile.ZipInfo | Path, to: Pat
 
 def save_flipped(pair: Pair, image_path: Path, mask_path: Path, work: Path) -> None:
     """The horizontally flipped copy of a pair; the files appear once they are complete."""
-    decoded = read_pair(pair)
-    Image.fromarray(decoded.image[:, ::-1]).save(work / "i", "JPEG", quality=MIRROR_QUALITY, subsampling=0)
-    Image.fromarray(decoded.mask[:, ::-1]).save(work / "m", "PNG")
+    image, mask = read_pair(pair)
+    Image.fromarray(image[:, ::-1]).save(work / "i", "JPEG", quality=MIRROR_QUALITY, subsampling=0)
+    Image.fromarray(mask[:, ::-1]).save(work / "m", "PNG")
     os.replace(work / "i", image_path)
     os.replace(work / "m", mask_path)
 
@@ -134,10 +134,14 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code. Raises DataError."""
+
+    def path(word: str) -> Path:
+        return Path(os.path.expanduser(word))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
+    parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: %(default)s")
+    parser.add_argument("--out", type=path, default=Path(__file__).resolve().parent, help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:
         count, bad, unpaired = prepare(args.source, args.out, args.mirror)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from data_loader import MEAN, STD, augment, epoch_plan
 from u2mamba.dataset.augment import (
@@ -18,9 +19,12 @@ from u2mamba.dataset.augment import (
     INDEX,
     LEFT,
     LUMA,
+    NOISE,
+    NOISE_X,
     NUM_RANDOM,
     SATURATION,
     SCALE,
+    SHARPNESS,
     TOP,
     VFLIP,
     Augmentation,
@@ -177,3 +181,39 @@ def test_augment_of_black_and_both_ways_to_crop():
     x, y = augment(images, masks, torch.tensor([[2, 0, 0, 0], [3, 0, 0, 0]]), crop=32)
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]))
     torch.testing.assert_close(y[1, 0, 0], torch.arange(32) * 6 / 255)
+
+
+def test_sharpness_blurs_toward_the_smoothing_filter_and_sharpens_away_from_it():
+    torch.manual_seed(1)
+    pixels = torch.randint(60, 190, (1, 3, 32, 32), dtype=torch.uint8)
+    smooth = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).filter(ImageFilter.SMOOTH)
+    smooth = torch.from_numpy(np.asarray(smooth).copy()).permute(2, 0, 1)[None].float() / 255
+    image = pixels.float() / 255
+    for number, strength in ((0.0, 1.2), (1.0, 1.2), (0.0, 3.0)):
+        factor = math.exp(strength * (2 * number - 1))
+        got = augment_batch(
+            image,
+            image[:, :1],
+            random(**{f"_{SHARPNESS}": number}),
+            STRAIGHT,
+            32,
+            Augmentation(1, 1, sharpness=strength),
+        )
+        expected = (smooth + factor * (image - smooth)).clamp(0, 1)
+        inside = (slice(None), slice(0, 3), slice(1, -1), slice(1, -1))  # Pillow leaves the border as it is
+        assert (got[inside] - expected[inside]).abs().max() < (1 + factor) / 255  # its result is rounded
+        assert torch.allclose(got[:, 3:], image[:, :1], atol=1e-6)  # the mask stays
+
+
+def test_noise_has_the_deviation_and_depends_on_the_plan_alone():
+    image, mask = torch.full((2, 3, 64, 64), 0.5), torch.zeros(2, 1, 64, 64)
+    numbers = random(**{f"_{NOISE}": 0.5}).repeat(2, 1)
+    numbers[1, NOISE_X] = 0.25  # another part of the field
+    before = torch.get_rng_state()
+    first, again = (
+        augment_batch(image, mask, numbers, STRAIGHT.repeat(2, 1), 64, Augmentation(1, 1, noise=0.1)) for _ in range(2)
+    )
+    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), before)
+    noise = first[:, :3] - 0.5
+    assert noise.std().item() == pytest.approx(0.05, rel=0.05) and abs(noise.mean().item()) < 0.002
+    assert not torch.equal(noise[0], noise[1]) and not first[:, 3:].any()

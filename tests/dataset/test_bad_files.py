@@ -36,9 +36,10 @@ from tests.dataset.bad_files import (
 )
 from tests.dataset.samples import disc, make_folders, open_folders
 from u2mamba.dataset.batches import DataSource
-from u2mamba.dataset.decode import read_image, read_mask, scale_mask
+from u2mamba.dataset.check import check_pairs
+from u2mamba.dataset.decode import read_image, read_mask
 from u2mamba.dataset.image_file import MAX_PIXELS, BadFile
-from u2mamba.dataset.pairs import IMAGE_TYPES, check_pairs
+from u2mamba.dataset.pairs import IMAGE_TYPES
 from u2mamba.dataset.rescale import rescale_image
 
 SECONDS = 5  # of the processor, a file at most
@@ -107,13 +108,14 @@ def test_every_file_as_a_mask(reader, folder):
     wrong = []
     for case in all_cases():
         got = reader(read_mask, folder / case.name)
+        palette = any(word in case.name for word in ("mode_P.", "gif", "palette"))  # of many colors: no mask
         if isinstance(got, str):
-            assert case.outcome != "read", case.name
+            assert palette or case.outcome != "read", case.name
             continue
         assert (got.ndim, got.dtype) == (2, np.uint8), case.name
-        see_through = any(word in case.name for word in ("RGBA", "LA.", "_key", "alphas"))  # black then, not white
+        see_through = any(word in case.name for word in ("RGBA", "LA.", "_key", "alphas"))  # the alpha channel
         if case.outcome in ("read", "whole") and not case.step and not see_through:
-            expected, _ = scale_mask("mask.png", np.asarray(Image.fromarray(case.pixels).convert("L")))
+            expected = np.asarray(Image.fromarray(case.pixels).convert("L"))
             if np.abs(got.astype(int) - expected).max() > 1:
                 wrong.append(case.name)
     assert wrong == []

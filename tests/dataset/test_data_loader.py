@@ -17,6 +17,12 @@ from u2mamba.dataset.cache import PairCache
 from u2mamba.dataset.decode import read_pair
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.runtime.source import PUBLISHED_LOADER, source_checksum
+
+
+def test_the_published_classes_are_unchanged():
+    """After a change on purpose, which the tests below approve: enter the new checksum."""
+    assert source_checksum(Path(__file__).parents[2] / "data_loader.py") == PUBLISHED_LOADER
 
 
 def test_rescale_t_is_skimage_squash():
@@ -50,7 +56,7 @@ def test_random_crop_takes_every_offset_and_flips_half():
         np.testing.assert_array_equal(got["image"][..., :1], got["label"])
         key = tuple(got["image"][:2, 0, 0].tolist())
         seen[key] = seen.get(key, 0) + 1
-    assert len(seen) == 3 * 2 * 2  # tops, lefts, upside down or not
+    assert len(seen) == 3 * 2 * 2  # tops, lefts, vertical flip or not
     upside_down = sum(count for (first, second), count in seen.items() if first > second)
     assert abs(upside_down - 300) < 50  # four deviations of 12.2
     same = RandomCrop(5)(sample(image[:5], image[:5, :, 0]))  # the published one fails here

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from tests.dataset.samples import disc, make_folders, photo
 from u2mamba.dataset import image_file
-from u2mamba.dataset.decode import Pair, read_image, read_map, read_mask, read_pair, scale_mask, to_rgb
+from u2mamba.dataset.decode import Pair, read_image, read_mask, read_pair, to_rgb
 from u2mamba.dataset.image_file import BadFile, PixelSemaphore
 
 
@@ -54,12 +54,11 @@ def test_exif_orientation_of_image_and_mask(tmp_path, orientation, kind):
     label.getexif()[0x0112] = orientation
     seen = np.asarray(ImageOps.exif_transpose(label))
     Image.fromarray(seen).save(tmp_path / "seen.png")
-    np.testing.assert_array_equal(read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "seen.png")).mask, seen)
+    np.testing.assert_array_equal(read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "seen.png"))[1], seen)
     if orientation >= 5:
         Image.fromarray(disc(16, 24)).save(tmp_path / "stored.png")
-        decoded = read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "stored.png"))
-        np.testing.assert_array_equal(decoded.mask, seen)
-        assert not decoded.resized
+        mask = read_pair(Pair("a", tmp_path / f"a.{kind}", tmp_path / "stored.png"))[1]
+        np.testing.assert_array_equal(mask, seen)
 
 
 def test_own_pixel_limit_holds_where_pillows_is_off(tmp_path, monkeypatch):
@@ -67,94 +66,6 @@ def test_own_pixel_limit_holds_where_pillows_is_off(tmp_path, monkeypatch):
     monkeypatch.setattr(image_file, "MAX_PIXELS", 399)
     with pytest.raises(BadFile, match="declares 20x20 pixels; MAX_PIXELS = 399"):
         read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize(
-    ("values", "expected", "noise"),
-    [
-        ([0, 0, 0], [0, 0, 0], False),
-        ([0, 1, 1], [0, 255, 255], False),
-        ([1, 1, 1], [255, 255, 255], False),
-        ([0, 255, 128], [0, 255, 128], False),
-        ([0, 3, 3], [0, 255, 255], False),
-        ([0, 76, 76], [0, 255, 255], False),
-        ([0, 2, 5], [0, 0, 0], True),
-        ([0, 1, 63], [0, 0, 0], True),
-        ([0, 1, 64], [0, 4, 255], False),
-        ([0, 100, 200], [0, 128, 255], False),
-        ([200, 200, 200], [255, 255, 255], False),
-    ],
-)
-def test_mask_rules(values, expected, noise):
-    # small regions: large ones of few dark values are a label map
-    mask, is_noise = scale_mask("mask.png", np.tile(np.array(values, np.uint8), (30, 20)))
-    assert (mask[0, :3].tolist(), mask.dtype, is_noise) == (expected, np.uint8, noise)
-
-
-def pieces(*values: int) -> np.ndarray:
-    """Stripes of these values, (60, 80)."""
-    return np.repeat(np.array(values, np.uint8), 80 // len(values))[None].repeat(60, 0)
-
-
-@pytest.mark.parametrize(
-    ("light", "labels"),
-    [
-        (pieces(0, 1, 2, 2), "0, 1, 2"),
-        (pieces(1, 2), "1, 2"),  # and trimaps, of which nobody can know what 3 is
-        (pieces(1, 2, 3, 2), "1, 2, 3"),
-        (np.where(disc(60, 80) > 128, 255, pieces(0, 15, 15, 15)), "0, 15, 255"),  # 255: the border
-        (pieces(0, 1, 1, 255), "0, 1, 255"),
-        (pieces(0, 255), None),
-        (pieces(0, 128, 128, 255), None),  # a trimap
-        (pieces(0, 42, 42, 255), None),  # graded by how many people chose it
-        (pieces(0, 50, 100, 255), None),
-        (pieces(0, 16, 16, 235), None),
-        (pieces(0, 253, 254, 255), None),
-        (pieces(3, 255), None),
-        (pieces(0, 1), None),
-        (pieces(0, 38), None),
-        (np.random.default_rng(0).normal(0, 0.5, (60, 80)).clip(0), None),  # noise on an empty mask
-        (np.arange(4800, dtype=np.uint8).reshape(60, 80) % 5, None),  # noise
-        (np.arange(4800, dtype=np.uint8).reshape(60, 80), None),
-    ],
-)
-def test_labels_are_no_mask(light, labels, tmp_path):
-    light = np.asarray(light, np.uint8)
-    Image.fromarray(light).save(tmp_path / "mask.png")
-    if labels:
-        with pytest.raises(BadFile, match=rf"mask\.png: is a label map \({labels}\)"):
-            read_mask(tmp_path / "mask.png")
-    else:
-        read_mask(tmp_path / "mask.png")
-
-
-@pytest.mark.parametrize("under", ["kept", "black", "white", "noise"])
-def test_the_alpha_of_a_cut_out_is_its_mask(under, tmp_path):
-    """As `u2mamba_predict.py --mode rgba` and image editors write it, whatever lies under the transparent part."""
-    alpha = disc(60, 80)
-    pixels = photo(60, 80, 3).copy()
-    hidden = {"kept": pixels, "black": 0, "white": 255, "noise": photo(60, 80, 4)}[under]
-    pixels = np.where(alpha[..., None] > 0, pixels, hidden).astype(np.uint8)
-    Image.fromarray(np.dstack((pixels, alpha))).save(tmp_path / "cut.png")
-    assert (read_mask(tmp_path / "cut.png") == alpha).all()
-    assert (read_map(tmp_path / "cut.png") == alpha / 255).all()
-
-
-@pytest.mark.parametrize("value", [255, 150, 60])
-def test_a_soft_mask_with_transparent_corners_is_no_cut_out(value, tmp_path):
-    y, x = np.mgrid[:60, :80]
-    light = (value * np.exp(-((y - 30) ** 2 + (x - 40) ** 2) / 300)).astype(np.uint8)
-    alpha = np.full_like(light, 255)
-    alpha[:8, :8] = 0
-    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
-    expected = np.where(alpha > 0, light, 0)
-    assert (read_mask(tmp_path / "mask.png") == scale_mask("mask.png", expected)[0]).all()
-
-
-def test_a_mask_in_black_and_white_with_some_alpha_is_both(tmp_path):
-    light, alpha = disc(60, 80), pieces(255, 255, 255, 0)
-    Image.fromarray(np.dstack((light, light, light, alpha))).save(tmp_path / "mask.png")
-    assert (read_mask(tmp_path / "mask.png") == np.where(alpha > 0, light, 0)).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no Unix permissions")

@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.dataset.samples import disc, make_folders, open_folders, photo
+from u2mamba.dataset.cache import PairCache
+from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import Pair
 from u2mamba.dataset.image_file import DataError
-from u2mamba.dataset.pairs import check_pairs, find_pairs, is_validation, pair_folders, pair_names, train_val_split
+from u2mamba.dataset.pairs import find_pairs, is_validation, pair_folders, pair_names, train_val_split
+from u2mamba.dataset.rescale import rescale_image, rescale_mask
 
 
 def pair_named(stem: str) -> Pair:
@@ -93,14 +96,14 @@ def test_the_check_reports_and_skips(tmp_path):
     Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(images / "p006.png")
     Image.fromarray(photo(60, 80)).save(images / "lonely.png")
     pairs = pair_folders(images, masks)
-    kept = {}
-    report = check_pairs(pairs, keep=lambda k, image, mask: kept.update({k: (image, mask)}))
+    cache = PairCache.empty(len(pairs), 32)
+    report = check_pairs(pairs, 32, cache)
     assert report.usable == [0, 2, *range(4, 12)]
-    assert sorted(kept) == report.usable
-    np.testing.assert_array_equal(kept[7][0], photo(60, 80, 7))
+    np.testing.assert_array_equal(cache.images[7], rescale_image(photo(60, 80, 7), 32))
+    np.testing.assert_array_equal(cache.masks[7], rescale_mask(disc(60, 80), 32))
     assert report.unusable == [("p001.png", "empty file"), ("p003.png", "mask is 60x60, its image 80x60")]
-    assert (report.resized, report.noise, report.empty, report.black) == (["p002.png"], ["p005.png"], 2, 1)
-    assert (report.mask_low, report.mask_high, report.skipped) == (0, 255, 2)
+    assert report.found == {"resized": ["p002.png"], "empty": ["p004.png", "p005.png"], "black": ["p006.png"]}
+    assert (report.values, report.skipped) == ((0, 255), 2)
     text = "\n".join(report.lines())
     assert "data: 10 pairs, mask values 0-255, 2 empty masks" in text
     assert "warning: skipped 2 pairs that are unreadable or do not match: p001.png (empty file), p003.png (mask" in text
@@ -133,11 +136,12 @@ def test_swapped_folders_and_an_empty_validation_split(tmp_path):
 
 
 def test_a_pair_that_does_not_fit_into_memory_is_skipped(tmp_path):
-    def keep(index: int, image: np.ndarray, mask: np.ndarray) -> None:
-        if index == 1:
-            raise MemoryError
+    class Store(PairCache):
+        def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None:
+            if index == 1:
+                raise MemoryError
 
-    report = check_pairs(pair_folders(*make_folders(tmp_path, 4)), keep=keep)
+    report = check_pairs(pair_folders(*make_folders(tmp_path, 4)), 32, Store.empty(4, 32))
     assert report.usable == [0, 2, 3]
     assert report.unusable == [("p001.png", "does not fit into memory")]
 

@@ -233,7 +233,7 @@ def test_masks_are_rotated_as_in_training(tmp_path):
     image.save(tmp_path / "images" / "a.jpg", exif=exif)
     image.convert("L").point(lambda v: 255 * (v > 128)).save(tmp_path / "masks" / "a.png")  # as stored
     _, masks, skipped = load_images(Config(images=str(tmp_path / "images"), gt=str(tmp_path / "masks")), SIZE)
-    mask = read_pair(pair_folders(tmp_path / "images", tmp_path / "masks")[0]).mask
+    mask = read_pair(pair_folders(tmp_path / "images", tmp_path / "masks")[0])[1]
     assert skipped == 0 and mask.shape == (60, 40)
     assert np.array_equal(masks[0].numpy(), rescale_mask(mask, SIZE) / np.float32(255))
 

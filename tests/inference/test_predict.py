@@ -105,7 +105,7 @@ def test_maps_are_the_networks_at_the_images_size(photos, predict, tmp_path):
 
 def test_cut_out_keeps_every_pixel_and_the_color_profile(photos, predict, tmp_path):
     photo(0).save(photos / "a.png", icc_profile=b"any profile")
-    assert predict(photos / "a.png", mode=("map", "cutout")) == 0
+    assert predict(photos / "a.png", mode=("map", "cutout"), foreground=False) == 0
     with Image.open(tmp_path / "out/cutout/a.png") as file:
         assert file.mode == "RGBA" and file.info["icc_profile"] == b"any profile"
     rgba = pixels(tmp_path / "out/cutout/a.png")
@@ -281,6 +281,19 @@ def test_files_of_other_types_are_named(photos, predict, capsys):
         (photos / name).write_bytes(b"x")
     assert predict(photos) == 0
     assert "skipped 2 files of other types: c.heic, d.gif" in capsys.readouterr().out
+
+
+def test_a_folder_called_like_a_mode_is_read_and_only_outputs_are_passed_over(photos, predict, tmp_path, capsys):
+    (photos / "mask").mkdir()
+    photo(3).save(photos / "mask" / "teddy.jpg")
+    assert predict(photos, out=str(photos), mode=("mask",)) == 0
+    assert {"mask/mask/teddy.png", "mask/a.png", "mask/teddy.jpg"} <= set(files(photos))
+    photos.rename(tmp_path / "moved")
+    assert predict(tmp_path / "moved") == 0
+    assert "skipped 3 outputs of this command" in capsys.readouterr().out
+    assert [n for n in files(tmp_path / "out") if n.endswith("png")] == [
+        "map/a.png", "map/below/b.png", "map/mask/teddy.png"
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes among files")

@@ -1,5 +1,5 @@
 """Data augmentation of a whole batch at once, on any device: the published flip and crop, or flips, rotation, random
-resized crop and color jitter.
+resized crop, color jitter, sharpness and noise.
 
 All random numbers are drawn into the plan of an epoch, a tensor that depends on (seed, epoch) alone. A run that resumes
 in the middle of an epoch, on any device, sees what the uninterrupted run would have seen.
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+from u2mamba.dataset.decode import MEAN, STD
 
 INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 VFLIP, HFLIP = 1, 2  # bits of the column FLIP
-NUM_RANDOM = 8  # random numbers per image
+NUM_RANDOM = 12  # random numbers per image
 RANDOM_STEPS = 1 << 24  # they are stored as integers below this, which float32 represents exactly
-SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(NUM_RANDOM)
+SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(8)
+SHARPNESS, NOISE, NOISE_X, NOISE_Y = range(8, NUM_RANDOM)
+NOISE_SHIFT = 256  # pixels: the noise of an image is a random crop of one field, larger by this than the image
 MAX_ASPECT = 4 / 3  # of a random resized crop, wide or high
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 
@@ -38,6 +40,8 @@ class Augmentation(NamedTuple):
     scale_max: float = 0.0  # above 1: with reflection padding; both 1: whole images are resized to the crop size
     rotation_degrees: float = 0.0  # maximum, in both directions
     color_jitter: float = 0.0  # brightness, contrast and saturation are multiplied by 1 - color_jitter to 1 + it
+    sharpness: float = 0.0  # the difference from the smoothed image is multiplied by exp(-sharpness) to exp(sharpness)
+    noise: float = 0.0  # maximum standard deviation of Gaussian noise, of images in [0, 1]
 
     @classmethod
     def from_config(cls, cfg) -> Augmentation:
@@ -47,16 +51,21 @@ class Augmentation(NamedTuple):
 def augment_batch(
     images: Tensor, masks: Tensor, random: Tensor, flips: Tensor, size: int, augmentation: Augmentation
 ) -> Tensor:
-    """images (B, 3, S, S) and masks (B, 1, S, S) in [0, 1] -> both, augmented alike: (B, 4, size, size).
+    """images (B, C, S, S) and masks (B, 1, S, S) in [0, 1] -> both, augmented alike: (B, C + 1, size, size).
 
     random: (B, NUM_RANDOM) in [0, 1). flips: (B, 2), 1 or -1: along x and along y. Does not synchronize with a GPU.
     """
     x = torch.cat((images, masks), 1)
-    grid = F.affine_grid(_affine_params(random, flips, augmentation), [len(x), 4, size, size], align_corners=False)
+    grid = F.affine_grid(_affine_params(random, flips, augmentation), [*x.shape[:2], size, size], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    if not augmentation.color_jitter:
-        return x
-    return torch.cat((_color_jitter(x[:, :3], random, augmentation.color_jitter), x[:, 3:]), 1)
+    image, mask = x[:, :3], x[:, 3:]
+    if augmentation.color_jitter:
+        image = _color_jitter(image, random, augmentation.color_jitter)
+    if augmentation.sharpness:
+        image = _sharpen(image, random, augmentation.sharpness)
+    if augmentation.noise:
+        image = _add_noise(image, random, augmentation.noise)
+    return torch.cat((image, mask), 1)
 
 
 def _affine_params(random: Tensor, flips: Tensor, augmentation: Augmentation) -> Tensor:
@@ -80,6 +89,28 @@ def _color_jitter(x: Tensor, random: Tensor, strength: float) -> Tensor:
     x = x * factor[:, BRIGHTNESS]
     x = torch.lerp(_gray(x).mean((2, 3), keepdim=True), x, factor[:, CONTRAST])
     return torch.lerp(_gray(x), x, factor[:, SATURATION]).clamp(0, 1)
+
+
+def _sharpen(x: Tensor, random: Tensor, strength: float) -> Tensor:
+    """Factor < 1 blurs toward Pillow's SMOOTH filter (1 around 5, over 13), > 1 sharpens away from it."""
+    factor = (strength * (2 * random[:, SHARPNESS] - 1)).exp().view(-1, 1, 1, 1)
+    smooth = (9 * F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False) + 4 * x) / 13
+    return torch.lerp(smooth, x, factor).clamp(0, 1)
+
+
+def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
+    """From one fixed field, so that the noise depends on the plan alone; a generator on a GPU would have to wait."""
+    size = x.shape[2]
+    top, left = (random[:, (NOISE_Y, NOISE_X)] * NOISE_SHIFT).long()[:, :, None].unbind(1)  # (B, 1)
+    rows, columns = (start + _range(x.device, size) for start in (top, left))
+    noise = _noise_field(x.device, size + NOISE_SHIFT)[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+    return (x + noise * (strength * random[:, NOISE]).view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _noise_field(device: torch.device, size: int) -> Tensor:
+    """Standard normal (3, size, size) on a device; made once, outside any CUDA graph."""
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -139,7 +170,7 @@ def _crop_gather(images: Tensor, masks: Tensor, rows: Tensor, crop: int) -> tupl
 def _crop_slice(images: Tensor, masks: Tensor, rows: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """The same on the CPU: 0.3 ms for 12 crops, where `_crop_gather` takes 12.8 (2 cores)."""
     sources = images.numpy(), masks.numpy()
-    crops = np.empty((len(rows), crop, crop, 3), np.uint8), np.empty((len(rows), crop, crop), np.uint8)
+    crops = np.empty((len(rows), crop, crop, len(MEAN)), np.uint8), np.empty((len(rows), crop, crop), np.uint8)
     for place, (index, top, left, flip) in enumerate(rows[:, :4].tolist()):
         step_y, step_x = -1 if flip & VFLIP else 1, -1 if flip & HFLIP else 1
         for source, out in zip(sources, crops, strict=True):
@@ -152,15 +183,15 @@ def normalize(pixels: Tensor, channels_last: bool = False) -> Tensor:
 
     As ToTensorLab(0). On a GPU without synchronization, and fit for a CUDA graph after one warm-up call.
     """
-    count, height, width, _ = pixels.shape
+    count, height, width, channels = pixels.shape
     inverse, bias = _scale_and_bias(pixels.device)
     maximum = pixels.reshape(count, -1).amax(1).clamp_min(1)  # a black image stays black
     scale = inverse / maximum[:, None].float()  # (B, 3)
     # in place: on the CPU a second tensor of floats costs more than the arithmetic (12 images: 14 ms, in place 0.8)
     if channels_last:
-        x = pixels.reshape(count, height, width * 3).float()  # long rows: broadcasting over 3 is slow on the CPU
+        x = pixels.reshape(count, height, width * channels).float()  # long rows: broadcasting over 3 is slow on the CPU
         torch.addcmul(bias.repeat(width), x, scale.repeat(1, width)[:, None], out=x)
-        return x.view(count, height, width, 3).permute(0, 3, 1, 2)
+        return x.view(count, height, width, channels).permute(0, 3, 1, 2)
     x = pixels.permute(0, 3, 1, 2).contiguous().float()
     return torch.addcmul(bias[:, None, None], x, scale[:, :, None, None], out=x)
 
@@ -190,5 +221,5 @@ def augment(
     random = rows[:, FLIP + 1 :].float() / RANDOM_STEPS
     both = augment_batch(chosen, masks[rows[:, INDEX]][:, None].float() / 255, random, flips, crop, augmentation)
     inverse, bias = _scale_and_bias(images.device)
-    x = torch.addcmul(bias[:, None, None], both[:, :3], inverse[:, None, None])
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x, both[:, 3:].contiguous()
+    x = torch.addcmul(bias[:, None, None], both[:, :-1], inverse[:, None, None])
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x, both[:, -1:].contiguous()

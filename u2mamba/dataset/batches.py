@@ -26,11 +26,13 @@ from torch import Tensor
 
 from u2mamba.dataset.augment import INDEX, Augmentation, augment
 from u2mamba.dataset.cache import PairCache, cached_pairs, format_bytes
+from u2mamba.dataset.check import DataReport, check_pairs
 from u2mamba.dataset.decode import Pair, open_pair
 from u2mamba.dataset.image_file import BadFile, DataError
-from u2mamba.dataset.pairs import DataReport, check_pairs
+from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import available_memory, granted_cores
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.environment import available_memory
 
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
 STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit
@@ -38,10 +40,20 @@ STREAM_AHEAD = 64  # images that they read ahead, 0.4 MB each
 
 
 class DataSource:
-    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them."""
+    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them.
 
-    def __init__(self, pairs: Sequence[Pair], size: int, cache: PairCache | None = None, rows: Sequence[int] = ()):
-        self.pairs, self.size, self.cache = list(pairs), size, cache
+    rule: how the masks are read while streaming; None: each by itself.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        size: int,
+        cache: PairCache | None = None,
+        rows: Sequence[int] = (),
+        rule: MaskRule | None = None,
+    ):
+        self.pairs, self.size, self.cache, self.rule = list(pairs), size, cache, rule
         self.rows = torch.as_tensor(rows, dtype=torch.int64)  # of the cache, one per pair
         self.device = torch.device("cpu")
 
@@ -69,8 +81,8 @@ class DataSource:
         # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, need
         # shared memory, of which a container has 64 MB, and outlive a parent that is killed.
         def read(index: int) -> tuple[Tensor, Tensor]:
-            with open_pair(self.pairs[index]) as pair:
-                arrays = rescale_image(pair.image, self.size), rescale_mask(pair.mask, self.size)
+            with open_pair(self.pairs[index], bool(self.rule and self.rule.as_stored)) as pair:
+                arrays = rescale_image(pair.image, self.size), rescale_mask(pair.mask.by(self.rule), self.size)
             return tuple(torch.from_numpy(np.require(a, requirements="W")) for a in arrays)  # Pillow's are read-only
 
         indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
@@ -189,20 +201,20 @@ def open_data(
         if need > free * MEMORY_SHARE:
             text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory are free; "
             log(f"{text}streaming from disk with {STREAM_WORKERS} threads")
-            cache, report = None, check_pairs(pairs, log=log, threads=granted_cores())
+            cache, report = None, check_pairs(pairs, size, log=log, threads=granted_cores())
         else:
             log(f"cache: {len(pairs):,} pairs, {format_bytes(need // here)} in memory")
             cache, report = cached_pairs(pairs, Path(cache_dir or pairs[0].image.parent.parent), size, log)
     for line in report.lines():
         log(line)
-    if report.usable and report.empty == len(report.usable):
+    if report.usable and len(report.found.get("empty", ())) == len(report.usable):
         raise DataError(f"no mask in {pairs[0].mask.parent} shows an object (bright on dark): nothing to learn from")
     row_of = {pairs[index]: row for row, index in enumerate(report.usable)}
     sources, fingerprint = [], 0
     for part in (train, val):
         part = [pair for pair in part if pair in row_of]
         rows = [row_of[pair] for pair in part]
-        sources.append(DataSource(part, size, cache, rows))
+        sources.append(DataSource(part, size, cache, rows, report.rule))
         content = "".join(f"{pair.stem} {report.checksums[row]}\n" for pair, row in zip(part, rows, strict=True)) + "\n"
         fingerprint = zlib.crc32(content.encode(errors="surrogateescape"), fingerprint)
     log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")

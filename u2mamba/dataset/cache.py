@@ -20,14 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from u2mamba.dataset import decode, image_file, rescale
-from u2mamba.dataset.decode import Pair
-from u2mamba.dataset.pairs import DataReport, check_pairs, is_file
+from u2mamba.dataset import check, decode, image_file, masks, rescale
+from u2mamba.dataset.check import DataReport, check_pairs
+from u2mamba.dataset.decode import MEAN, BadFile, Pair, open_pair
+from u2mamba.dataset.masks import IDENTITY, MaskRule
+from u2mamba.dataset.pairs import is_file
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import granted_cores
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.files import replacing
 from u2mamba.runtime.source import source_checksum
 
-CODE = decode, image_file, rescale  # modules that decide what is in the cache
+CODE = check, decode, image_file, masks, rescale  # modules that decide what is in the cache
 DISK_MARGIN = 1 << 30  # bytes that stay free on the disk
 
 
@@ -44,21 +47,26 @@ class PairCache:
 
     @classmethod
     def empty(cls, count: int, size: int) -> PairCache:
-        return cls(*(torch.empty((count, size, size, *c), dtype=torch.uint8) for c in ((3,), ())))
+        return cls(*(torch.empty((count, size, size, *c), dtype=torch.uint8) for c in ((len(MEAN),), ())))
 
     @staticmethod
     def bytes_for(count: int, size: int) -> int:
-        return count * size * size * 4
+        return count * size * size * (len(MEAN) + 1)
 
     @property
     def nbytes(self) -> int:
         return self.images.nbytes + self.masks.nbytes
 
     def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None:
-        """Rescales a decoded pair into row `index`; may be called from several threads."""
-        size = self.images.shape[1]
-        self.images[index].numpy()[:] = rescale_image(image, size)
-        self.masks[index].numpy()[:] = rescale_mask(mask, size)
+        """Rescales a pair into row `index`; may be called from several threads."""
+        self.images[index].numpy()[:] = rescale_image(image, self.images.shape[1])
+        self.masks[index].numpy()[:] = rescale_mask(mask, self.images.shape[1])
+
+    def map_mask(self, index: int, lookup: np.ndarray) -> None:
+        """Replaces each value v of a mask by lookup[v]."""
+        if lookup is not IDENTITY:
+            mask = self.masks[index].numpy()
+            mask[:] = lookup[mask]
 
     def keep_rows(self, rows: Sequence[int]) -> PairCache:
         """The pairs of the ascending `rows`, moved together in the same memory."""
@@ -85,11 +93,12 @@ class PairCache:
             raise ValueError("it has a wrong size")
         if _checksum([pixels, json.dumps(metadata).encode()]) != checksum:
             raise ValueError("its checksum does not match")
-        images, masks = pixels[: 3 * len(pixels) // 4], pixels[3 * len(pixels) // 4 :]
+        images, masks = np.split(pixels, [-count * size * size])
         report = DataReport(**metadata["report"])
-        report.unusable = [tuple(entry) for entry in report.unusable]
+        report.unusable, report.values = [tuple(entry) for entry in report.unusable], tuple(report.values)
+        report.rule = MaskRule(*report.rule)
         return cls(
-            *map(torch.from_numpy, (images.reshape(count, size, size, 3), masks.reshape(count, size, size)))
+            *map(torch.from_numpy, (images.reshape(count, size, size, -1), masks.reshape(count, size, size)))
         ), report
 
 
@@ -102,16 +111,9 @@ def _checksum(parts: Iterable[np.ndarray | bytes]) -> int:
 
 def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
     """The file appears under its name when all of it is on the disk. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
 
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
@@ -158,6 +160,13 @@ def _remove_leftovers(folder: Path) -> None:
                 part.unlink()
 
 
+def _is_readable(pair: Pair) -> bool:
+    """Asked for skipped pairs: permissions change no file time."""
+    with contextlib.suppress(BadFile), open_pair(pair):
+        return True
+    return False
+
+
 def cached_pairs(
     pairs: Sequence[Pair], folder: Path, size: int, log: Callable[[str], None]
 ) -> tuple[PairCache, DataReport]:
@@ -166,21 +175,18 @@ def cached_pairs(
     _remove_leftovers(folder)
     try:
         cache, report = PairCache.load(path)
-        unusable = sorted(set(range(len(pairs))) - set(report.usable))
-        readable = check_pairs(
-            [pairs[index] for index in unusable], threads=granted_cores()
-        ).usable  # permissions change no file time
+        readable = sum(_is_readable(pairs[k]) for k in {*range(len(pairs))}.difference(report.usable, report.misread))
         if not readable:
             log(f"cache: read from {path} in {time.perf_counter() - start:.1f} s")
             return cache, report
-        log(f"cache: {len(readable):,} pairs that were skipped are readable now; rebuilding")
+        log(f"cache: {readable:,} pairs that were skipped are readable now; rebuilding")
         del cache
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log(f"cache: {path} is damaged ({error}); rebuilding")
     cache = PairCache.empty(len(pairs), size)
-    report = check_pairs(pairs, cache.put, log, granted_cores())
+    report = check_pairs(pairs, size, cache, log, granted_cores())
     seconds = time.perf_counter() - start
     log(f"cache: filled in {seconds:.1f} s, {len(pairs) / seconds:.0f} pairs/s")
     cache = cache.keep_rows(report.usable)

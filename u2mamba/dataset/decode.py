@@ -1,6 +1,6 @@
 """Image, mask and map files -> arrays: any mode that Pillow knows, upright; or `BadFile`, which names the reason.
 
-The cache of decoded pairs is keyed on a checksum of this file and of rescale.py: an edit here rebuilds it.
+The cache of decoded pairs is keyed on a checksum of this file, masks.py and rescale.py: an edit here rebuilds it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, errors_as_bad_file, open_image
+from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, DataError, errors_as_bad_file, open_image
+from u2mamba.dataset.masks import IDENTITY, OBJECT, MaskKind, MaskRule, classify, is_flat, table
 
+T = TypeVar("T")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
-NOISE_BELOW = 64  # a mask of many values that are all darker is compression noise on an empty mask
-MAX_LABELS, MAX_CLASSES, MIN_REGION = 8, 20, 0.05  # of a label map: values, largest class, a class's share of pixels
+COLORED = 16  # a pixel's channels differ by more: chroma of a lossy file does not count
+FULL_RANGES = 255, 1023, 4095, 16383, 65535  # of 8, 10, 12, 14 and 16 bits stored in 16
 
 
 def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -40,8 +44,9 @@ def _orientation(file: Image.Image) -> int:
         return 1
 
 
-def _to_bytes(file: Image.Image) -> np.ndarray:
-    """Modes I, I;16* and F -> uint8, scaled by the first of 1 (floats only), 255, 65535, maximum that no value exceeds.
+def _to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
+    """Modes I, I;16* and F -> uint8 and the full range that became 255: the first of 1 (floats only), FULL_RANGES and
+    the maximum that no value exceeds.
 
     Rows are converted in groups, since their float64 values would take 8 times the memory of the result.
     """
@@ -52,121 +57,156 @@ def _to_bytes(file: Image.Image) -> np.ndarray:
         return np.nan_to_num(rows.astype(np.float64), posinf=0, neginf=0).clip(min=0)
 
     maximum = max(positive(rows).max() for rows in groups)
-    scales = (1, 255, 65535) if file.mode == "F" else (255, 65535)
+    scales = (1, 255, 65535) if file.mode == "F" else FULL_RANGES
     scale = next((s for s in scales if maximum <= s), maximum)
-    return np.concatenate([np.rint(positive(rows) * (255 / scale)).astype(np.uint8) for rows in groups])
+    return np.concatenate([np.rint(positive(rows) * (255 / scale)).astype(np.uint8) for rows in groups]), scale
 
 
-def _has_alpha(file: Image.Image) -> bool:
-    return file.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in file.info
+def _is_wide(file: Image.Image) -> bool:
+    return file.mode == "F" or file.mode.startswith("I")
+
+
+def alpha_channel(file: Image.Image) -> np.ndarray | None:
+    """(H, W) uint8, of a palette's or a color key's transparency too; None: the file has none."""
+    if file.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in file.info:
+        return np.asarray(file.convert("RGBA").getchannel("A"))
+    return None
 
 
 def to_rgb(file: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3) uint8. Transparent parts become white, since the colors under them are often arbitrary."""
-    if file.mode == "F" or file.mode.startswith("I"):
-        return np.repeat(_to_bytes(file)[..., None], 3, axis=2)
-    if _has_alpha(file):
+    if _is_wide(file):
+        return np.repeat(_to_bytes(file)[0][..., None], 3, axis=2)
+    if alpha_channel(file) is not None:
         rgba = file.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
     return np.asarray(file.convert("RGB"))
 
 
-def _is_cutout(rgba: np.ndarray, luminance: np.ndarray, opaque: np.ndarray) -> bool:
-    """Whether the opaque part shows a photo: many gray levels, and colors, which no mask has."""
-    if opaque.all() or not opaque.any():
-        return False
-    colored = np.ptp(rgba[..., :3], axis=2)[opaque] > 8
-    return bool(colored.mean() > 0.05 and np.count_nonzero(np.bincount(luminance[opaque], minlength=256)) > 16)
+def _has_shape(alpha: np.ndarray | None) -> bool:
+    return alpha is not None and bool(alpha.min() <= OBJECT < alpha.max())
 
 
 def to_gray(file: Image.Image) -> np.ndarray:
-    """Any mode -> (H, W) uint8. The alpha channel is the mask of a cut-out and of an image of a single color;
-    otherwise transparent parts become black."""
-    if file.mode == "F" or file.mode.startswith("I"):
-        return _to_bytes(file)
-    if _has_alpha(file):
-        rgba = file.convert("RGBA")
-        luminance, alpha = (np.asarray(band) for band in rgba.convert("LA").split())
-        single_color = luminance.min() == luminance.max() and alpha.min() < alpha.max()
-        if single_color or _is_cutout(np.asarray(rgba), luminance, alpha > 127):
-            return alpha
-        return np.rint(luminance * (alpha / np.float32(255))).astype(np.uint8)
-    return np.asarray(file.convert("L" if file.mode in ("1", "L", "P", "RGB") else "RGB").convert("L"))
+    """Any mode of a saved map -> (H, W) uint8: the alpha channel where it has a shape, else the luminance."""
+    if _is_wide(file):
+        return _to_bytes(file)[0]
+    alpha = alpha_channel(file)
+    return alpha if _has_shape(alpha) else np.asarray(file.convert("RGB").convert("L"))
 
 
-def decode(
-    path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], np.ndarray]
-) -> tuple[np.ndarray, int]:
-    """The first frame of an opened file, converted by `to_rgb` or `to_gray`, upright, and its EXIF orientation as
-    stored. Raises BadFile."""
+def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
+    """Any mode of a mask file -> its values, (H, W) uint8, and what they are.
+
+    The alpha channel where it has a shape; the gray levels; where colors are used, the indices of a palette, or of up
+    to 256 flat colors (0: black). The luminance of colors would be no label and no mask.
+    """
+    if _is_wide(file):
+        values, full_range = _to_bytes(file)
+        return values, classify(values, "gray", full_range=full_range if full_range in FULL_RANGES else 255)
+    alpha = alpha_channel(file)
+    if _has_shape(alpha):
+        return alpha, classify(alpha, "alpha")
+    flat_alpha = -1 if alpha is None else int(alpha.max() > OBJECT) * 255
+    if flat_alpha == 0:
+        values = np.zeros_like(alpha)
+        return values, classify(values, "gray", alpha=0)
+    source, photo = "gray", False
+    if file.mode in ("1", "L", "LA"):
+        values = np.asarray(file.convert("L"))
+    elif file.mode == "P":
+        values = np.asarray(file)
+        palette = np.zeros((256, 3), np.uint8)
+        colors = np.reshape(file.getpalette("RGB"), (-1, 3))
+        palette[: len(colors)] = colors
+        if np.ptp(palette[np.flatnonzero(np.bincount(values.ravel()))], axis=1).any():
+            source = "labels"
+        else:
+            values = palette[values, 0]
+    else:
+        image = file.convert("RGB")
+        values, colors = np.asarray(image.convert("L")), image.getcolors(256)
+        if colors is None:
+            photo = np.ptp(np.asarray(image), axis=2).mean() > COLORED
+        elif any(max(color) - min(color) > COLORED for _, color in colors):
+            distinct, index = np.unique(np.asarray(image) @ (1 << 16, 1 << 8, 1), return_inverse=True)
+            index = (index.reshape(values.shape) + (distinct[0] != 0)).astype(np.uint8)
+            if is_flat(index):
+                source, values = "labels", index
+    return values, classify(values, source, photo, alpha=flat_alpha)
+
+
+def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], T]) -> tuple[T, int]:
+    """The first frame of an opened file, converted by `to_rgb`, `to_gray` or `to_mask`, upright, and its EXIF
+    orientation as stored. Raises BadFile."""
     with errors_as_bad_file(path):
         orientation = _orientation(image)
         image.load()
         # Pillow turns TIFFs itself while loading them, and removes the tag
-        upright = orientation != 1 and _orientation(image) == 1
-        array = convert(image)
-        return np.ascontiguousarray(array if upright else apply_orientation(array, orientation)), orientation
+        turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
+        result = convert(image)
+        array, *kind = result if isinstance(result, tuple) else (result,)
+        if array.ndim == 3 and array.shape[2] != len(MEAN):
+            raise DataError(f"{path}: {array.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
+        array = np.ascontiguousarray(apply_orientation(array, turn))
+        return (array, *kind) if kind else array, orientation
 
 
-def _read(path: str | os.PathLike, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _read(path: str | os.PathLike, convert: Callable[[Image.Image], T]) -> T:
     with open_image(path) as image, DECODE_BUDGET.hold(image.width * image.height):
         return decode(path, image, convert)[0]
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright: transparent parts white, 16 bits and floats scaled to bytes, the first frame of an
-    animation. Raises BadFile."""
+    """(H, W, 3) uint8 RGB, upright: transparent parts white, 10 to 16 bits and floats scaled to bytes, the first frame
+    of an animation. Raises BadFile."""
     return _read(path, to_rgb)
+
+
+def read_orientation(path: str | os.PathLike) -> int:
+    """EXIF tag 0x0112, 1 to 8, from the header alone. Raises BadFile."""
+    with open_image(path) as image:
+        return _orientation(image)
+
+
+def read_alpha(path: str | os.PathLike) -> np.ndarray:
+    """An image's alpha channel, (H, W) uint8, upright; 255 where it has none. Raises BadFile."""
+
+    def alpha_or_opaque(file: Image.Image) -> np.ndarray:
+        alpha = alpha_channel(file)
+        return np.full(file.size[::-1], 255, np.uint8) if alpha is None else alpha
+
+    return _read(path, alpha_or_opaque)
 
 
 # ---------------------------------------------------------------------------------------------------- masks, maps
 
 
-def _label_values(gray: np.ndarray, counts: np.ndarray) -> str | None:
-    """The values of a (H, W) uint8 that is a label map (classes, instances, a trimap); None for a mask.
+class RawMask(NamedTuple):
+    """A mask file as stored: values (H, W) uint8, upright, and their kind. `by` makes it a mask."""
 
-    counts: (256,), the histogram. Label maps have few values. Either all are too dark for an object and cover large
-    regions, or they are small and outnumber 255, the border that other tools ignore. Soft masks have values in between,
-    and compression noise has no large regions.
-    """
-    levels = np.flatnonzero(counts)
-    top = int(levels[-1])
-    if not 2 <= len(levels) <= MAX_LABELS or (len(levels) == 2 and levels[0] == 0):
-        return None
-    if top < NOISE_BELOW:
-        width = gray.shape[1]
-        changes = (gray[:, 1:] != gray[:, :-1]).mean() if width > 1 else 1.0
-        labels = np.sort(counts)[-2] >= MIN_REGION * gray.size and changes < max(0.02, 4 / width)
-    else:
-        classes = counts[1 : MAX_CLASSES + 1].sum()
-        labels = levels[0] == 0 and top == 255 and levels[-2] <= MAX_CLASSES and classes > counts[255]
-    return ", ".join(map(str, levels[:6])) + (", ..." if len(levels) > 6 else "") if labels else None
+    path: Path
+    values: np.ndarray
+    kind: MaskKind
+
+    def by(self, rule: MaskRule | None) -> np.ndarray:
+        """(H, W) uint8, 0 background to 255 object, by the rule of its set, or by itself. Raises BadFile."""
+        if rule is None:
+            rule = MaskRule(self.kind.name, self.kind.full_range)
+        lookup = table(self.kind, rule)
+        if isinstance(lookup, str):
+            raise BadFile(self.path, lookup)
+        return self.values if lookup is IDENTITY else lookup[self.values]
 
 
-def scale_mask(path: str | os.PathLike, gray: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(H, W) uint8 -> (mask uint8 with the object at 255, whether the file was compression noise on an empty mask).
-
-    Values 0 and 1, or 0 and any other single value, become 0 and 255; other masks are divided by their maximum. The
-    published code divides every mask, which turns the noise of an empty one (values 1 to 5) into foreground.
-    Raises BadFile, which names `path`, for label maps.
-    """
-    counts = np.bincount(gray.ravel(), minlength=256)
-    if labels := _label_values(gray, counts):
-        raise BadFile(path, f"is a label map ({labels}), not a mask; convert it to 0 (background) and 255 (object)")
-    levels = np.flatnonzero(counts)
-    top = int(levels[-1])
-    if top in (0, 255):
-        return gray, False
-    if top == 1 or (len(levels) == 2 and levels[0] == 0):
-        return np.where(gray == top, np.uint8(255), np.uint8(0)), False
-    if top < NOISE_BELOW:
-        return np.zeros_like(gray), True
-    return np.rint(np.arange(256) * 255 / top).clip(max=255).astype(np.uint8)[gray], False
+def read_raw_mask(path: str | os.PathLike) -> RawMask:
+    """A mask file before the rule of its set is known. Raises BadFile."""
+    return RawMask(Path(path), *_read(path, to_mask))
 
 
-def read_mask(path: str | os.PathLike) -> np.ndarray:
-    """(H, W) uint8, 0 background to 255 object, upright; see `scale_mask`. Raises BadFile."""
-    return scale_mask(path, _read(path, to_gray))[0]
+def read_mask(path: str | os.PathLike, rule: MaskRule | None = None) -> np.ndarray:
+    """(H, W) uint8, 0 background to 255 object, upright; see masks.py. Raises BadFile."""
+    return read_raw_mask(path).by(rule)
 
 
 def _to_probabilities(file: Image.Image) -> np.ndarray:
@@ -213,41 +253,42 @@ class Pair(NamedTuple):
     split: str = ""
 
 
-class DecodedPair(NamedTuple):
-    """image (H, W, 3) uint8, mask (h, w) uint8, and what the data report counts."""
+class RawPair(NamedTuple):
+    """image (H, W, 3) uint8, the mask as stored, and what the data report counts."""
 
     image: np.ndarray
-    mask: np.ndarray
-    low: int  # range of values in the mask file
-    high: int
-    noise: bool  # the mask file is compression noise on an empty mask
+    mask: RawMask
     resized: bool  # the mask is of another size than the image
+    untagged: str  # "" or, where the mask lacks the image's EXIF tag, "seen", "stored" or "unknown": how it was drawn
 
 
 @contextlib.contextmanager
-def open_pair(pair: Pair) -> Iterator[DecodedPair]:
-    """`read_pair` for many threads: DECODE_BUDGET counts the pair until the `with` block ends.
+def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
+    """Decodes a pair; DECODE_BUDGET counts it until the `with` block ends.
 
-    A mask without EXIF tag that was drawn on the image as stored is turned with it. Raises BadFile, also for a mask
-    whose aspect ratio is not the image's.
+    A mask without the image's EXIF tag that was drawn on the image as stored is turned with it: where the shapes show
+    that, else if as_stored. Raises BadFile, also for a mask whose aspect ratio is not the image's.
     """
     with contextlib.ExitStack() as budget:
         with open_image(pair.image) as image_file, open_image(pair.mask) as mask_file:
             pixels = image_file.width * image_file.height + mask_file.width * mask_file.height
             budget.enter_context(DECODE_BUDGET.hold(pixels))
             image, orientation = decode(pair.image, image_file, to_rgb)
-            gray, mask_orientation = decode(pair.mask, mask_file, to_gray)
-        size = image.shape[:2]
-        if orientation >= 5 and mask_orientation == 1 and gray.shape == size[::-1] != size:
-            gray = np.ascontiguousarray(apply_orientation(gray, orientation))
-        (height, width), (rows, columns) = size, gray.shape
+            (values, kind), mask_orientation = decode(pair.mask, mask_file, to_mask)
+        size, untagged = image.shape[:2], ""
+        if orientation != 1 and mask_orientation == 1:
+            untagged = "unknown"
+            if orientation >= 5 and size[0] != size[1]:
+                untagged = "stored" if values.shape == size[::-1] else "seen"
+            if untagged == "stored" or (untagged == "unknown" and as_stored):
+                values = np.ascontiguousarray(apply_orientation(values, orientation))
+        (height, width), (rows, columns) = size, values.shape
         if abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
             raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")
-        mask, noise = scale_mask(pair.mask, gray)
-        yield DecodedPair(image, mask, int(gray.min()), int(gray.max()), noise, gray.shape != size)
+        yield RawPair(image, RawMask(pair.mask, values, kind), values.shape != size, untagged)
 
 
-def read_pair(pair: Pair) -> DecodedPair:
-    """Decodes an image and its mask; see `open_pair`."""
-    with open_pair(pair) as decoded:
-        return decoded
+def read_pair(pair: Pair, rule: MaskRule | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(image (H, W, 3), mask (H, W)), uint8; see `open_pair`. rule: of the set; None: the mask is read by itself."""
+    with open_pair(pair, rule is not None and rule.as_stored) as raw:
+        return raw.image, raw.mask.by(rule)

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from u2mamba.runtime.errors import UserError
 
@@ -29,6 +29,9 @@ MAX_SCANNED = 30 * MAX_PIXELS  # pixels times scans of a JPEG: 100 kB can hold t
 MAX_READS = 1_000_000  # read calls for one file: Pillow skips junk before a JPEG marker byte by byte
 LARGE = 1 << 24  # pixels; before decoding as many, freed memory is returned to the system
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # found by content, whatever the file is called
+
+# color profiles and texts that Pillow unpacks of a PNG; by its own limit, PNGs with a profile above 1 MB are unreadable
+PNG_TEXT, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, 1 << 24
 
 # Pillow's remarks on odd metadata name no file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module=r"PIL\.")

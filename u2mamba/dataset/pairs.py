@@ -1,30 +1,24 @@
-"""Pairs of an image and its mask: found in two folders, split into training and validation, each decoded once before
-the training starts. Files that cannot be used are skipped and named; none of them ends the run.
-"""
+"""Pairs of an image and its mask: found in two folders by name, split into training and validation."""
 
 from __future__ import annotations
 
 import os
-import time
 import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from u2mamba.dataset.decode import NOISE_BELOW, BadFile, Pair, open_pair
+from u2mamba.dataset.decode import Pair
 from u2mamba.dataset.image_file import DataError, printable
 
 VAL_EVERY = 20  # one pair of 20 is for validation
 MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
-MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", ".jpg", ".jpeg")  # saved maps, the most precise first
-MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")  # lossless types first
+JPEG_TYPES = (".jpg", ".jpeg", ".jpe", ".jfif")
+IMAGE_TYPES = (*JPEG_TYPES, ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
+MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", *JPEG_TYPES)  # saved maps, the most precise first
+MASK_TYPES = (".png", ".bmp", ".tif", ".tiff", ".webp", *JPEG_TYPES)  # lossless types first
 DATA_HELP = """\
   DUTS-TR (10,553 pairs, 0.3 GB): download DUTS-TR.zip from http://saliencydetection.net/duts/, then
     python train_data/prepare_duts.py DUTS-TR.zip
@@ -34,7 +28,11 @@ DATA_HELP = """\
   without any data: generate a small synthetic dataset and train on it in minutes by
     python u2mamba_train.py demo"""
 
-# --------------------------------------------------------------------------------------------------------- finding
+
+def truncate_list(names: Sequence[str], limit: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more
 
 
 class Unpaired(NamedTuple):
@@ -70,8 +68,6 @@ def pair_names(
         candidates: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for name in names:
             stem, extension = os.path.splitext(name)
-            if name.startswith("."):
-                continue
             if extension.lower() in types:
                 candidates[unicodedata.normalize("NFC", stem)].append((types.index(extension.lower()), name))
             else:
@@ -89,6 +85,18 @@ def pair_names(
         sorted(image_duplicates + mask_duplicates),
         sorted(others),
     )
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the regular files in a folder (or links to one), and of its other entries with what they are, without
+    hidden ones. Raises OSError."""
+    with os.scandir(folder) as entries:
+        regular = {entry.name: is_file(entry) for entry in entries if not entry.name.startswith(".")}
+    return [name for name in regular if regular[name]], [
+        f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})"
+        for name in sorted(regular)
+        if not regular[name]
+    ]
 
 
 def is_file(entry: os.DirEntry) -> bool:
@@ -113,17 +121,15 @@ def pair_folders(
     names, irregular = [], []
     for folder, kind, option in ((image_dir, "image", options[0]), (mask_dir, "mask", options[1])):
         try:
-            with os.scandir(folder) as entries:
-                regular = {entry.name: is_file(entry) for entry in entries}
+            files, others = list_folder(folder)
         except OSError as error:
-            raise DataError(f"{kind} folder {folder}: {error.strerror}; set {option}") from None
-        names.append([name for name in regular if regular[name]])
-        for name in (n for n in regular if not regular[n] and not n.startswith(".")):
-            irregular.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
+            raise DataError(f"{kind} folder {folder.absolute()}: {error.strerror}; set {option}") from None
+        names.append(files)
+        irregular.extend(others)
     if image_dir.resolve() == mask_dir.resolve():
         raise DataError(f"{image_dir} is the folder of images and of masks; set {' and '.join(options)} to two folders")
     paired, unpaired = pair_names(*names)
-    unpaired.others.extend(sorted(irregular))
+    unpaired.others.extend(irregular)
     if not paired:
         message = f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
         if unpaired.images and unpaired.masks:
@@ -171,106 +177,3 @@ def is_validation(pair: Pair) -> bool:
 def train_val_split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, validation pairs)."""
     return [p for p in pairs if not is_validation(p)], [p for p in pairs if is_validation(p)]
-
-
-# -------------------------------------------------------------------------------------------------------- checking
-
-
-def truncate_list(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(map(printable, names[:limit])) + more
-
-
-@dataclass
-class DataReport:
-    """What the check found. `unusable` pairs are skipped; the rest of the report is about usable ones."""
-
-    usable: list[int] = field(default_factory=list)  # indices
-    checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
-    unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
-    resized: list[str] = field(default_factory=list)  # masks of another size than their image
-    noise: list[str] = field(default_factory=list)  # masks treated as empty
-    gray: int = 0  # masks of which a fifth or more is neither black nor white
-    mask_low: int = 255
-    mask_high: int = 0
-    empty: int = 0  # masks without an object, noise included
-    black: int = 0  # images that are black everywhere
-
-    @property
-    def skipped(self) -> int:
-        """Number of pairs that are not used."""
-        return len(self.unusable)
-
-    def lines(self) -> list[str]:
-        """What is printed: one line per finding."""
-        pairs, skipped = len(self.usable), [f"{name} ({reason})" for name, reason in self.unusable]
-        out = [f"data: {pairs:,} pairs, mask values {self.mask_low}-{self.mask_high}, {self.empty:,} empty masks"]
-        for names, text in (
-            (skipped, "warning: skipped {} pairs that are unreadable or do not match"),
-            (self.resized, "data: {} masks have another size than their image, but its aspect ratio"),
-            (self.noise, f"data: {{}} masks have no value above {NOISE_BELOW - 1} and count as empty"),
-        ):
-            if names:
-                out.append(f"{text.format(f'{len(names):,}')}: {truncate_list(names)}")
-        if 2 * self.gray > pairs:
-            out.append(f"warning: {self.gray:,} masks are gray-level images: are the image and mask folders swapped?")
-        return out + ([f"data: {self.black:,} images are entirely black"] if self.black else [])
-
-
-def _file_checksum(path: Path, value: int) -> int:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def check_pairs(
-    pairs: Sequence[Pair],
-    keep: Callable[[int, np.ndarray, np.ndarray], None] = lambda index, image, mask: None,
-    log: Callable[[str], None] = lambda line: None,
-    threads: int = 8,
-) -> DataReport:
-    """Decodes every pair once.
-
-    keep(index, image, mask) is called for each usable pair, from several threads (decoding and rescaling run outside
-    Python's lock): the cache is filled there, so that no file is decoded twice. Progress goes to `log`.
-    """
-    report = DataReport()
-
-    def visit(index: int) -> dict[str, int | bool] | BadFile:
-        pair = pairs[index]
-        try:
-            with open_pair(pair) as (image, mask, low, high, noise, resized):
-                keep(index, image, mask)
-                gray = ((mask > 63) & (mask < 192)).mean() > 0.2
-                counts = {"gray": bool(gray), "empty": not mask.any(), "black": not image.any()}
-            checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
-            return counts | {"low": low, "high": high, "noise": noise, "resized": resized, "checksum": checksum}
-        except BadFile as error:
-            return error
-        except OSError as error:
-            return BadFile(pair.image, error.strerror or str(error))
-        except MemoryError:
-            return BadFile(pair.image, "does not fit into memory")
-
-    pool = ThreadPoolExecutor(min(32, threads))
-    try:
-        start = last_log = time.monotonic()
-        for index, found in enumerate(pool.map(visit, range(len(pairs)))):
-            if isinstance(found, BadFile):
-                report.unusable.append((found.path.name, found.reason))
-                continue
-            report.usable.append(index)
-            report.checksums.append(found["checksum"])
-            report.mask_low, report.mask_high = min(report.mask_low, found["low"]), max(report.mask_high, found["high"])
-            for name in ("gray", "empty", "black"):
-                setattr(report, name, getattr(report, name) + found[name])
-            for name in ("noise", "resized"):
-                getattr(report, name).extend([pairs[index].mask.name] * found[name])
-            if (now := time.monotonic()) - last_log > 10:
-                last_log = now
-                log(f"data: {index + 1:,} of {len(pairs):,} pairs read, {(index + 1) / (now - start):.0f} pairs/s")
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C the remaining files are not read
-    return report

@@ -54,20 +54,20 @@ def axis_index(length: int, size: int) -> np.ndarray:
 
 
 def rescale_image(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (size, size, 3) uint8: `RescaleT`'s image, rounded to bytes."""
-    height, width = image.shape[:2]
+    """(H, W, C) uint8 -> (size, size, C) uint8: `RescaleT`'s image, rounded to bytes."""
+    height, width, channels = image.shape
     if (height, width) == (size, size):
         return image
     vertical, horizontal = axis_operator(height, size), axis_operator(width, size)
-    rows = np.zeros((size, width * 3), np.float32)
+    rows = np.zeros((size, width * channels), np.float32)
     step = max(1, BLOCK // width)
     for top in range(0, height, step):  # a 48-megapixel image as float32 would take 0.6 GB per thread
-        block = image[top : top + step].reshape(-1, width * 3).astype(np.float32)
+        block = image[top : top + step].reshape(-1, width * channels).astype(np.float32)
         rows += (vertical if height <= step else vertical[:, top : top + step]) @ block
-    columns = horizontal @ rows.reshape(size, width, 3).swapaxes(0, 1).reshape(width, size * 3)
+    columns = horizontal @ rows.reshape(size, width, channels).swapaxes(0, 1).reshape(width, size * channels)
     # skimage clips to the range of its input; it matters at the border, where mode="constant" mixes in black
     out = np.rint(columns).clip(image.min(), image.max()).astype(np.uint8)
-    return np.ascontiguousarray(out.reshape(size, size, 3).swapaxes(0, 1))
+    return np.ascontiguousarray(out.reshape(size, size, channels).swapaxes(0, 1))
 
 
 def rescale_mask(mask: np.ndarray, size: int) -> np.ndarray:

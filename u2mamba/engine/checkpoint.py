@@ -26,7 +26,7 @@ from u2mamba.runtime.config import differences, to_dict
 from u2mamba.runtime.environment import ROOT, provenance
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError
 from u2mamba.runtime.files import atomic_write, replacing
-from u2mamba.runtime.source import source_checksums
+from u2mamba.runtime.source import PUBLISHED_LOADER, source_checksums
 
 SAVE_SECONDS = 300.0  # at most between two last.pth
 FIX_HINT = "move it away, or use --resume never"
@@ -63,6 +63,8 @@ class Checkpointer:
             "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": fingerprint,
             "code": source_checksums(ROOT), "made": provenance(step.device),
         }  # fmt: skip
+        if self.run["code"].get("data_loader.py", PUBLISHED_LOADER) != PUBLISHED_LOADER:
+            print("warning: data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py")
         dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
         self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
         self.saved = True  # whether the last writing of last.pth succeeded

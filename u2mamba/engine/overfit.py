@@ -1,20 +1,53 @@
-"""The sanity check before any training: can this network overfit a few pairs?"""
+"""Sanity checks: a batch through network, loss and scores, before every run; can the network overfit a few pairs?"""
 
 import itertools
+import math
 import time
+import traceback
 from pathlib import Path
 
-from u2mamba.dataset.batches import DataSource, validation_batches
+import torch
+
+from u2mamba.dataset.batches import Batch, DataSource, validation_batches
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.logger import write_image
 from u2mamba.engine.step import TrainStep
-from u2mamba.engine.validation import preview, validate
-from u2mamba.runtime.environment import Environment
+from u2mamba.engine.validation import EvalMode, preview, validate
+from u2mamba.runtime.environment import ROOT, Environment
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, UserError
 
 TARGET_IOU = 0.95
 MIN_FOREGROUND = 0.01  # fraction of the image: an empty mask, or one of a few pixels, shows nothing
 MAX_STEPS = 500  # the small network needs 50 to 100 for one pair
+
+
+def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) -> None:
+    """Network, loss and scores of a batch before anything is written: an edit that cannot work ends here, in one line.
+
+    In every process; moves no statistic and draws no random number. Raises UserError that names the place.
+    """
+    try:
+        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), EvalMode(step.net) as net:
+            scores = validate(net, [batch], StopSignal(), dist)
+            with torch.no_grad(), step.env.autocast():
+                logits = net(batch.x, logits=True)
+            logits = logits if isinstance(logits, (tuple, list)) else [logits]
+            step.compute_loss(tuple(d.requires_grad_() for d in logits), batch.y)
+    except UserError:
+        raise
+    except Exception as error:  # whatever edited code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [
+            f for f in frames if Path(f.filename).resolve().is_relative_to(ROOT) and f.filename != __file__
+        ] or frames
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}, in {ours[-1].name}"
+        raise UserError(f"{place}: fails for a batch of images {tuple(batch.x.shape)}: {reason}") from error
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise UserError(f"the score {name} of SODMetric.compute (u2mamba/engine/validation.py) is {value}")
+    if best_by not in scores:
+        raise UserError(f"BEST_BY = {best_by!r}: no such score; SODMetric.compute gives {', '.join(scores)}")
 
 
 def overfit(

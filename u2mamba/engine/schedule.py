@@ -1,6 +1,7 @@
 """Epochs, iterations, crop sizes and the order of the pairs of a run, and where in them it stands."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import MIN_SIZE
 from u2mamba.runtime.errors import UserError
 
+MAX_NAME = 180  # bytes of a run's name: weights files add up to 60 to it, and file systems allow 255
+LOWER_IS_BETTER = {"MAE"}  # validation scores
+
 
 @dataclass
 class TrainState:
@@ -23,7 +27,7 @@ class TrainState:
     epoch: int = 0  # finished epochs, validation included
     position: int = 0  # pairs of the current epoch that were trained on
     iteration: int = 0  # finished steps
-    best: float = -1.0  # highest validation score so far
+    best: float = -1.0  # best validation score so far
     best_name: str = ""  # name of that score
     seconds: float = 0.0  # training time, over all starts
     finished: bool = False
@@ -32,7 +36,8 @@ class TrainState:
         """Whether the score `name` is the best so far; of equal ones the later. Scores by another name do not count."""
         if not scores or not all(map(math.isfinite, scores.values())):
             return False
-        return name != self.best_name or scores[name] >= self.best
+        gain = (self.best - scores[name]) if name in LOWER_IS_BETTER else scores[name] - self.best
+        return name != self.best_name or gain >= 0
 
     def advance(self, pairs: int) -> None:
         """Counts a step on so many pairs of all processes."""
@@ -90,12 +95,18 @@ class Schedule:
         early = self.cfg.early_crop and epoch < self.cfg.early_fraction * self.cfg.epoch_num
         return self.cfg.early_crop if early else self.cfg.crop
 
+    def augmentation(self, epoch: int) -> Augmentation:
+        """Random resized crops become whole images in the last epochs: trained as used (arXiv 1906.06423)."""
+        whole = epoch >= (1 - self.cfg.whole_fraction) * self.cfg.epoch_num
+        augmentation = Augmentation.from_config(self.cfg)
+        return augmentation._replace(scale_min=1.0, scale_max=1.0) if whole else augmentation
+
     def plan(self, epoch: int) -> Tensor:
         """Order, crops and flips of an epoch: rows as of `epoch_plan`, a function of seed and epoch alone."""
         cfg = self.cfg
         plan = epoch_plan(
             self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
-            random=any(Augmentation.from_config(cfg)),
+            random=any(self.augmentation(epoch)),
         )  # fmt: skip
         return plan[: self.pairs_per_epoch]
 
@@ -105,12 +116,12 @@ def train_batches(
 ) -> Iterator[TrainBatch]:
     """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
     cfg = schedule.cfg
-    augmentation = Augmentation.from_config(cfg)
     for epoch in range(state.epoch, cfg.epoch_num):
         rows = schedule.plan(epoch)[state.position if epoch == state.epoch else 0 :]
         done = 0
         own = dist.shard(rows)
-        for batch in batches(source, own, cfg.batch_size_train, schedule.crop_size(epoch), channels_last, augmentation):
+        crop, augmentation = schedule.crop_size(epoch), schedule.augmentation(epoch)
+        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation):
             taken = len(batch.rows) * dist.size
             done += taken
             ends = done // dist.size == len(own)
@@ -131,8 +142,10 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
         raise UserError(f"grad_accum_steps = {cfg.grad_accum_steps}: exceeds the batch size {cfg.batch_size_train}")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    if len(os.fsencode(cfg.model_name)) > MAX_NAME:
+        raise UserError(f"model_name = {cfg.model_name[:20]!r}...: is too long, {MAX_NAME} bytes are the most")
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
     if begins and weights and not weights.is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
-    if not cfg.scale_max and cfg.crop < 0.6 * cfg.rescale:
+    if cfg.crop < 0.6 * cfg.rescale:
         print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")

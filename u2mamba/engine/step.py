@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.u2net import saliency_map
+from model.weights import uncompiled
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.gradients import GradientAverager
 from u2mamba.engine.parameters import flatten_statistics
@@ -73,7 +74,8 @@ class TrainStep:
         self.ema_steps = 0
         self.nonfinite = torch.zeros(2, device=env.device)  # steps; steps in a row
         self.sums = self.history = None  # created by the first step, with as many values as the loss returns
-        self._modules, self._parameters, self._setup = list(net.modules()), dict(net.named_parameters()), None
+        self._modules, self._parameters = list(net.modules()), dict(uncompiled(net).named_parameters())
+        self._setup = None
 
     def __call__(self, images: Tensor, masks: Tensor) -> None:
         """images: (B, C, H, W) normalized, masks: (B, 1, H, W) in [0, 1], both on the step's device.
@@ -100,7 +102,7 @@ class TrainStep:
         """Collects what is trained: at the first step, and after `requires_grad`, a mode or the loss has changed."""
         self.net.zero_grad()  # also of parameters that are now frozen
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self.statistics, views = flatten_statistics(self.net)
+        self.statistics, views = flatten_statistics(uncompiled(self.net))
         self.averager = GradientAverager(self.dist, list(trained.values()))
         self.averaged = trained | views  # averages start from zero, as Adam's moments do
         if self.ema_decay:
@@ -143,14 +145,14 @@ class TrainStep:
         """Adds the gradients of a micro-batch -> the sum of its images' IoU, and its share of the losses: (2 + n)."""
         with self.env.autocast():
             logits = self.net(images, logits=True)
-        loss, values = self._compute_loss(logits, masks)
+        loss, values = self.compute_loss(logits, masks)
         (loss * share).backward()
         d0 = (logits[0] if isinstance(logits, (tuple, list)) else logits).detach().float()
         maps = saliency_map(d0)
         iou = iou_per_image(maps, masks).sum() if maps.shape == masks.shape else torch.full_like(loss, math.nan)
         return torch.cat((iou.view(1).float(), torch.cat((loss.view(1), values)).detach().float() * share))
 
-    def _compute_loss(self, logits: tuple[Tensor, ...], masks: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_loss(self, logits: tuple[Tensor, ...], masks: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to train, a scalar, and the values to print (n)."""
         result = self.loss(logits, masks)
         pair = isinstance(result, (tuple, list)) and len(result) == 2
@@ -203,7 +205,7 @@ class TrainStep:
         if not self.ema_steps:
             return self.net
         net = copy.deepcopy(self.net)
-        tensors, correction = net.state_dict(), 1 - self.ema_decay**self.ema_steps
+        tensors, correction = uncompiled(net).state_dict(), 1 - self.ema_decay**self.ema_steps
         with torch.no_grad():
             for name, average in self.ema.items():
                 tensors[name].copy_(average / correction)

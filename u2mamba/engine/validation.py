@@ -69,7 +69,7 @@ class SODMetric(Metric):
         precision, recall = self.precision / self.images, self.recall / self.images
         f = (1 + BETA2) * precision * recall / (BETA2 * precision + recall).clamp(min=1e-12)
         scores = {"IoU": self.iou / self.images, "MAE": self.mae / self.images, "maxF": f.max()}
-        return {name: value.item() for name, value in scores.items()}
+        return {name: float(value) for name, value in scores.items()}
 
 
 class EvalMode:
@@ -131,7 +131,7 @@ def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
 
     with EvalMode(net):
         d0 = net(images)[0].float().cpu()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v[:3]).view(1, 3, 1, 1) for v in (MEAN, STD))
     photos = (images[:, :3].float().cpu() * std + mean).clamp(0, 1)
     columns = [photos, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
     tiles = torch.stack(columns, 1).flatten(0, 1)

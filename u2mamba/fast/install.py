@@ -84,8 +84,9 @@ class FusedOps(PlainOps):
 
     @_or_plain
     def side_output(self, conv, x):
-        geometry = (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
-        launch.require(x, bf16=x.dtype == torch.bfloat16, layer=geometry and conv.bias is not None)
+        fits = type(conv) is nn.Conv2d and conv.bias is not None
+        fits = fits and (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
+        launch.require(x, bf16=x.dtype == torch.bfloat16, layer=fits)
         return side_output(x, self._weight(conv)[0], conv.bias)
 
     @_or_plain

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from u2mamba.runtime.cores import granted_cores
+
 try:
     import triton
     import triton.language as tl
@@ -50,7 +52,7 @@ def compile_only() -> Iterator[None]:
     if triton is None or INTERPRETED or not torch.cuda.is_available():
         yield
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(granted_cores()) as pool:
         _compiling = compiled = []
         try:
             with triton.AsyncCompileMode(pool):

@@ -1,7 +1,7 @@
 """The training step of engine/step.py, faster: one CUDA graph, weights in bf16, weight gradients on a second stream.
 
 U²-Net launches some 5,000 kernels a step, and the CPU cannot launch them as fast as the GPU runs them; a graph replays
-them all. On a CPU the step runs as it is.
+them all. On a CPU the step runs unmodified.
 """
 
 import contextlib

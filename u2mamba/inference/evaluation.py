@@ -6,21 +6,34 @@ torch, which every worker would have to load.
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
 binarizes at > 0.5. MAE, weighted F-measure and S-measure use the map itself. With an empty mask MAE is mean(map),
-S-measure 1 - mean(map), weighted F, precision, recall and F are 0, and E is the fraction of pixels below the threshold
-(times n / (n - 1) for n pixels).
+S-measure 1 - mean(map), weighted F, precision, recall and F are 0, and E is the fraction of pixels below the threshold.
+
+Three things differ, so that every score is in [0, 1]. E divides by n - 1 for n pixels and passes 1: it is clipped.
+Quadrants without pixels count 0 in the S-measure, where PySODMetrics answers NaN. Masks of 0 and 1, or of 0 and another
+dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the whole set.
 """
 
 import functools
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import py_sod_metrics as psm
 
-from u2mamba.dataset.decode import BadFile, Pair, read_map, read_mask, read_pair
-from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, pair_names
+from u2mamba.dataset.decode import (
+    BadFile,
+    Pair,
+    open_pair,
+    read_map,
+    read_mask,
+    read_orientation,
+    read_pair,
+    read_raw_mask,
+)
+from u2mamba.dataset.masks import MaskKind, MaskRule, decide
+from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.workers import process_map
 from u2mamba.runtime.errors import UserError
@@ -52,6 +65,7 @@ class ImageScores(NamedTuple):
     empty: bool  # the mask has no object
     constant: bool  # the map has a single value
     resized: bool  # the map had another size than the mask
+    faint: bool  # no value of the map exceeds 1 of 255
 
     @property
     def iou(self) -> float:
@@ -82,10 +96,11 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
         sm=float(sm.get_results()["sm"]),
         intersection=int(counts["tp"]),
         union=int(counts["tp"] + counts["fp"] + counts["fn"]),
-        curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"]]),
+        curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"].clip(0, 1)]),
         empty=not mask.any(),
         constant=bool(saliency.min() == saliency.max()),
         resized=resized,
+        faint=bool(saliency.max() <= 1 / 255),
     )
 
 
@@ -95,24 +110,45 @@ def normalize_map(saliency: np.ndarray) -> np.ndarray:
     return (saliency - low) / (high - low) if high > low else saliency
 
 
-def read_item(item: Item) -> tuple[np.ndarray, np.ndarray]:
+def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
+    """How the masks of a set are read, decided from all of them. Raises DataError for label maps.
+
+    Files that cannot be read have no vote; they are named when they are scored.
+    """
+
+    def survey(item: Item) -> tuple[MaskKind | None, str]:
+        try:
+            if item.image and read_orientation(item.image) != 1:
+                with open_pair(Pair(item.stem, item.image, item.mask)) as pair:
+                    return pair.mask.kind, pair.untagged
+            return read_raw_mask(item.mask).kind, ""
+        except (BadFile, MemoryError):
+            return None, ""
+
+    with ThreadPoolExecutor(threads) as pool:
+        kinds, drawn = zip(*pool.map(survey, items), strict=True)
+    return decide([kind for kind in kinds if kind], "stored" in drawn and "seen" not in drawn)
+
+
+def read_item(item: Item, rule: MaskRule | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(mask, map) of an item, read where they are files. Raises BadFile.
 
     Where the photo is known, a mask that was drawn on it as stored, not as displayed (EXIF), is rotated.
     """
     if isinstance(item.map, BadFile):
         raise item.map
-    mask = read_mask(item.mask) if isinstance(item.mask, Path) else item.mask
+    mask = read_mask(item.mask, rule) if isinstance(item.mask, Path) else item.mask
     saliency = read_map(item.map) if isinstance(item.map, Path) else item.map
-    if item.image and isinstance(item.mask, Path) and saliency.shape == mask.shape[::-1] != mask.shape:
-        mask = read_pair(Pair(item.stem, item.image, item.mask)).mask
+    as_stored = (rule and rule.as_stored) or saliency.shape == mask.shape[::-1] != mask.shape
+    if as_stored and item.image and isinstance(item.mask, Path):
+        mask = read_pair(Pair(item.stem, item.image, item.mask), rule)[1]
     return mask, saliency
 
 
-def score_item(item: Item, normalize: bool = False) -> ImageScores | BadFile:
+def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None) -> ImageScores | BadFile:
     """Scores an item's map at its mask's size; returns the BadFile where a file cannot be used."""
     try:
-        mask, saliency = read_item(item)
+        mask, saliency = read_item(item, rule)
         resized = saliency.shape != mask.shape and isinstance(item.map, Path)
         saliency = resize_map(saliency, mask.shape).astype(np.float64)
         return score_map(normalize_map(saliency) if normalize else saliency, mask > 128, resized)
@@ -123,10 +159,10 @@ def score_item(item: Item, normalize: bool = False) -> ImageScores | BadFile:
 
 
 def evaluate(
-    items: Iterable[Item], workers: int = 1, normalize: bool = False
+    items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
 ) -> Iterator[tuple[Item, ImageScores | BadFile]]:
     """(item, its scores or why it has none), in the order of `items`; workers: as of `process_map`."""
-    return process_map(functools.partial(score_item, normalize=normalize), items, workers)
+    return process_map(functools.partial(score_item, normalize=normalize, rule=rule), items, workers)
 
 
 class DatasetMetrics:
@@ -180,8 +216,10 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     folder = pred or image
     if folder.resolve() == gt.resolve():
         raise UserError(f"{gt} is the folder of masks and of {'maps' if pred else 'images'}: give two")
-    names, masks = _file_names(folder), _file_names(gt)
+    names, others = _file_names(folder)
+    masks, more = _file_names(gt)
     pairs, unpaired = pair_names(names, masks, MAP_TYPES if pred else IMAGE_TYPES)
+    unpaired.others.extend(others + more)
     if not pairs:
         raise UserError(
             f"{folder} has {len(unpaired.images)} {'maps' if pred else 'images'}, {gt} {len(unpaired.masks)} masks, "
@@ -189,15 +227,14 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
         )
     photos = {}
     if image:
-        photos = {stem: image / name for stem, name, _ in pair_names(_file_names(image), masks)[0]}
+        photos = {stem: image / name for stem, name, _ in pair_names(_file_names(image)[0], masks)[0]}
     return [
         Item(stem, photos.get(stem), gt / mask, pred / name if pred else None) for stem, name, mask in pairs
     ], unpaired
 
 
-def _file_names(folder: Path) -> list[str]:
+def _file_names(folder: Path) -> tuple[list[str], list[str]]:
     try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_file()]
+        return list_folder(folder)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; give a folder of images, maps or masks") from None
+        raise UserError(f"{folder.absolute()}: {error.strerror}; give a folder of images, maps or masks") from None

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 
 from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_image, open_pair, to_rgb
+from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
-from u2mamba.runtime.environment import granted_cores, peak_memory
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.environment import peak_memory
 from u2mamba.runtime.errors import UserError
 
 if TYPE_CHECKING:  # prediction does without PySODMetrics
@@ -99,15 +101,17 @@ def compute_maps(
         yield from finish(*running)
 
 
-def read_pair_rescaled(item: Item, size: int) -> tuple[np.ndarray, np.ndarray]:
+def read_pair_rescaled(item: Item, size: int, rule: MaskRule | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(image resized to (size, size, 3), mask (H, W)) of an item. Raises BadFile where they do not fit together."""
-    with open_pair(Pair(item.stem, item.image, item.mask)) as pair:
-        return rescale_image(pair.image, size), pair.mask
+    with open_pair(Pair(item.stem, item.image, item.mask), bool(rule and rule.as_stored)) as pair:
+        return rescale_image(pair.image, size), pair.mask.by(rule)
 
 
-def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: int) -> Iterator[Item]:
+def predict_items(
+    predict: Predictor, items: Iterable[Item], size: int, batch: int, rule: MaskRule | None = None
+) -> Iterator[Item]:
     """The items with mask and map in memory, or with the reason why there is no map in its place."""
-    read = functools.partial(read_pair_rescaled, size=size)
+    read = functools.partial(read_pair_rescaled, size=size, rule=rule)
     with ThreadPoolExecutor(THREADS) as pool:
         for item, saliency, mask in compute_maps(predict, items, read, pool, batch):
             yield item._replace(map=saliency, mask=item.mask if mask is None else mask)

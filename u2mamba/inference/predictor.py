@@ -2,6 +2,7 @@
 
 net = load_model("saved_models/u2net/best.pth")
 predict = Predictor(net, torch.device("cpu"))
+saliency = predict.saliency("photo.jpg")  # (H, W) float32 probabilities
 saliency = predict(images)  # (B, S, S, 3) uint8 RGB -> (B, 1, S, S) float32 probabilities; net.settings has S
 """
 
@@ -10,13 +11,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
-from model.u2net import REBNCONV
-from u2mamba.dataset.augment import normalize
+from model.u2net import REBNCONV, saliency_map
+from u2mamba.dataset.augment import MEAN, normalize
+from u2mamba.dataset.decode import read_image
+from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -46,17 +50,28 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
     Raises UserError with one line where the file cannot be used.
     """
     try:
-        return weights.load_model(weights_path(checkpoint), **options)
+        net = weights.load_model(weights_path(checkpoint), **options)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
+        raise UserError(
+            f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
+        )
+    if (outputs := net.settings.get("out_ch", 1)) > 1:
+        print(f"{checkpoint}: has {outputs} outputs; a map is 1 minus the probability of the first, the background")
+    return net
 
 
 def input_size(net: nn.Module, size: int = 0) -> int:
     """Pixels of the square that images are resized to: `size`, or for 0 the training size. Raises UserError."""
     if 0 < size < 32:
         raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the training size")
+    if not size and "size" not in net.settings:
+        print(
+            f"the weights do not say at which size they were trained: {weights.DEFAULT_SIZE} pixels are used (--size)"
+        )
     return size or net.settings.get("size", weights.DEFAULT_SIZE)
 
 
@@ -68,14 +83,6 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
             block.bn_s1 = nn.Identity()
     return net
-
-
-def saliency_map(logits: Tensor) -> Tensor:
-    """Logits of the final output d0, (B, K, H, W) -> saliency map, (B, 1, H, W) in [0, 1].
-
-    One channel is an object's logit; of several, channel 0 is the background.
-    """
-    return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - torch.softmax(logits, 1)[:, :1]
 
 
 class Predictor:
@@ -117,6 +124,15 @@ class Predictor:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             saliency = self._predict(images)
             return (saliency + self._predict(images.flip(2)).flip(3)) / 2 if self.tta else saliency
+
+    def saliency(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """A file, or (H, W, 3) uint8 RGB -> its saliency map, (H, W) float32 in [0, 1].
+
+        The network sees it at `net.settings["size"]`. Raises BadFile for a file that cannot be read.
+        """
+        image = image if isinstance(image, np.ndarray) else read_image(image)
+        resized = torch.from_numpy(rescale_image(image, input_size(self.net)))
+        return resize_map(self(resized[None])[0, 0].cpu().numpy(), image.shape[:2])
 
     def _predict(self, images: Tensor) -> Tensor:
         try:

@@ -1,0 +1,109 @@
+"""Foreground colors of cut-outs: how much of the old background stays in soft edges, and what removing it costs.
+
+    python -m benchmarks.cutout                     tables of docs/inference.md
+    python -m benchmarks.cutout --count 100 --checkpoint saved_models/fast_4gpu/best.pth
+
+Composites with known foreground: objects of the demo set, their edge colors continued outward, on its backgrounds.
+Color error: mean difference, of 255, to the object's colors where 0 < alpha < 255. Composite error: the cut-out on a
+new background against the true colors and alpha on it, over the same pixels; it holds the errors of the map too.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+
+import u2mamba_predict
+from u2mamba.dataset.demo import OBJECTS, SHAPES, Composer
+from u2mamba.dataset.rescale import rescale_image, resize_map
+from u2mamba.inference import Predictor, load_model
+from u2mamba.inference.foreground import foreground_colors
+
+BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "magenta": (255, 0, 255)}
+
+
+@dataclass
+class Config:
+    count: int = 24  # composites
+    checkpoint: str = "small"
+    width: int = 640  # pixels; height: three quarters
+    runs: int = 5  # of the 12-megapixel photo
+
+
+def composite(composer: Composer, i: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (H, W, 3) uint8, the object's color at every pixel (H, W, 3) and its alpha (H, W), both 0 to 255."""
+    rng, size = np.random.default_rng([7, i]), (width, width * 3 // 4)
+    _, pixels, mask, _, _ = composer.draw_object(int(rng.integers(len(OBJECTS) + len(SHAPES))), rng)
+    _, background = composer.draw_background(size, rng)
+    scale = min(size[0] / mask.width, size[1] / mask.height) * rng.uniform(0.5, 0.85)
+    part = (round(mask.width * scale), round(mask.height * scale))
+    place = tuple(int(rng.integers(0, a - b + 1)) for a, b in zip(size, part, strict=True))
+    alpha, colors = Image.new("L", size), Image.new("RGB", size)
+    alpha.paste(mask.resize(part, Image.Resampling.BICUBIC), place)
+    colors.paste(pixels.resize(part, Image.Resampling.BICUBIC), place)
+    alpha, colors = np.asarray(alpha), np.asarray(colors, np.float32)
+    nearest = distance_transform_edt(alpha < 253, return_distances=False, return_indices=True)
+    colors = colors[tuple(nearest)]
+    return np.rint(blend(colors, alpha, np.asarray(background))).astype(np.uint8), colors, alpha
+
+
+def blend(colors: np.ndarray, alpha: np.ndarray, background: np.ndarray | tuple) -> np.ndarray:
+    a = alpha[..., None] / np.float32(255)
+    return a * colors + (1 - a) * np.asarray(background, np.float32)
+
+
+def errors(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, map_: np.ndarray) -> np.ndarray:
+    """(2, 4) before and after: color error, composite errors; sums over the soft pixels of `map_`."""
+    soft = (map_ > 0) & (map_ < 255)
+    rows = []
+    for cutout in (image, foreground_colors(image, map_)):
+        differences = [cutout - colors]
+        differences += [blend(cutout, map_, b) - blend(colors, alpha, b) for b in BACKGROUNDS.values()]
+        rows.append([np.abs(d[soft]).mean(1).sum() for d in differences])
+    return np.array(rows)
+
+
+def time_share(cfg: Config, folder: Path) -> str:
+    """Seconds of a cut-out of a 12-megapixel photo with and without foreground colors, everything loaded."""
+    image = composite(Composer(), 0, 640)[0]
+    photo = folder / "photo.jpg"
+    Image.fromarray(image).resize((4000, 3000), Image.Resampling.BICUBIC).save(photo, quality=92)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(cfg.runs):
+        for on, times in seconds.items():
+            start = time.perf_counter()
+            options = {"mode": ("cutout",), "overwrite": True, "device": "cpu", "foreground": on}
+            u2mamba_predict.main(u2mamba_predict.Config((str(photo),), cfg.checkpoint, str(folder), **options))
+            times.append(time.perf_counter() - start)
+    without, with_ = (min(times) for times in seconds.values())
+    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s with foreground colors (+{with_ / without - 1:.0%})"
+
+
+def main(cfg: Config) -> None:
+    composer, predict = Composer(), Predictor(load_model(cfg.checkpoint))
+    sums = {"the network's map": np.zeros((2, 4)), "true alpha": np.zeros((2, 4))}
+    pixels = dict.fromkeys(sums, 0)
+    for i in range(cfg.count):
+        image, colors, alpha = composite(composer, i, cfg.width)
+        saliency = predict(torch.from_numpy(rescale_image(image, 320))[None])[0, 0].numpy()
+        network = np.rint(resize_map(saliency, alpha.shape) * 255).astype(np.uint8)
+        for name, map_ in zip(sums, (network, alpha), strict=True):
+            sums[name] += errors(image, colors, alpha, map_)
+            pixels[name] += int(((map_ > 0) & (map_ < 255)).sum())
+    print(f"{cfg.count} composites of {cfg.width} pixels; before -> after, of 255")
+    for name, total in sums.items():
+        before, after = total / pixels[name]
+        for k, what in enumerate(("colors", *(f"composite on {b}" for b in BACKGROUNDS))):
+            print(f"{name:18} {what:22} {before[k]:6.2f} -> {after[k]:6.2f}  {after[k] / before[k]:4.0%}")
+    with tempfile.TemporaryDirectory() as folder:
+        print(time_share(cfg, Path(folder)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__, use_underscores=True))

@@ -1,0 +1,179 @@
+"""The check before the training: each pair is decoded once, the masks' rule is decided, and what is odd is reported.
+
+Files that cannot be used are skipped and named; none of them ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from u2mamba.dataset.decode import BadFile, Pair, open_pair
+from u2mamba.dataset.masks import GRAY, OBJECT, MaskKind, MaskRule, decide, table
+from u2mamba.dataset.pairs import truncate_list
+from u2mamba.dataset.rescale import rescale_mask
+
+
+class PairStore(Protocol):
+    """What `check_pairs` fills: the cache."""
+
+    def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None: ...
+    def map_mask(self, index: int, lookup: np.ndarray) -> None: ...
+
+
+@dataclass
+class DataReport:
+    """What the check found. `unusable` pairs are skipped; the rest of the report is about usable ones."""
+
+    usable: list[int] = field(default_factory=list)  # indices
+    checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
+    unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
+    misread: list[int] = field(default_factory=list)  # indices of unusable pairs whose mask does not follow the rule
+    rule: MaskRule = GRAY  # how the masks are read
+    values: tuple[int, int] = (255, 0)  # range in the mask files
+    found: dict[str, list[str]] = field(default_factory=dict)  # of FINDINGS -> file names
+
+    @property
+    def skipped(self) -> int:
+        """Number of pairs that are not used."""
+        return len(self.unusable)
+
+    def lines(self) -> list[str]:
+        """What is printed: one line per finding."""
+        pairs, (low, high) = len(self.usable), self.values
+        empty = len(self.found.get("empty", []))
+        out = [f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks"]
+        out += [self.rule.line] if self.rule.line else []
+        skipped = [f"{name} ({reason})" for name, reason in self.unusable]
+        drawn = f"where shapes do not tell, masks count as drawn on the image as {DRAWN[self.rule.as_stored]}"
+        for share, text, names in ((0, SKIPPED, skipped), *((*FINDINGS[key], self.found[key]) for key in self.found)):
+            if text and names and len(names) >= share * pairs:
+                out.append(f"{text.format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
+        return out
+
+
+DRAWN = {False: "displayed", True: "stored, as other pairs show"}
+SKIPPED = "warning: skipped {} pairs that are unreadable or do not match"
+FINDINGS = {  # smallest share of the pairs that is reported, line
+    "resized": (0, "data: {} masks have another size than their image, but its aspect ratio"),
+    "other": (0, "masks: {} of another kind with one clear reading are used too"),
+    "empty": (2, ""),
+    "white": (0, "warning: {} masks are object everywhere: there is no background"),
+    "inverted": (0.1, "warning: {} masks are object along most of the border: object and background seem exchanged"),
+    "vanished": (0, "warning: {} masks are empty at training size: their objects are too small"),
+    "trimap": (0, "warning: {} masks are trimaps (0, 128, 255): 128 is trained as half an object"),
+    "untagged": (0, "warning: {} images have an EXIF orientation and their masks none; {drawn}"),
+    "gray": (0.5, "warning: {} masks are gray-level images: are the image and mask folders swapped?"),
+    "black": (0, "data: {} images are entirely black"),
+}
+
+
+def _file_checksum(path: Path, value: int) -> int:
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class _Visit(NamedTuple):
+    """What one pair adds to the report."""
+
+    checksum: int
+    kind: MaskKind
+    border: np.ndarray  # (256,) pixels of each value of the mask along its border
+    top: int  # largest value at training size
+    resized: bool
+    untagged: str
+    black: bool
+
+
+def check_pairs(
+    pairs: Sequence[Pair],
+    size: int = 320,
+    store: PairStore | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    threads: int = 8,
+) -> DataReport:
+    """Decodes every pair once, decides how the masks are read, and reports what is odd at size x size pixels.
+
+    store: the cache, filled here so that no file is decoded twice, from several threads (decoding and rescaling run
+    outside Python's lock). Progress goes to `log`. Raises DataError where the masks are label maps.
+    """
+
+    def visit(index: int, as_stored: bool = False) -> _Visit | BadFile:
+        pair = pairs[index]
+        try:
+            with open_pair(pair, as_stored) as (image, mask, resized, untagged):
+                small = rescale_mask(mask.values, size)
+                if store:
+                    store.put(index, image, small)
+                edges = np.concatenate([mask.values[[0, -1]].ravel(), mask.values[:, [0, -1]].ravel()])
+                black = not image.any()
+            checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
+            return _Visit(
+                checksum, mask.kind, np.bincount(edges, minlength=256), int(small.max()), resized, untagged, black
+            )
+        except BadFile as error:
+            return error
+        except OSError as error:
+            return BadFile(pair.image, error.strerror or str(error))
+        except MemoryError:
+            return BadFile(pair.image, "does not fit into memory")
+
+    visits: dict[int, _Visit] = {}
+    report, bad = DataReport(), {}
+    pool = ThreadPoolExecutor(min(32, threads))
+    try:
+        start = last_log = time.monotonic()
+        for index, visited in enumerate(pool.map(visit, range(len(pairs)))):
+            (bad if isinstance(visited, BadFile) else visits)[index] = visited
+            if (now := time.monotonic()) - last_log > 10:
+                last_log = now
+                log(f"data: {index + 1:,} of {len(pairs):,} pairs read, {(index + 1) / (now - start):.0f} pairs/s")
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C the remaining files are not read
+
+    drawn = {visited.untagged for visited in visits.values()}
+    report.rule = decide([visited.kind for visited in visits.values()], "stored" in drawn and "seen" not in drawn)
+    for index, visited in visits.items():
+        kind, name = visited.kind, pairs[index].mask.name
+        lookup = table(kind, report.rule)
+        if isinstance(lookup, str):
+            bad[index] = BadFile(pairs[index].mask, lookup)
+            report.misread.append(index)
+            continue
+        if store:
+            if visited.untagged == "unknown" and report.rule.as_stored:
+                visit(index, as_stored=True)
+            store.map_mask(index, lookup)
+        report.usable.append(index)
+        report.checksums.append(visited.checksum)
+        levels = np.flatnonzero(kind.counts)
+        report.values = min(report.values[0], int(levels[0])), max(report.values[1], int(levels[-1]))
+        object_, border = (int(h[lookup > OBJECT].sum()) / int(h.sum()) for h in (kind.counts, visited.border))
+        soft = kind.counts[(lookup > 63) & (lookup < 192)].sum() / kind.counts.sum()
+        facts = {
+            "resized": visited.resized,
+            "other": kind.name not in (report.rule.name, "empty") and kind.clear,
+            "empty": not object_,
+            "white": object_ == 1,
+            "inverted": object_ < 1 and border > 0.5,
+            "vanished": object_ and lookup[visited.top] <= OBJECT,
+            "trimap": soft and {*np.unique(lookup[levels]).tolist()} in ({0, 127, 255}, {0, 128, 255}),
+            "untagged": bool(visited.untagged),
+            "gray": soft > 0.2,
+        }
+        for key, is_so in facts.items():
+            if is_so:
+                report.found.setdefault(key, []).append(name)
+        if visited.black:
+            report.found.setdefault("black", []).append(pairs[index].image.name)
+    report.unusable = [(bad[index].path.name, bad[index].reason) for index in sorted(bad)]
+    return report
