@@ -15,18 +15,20 @@ when it saves maps, first normalize each map by its minimum and maximum: --norma
 Exit codes: 0 done; 1 done, but files were skipped; 2 the input cannot be used; 130, 143 stopped by Ctrl-C, SIGTERM.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import csv
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import joblib
 import numpy as np
 from tqdm import tqdm
 
@@ -36,6 +38,7 @@ from u2mamba.dataset.pairs import Unpaired, truncate_list
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, mask_rule, read_item
 from u2mamba.runtime.config import Range, check_settings, read_settings
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
@@ -196,7 +199,7 @@ def main(cfg: Config) -> int:
         predict, size = open_network(cfg)
         from u2mamba.inference import pipeline
     speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
-    workers = min(cfg.workers or joblib.cpu_count(), sum(len(items) for _, items, _ in datasets))
+    workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}  # worst: data set -> items, the worst first, and how their masks are read
     for metrics, items, unpaired in datasets:
         rule = mask_rule(items, workers)

@@ -11,9 +11,12 @@ PyTorch's to 1e-4 on real images. Requires `pip install -r requirements-export.t
 Exit codes: 0 done, 1 done but images or a variant were skipped, 2 nothing written, 130 stopped by Ctrl-C.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import logging
-import sys
 import tempfile
 import time
 import warnings
@@ -210,7 +213,7 @@ def main(cfg: Config) -> int:
     expected = reference_maps(net, images)
 
     results = []  # (file, its maps)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         exported, start = Path(folder, "fp32.onnx"), time.perf_counter()
         export(net, exported, size, cfg.opset)
         print(f"exported in {time.perf_counter() - start:.0f} s", flush=True)

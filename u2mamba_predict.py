@@ -12,6 +12,10 @@ can be repeated; OUT/MODE/settings.json records what each was predicted from.
 Exit codes: 0 done, 1 done but files were skipped, 2 nothing could be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import errno
@@ -21,7 +25,6 @@ import io
 import itertools
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -37,13 +40,14 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from u2mamba.dataset.decode import BadFile
+from u2mamba.dataset.decode import BadFile, read_alpha
+from u2mamba.dataset.image_file import PNG_TEXT
 from u2mamba.dataset.pairs import IMAGE_TYPES, truncate_list
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.foreground import foreground_colors
 from u2mamba.inference.pipeline import THREADS, compute_maps, held_image, ordered_map
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
-from u2mamba.inference.provenance import Provenance, checksum
+from u2mamba.inference.provenance import SETTINGS_FILE, Provenance, checksum, recorded_outputs
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
@@ -85,20 +89,25 @@ class Source(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def find_images(inputs: Iterable[str], out: Path) -> tuple[list[Source], list[str]]:
+def find_images(inputs: Iterable[str]) -> tuple[list[Source], list[str], list[str]]:
     """The files that are named, match a pattern, or have an image's extension in a folder, each once; and the names of
-    other files in those folders.
+    other files in those folders, and of this command's outputs in folders and patterns, wherever they are.
 
     Raises UserError for an input without an image, and for two images that would have the same outputs.
     """
     images: dict[Path, tuple[Path, Path]] = {}  # resolved path -> path as given, path below its input
-    others: list[str] = []
+    others, outputs = [], []
+    recorded = functools.cache(recorded_outputs)
     for word in inputs:
         base, matches = _matches(word)
         before = len(images)
         for match in matches:
-            for path in _images_in(match, out, others) if match.is_dir() else [match]:
-                images.setdefault(path.resolve(), (path, path.relative_to(base)))
+            for path in _images_in(match, others) if match.is_dir() else [match]:
+                full = path.absolute()
+                if path != Path(word) and any(full.relative_to(p).as_posix() in recorded(p) for p in full.parents):
+                    outputs.append(path.name)
+                else:
+                    images.setdefault(path.resolve(), (path, path.relative_to(base)))
         if len(images) == before and not any(m.is_file() for m in matches):
             raise UserError(f"{word}: no image in it ({' '.join(IMAGE_TYPES)})")
     # a.jpg next to a.png: their outputs keep the extension, a.jpg.png and a.png.png
@@ -109,7 +118,7 @@ def find_images(inputs: Iterable[str], out: Path) -> tuple[list[Source], list[st
         if name in sources:
             raise UserError(f"{sources[name].image} and {path} would both become {name}: give each an --out of its own")
         sources[name] = Source(path, name)
-    return list(sources.values()), others
+    return list(sources.values()), others, outputs
 
 
 def _matches(word: str) -> tuple[Path, list[Path]]:
@@ -117,25 +126,27 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
     path = Path(word)
     if os.path.exists(word):  # False, not an error, for a name that is too long
         return path if path.is_dir() else path.parent, [path]
-    matches = [Path(m) for m in sorted(glob.glob(word, recursive=True))]
-    if not matches:
-        raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
+    for pattern, magic in ((word, {*"*?["}), (word.replace("[", "[[]"), {*"*?"})):  # a folder may be called trip[1]
+        if matches := [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]:
+            base = itertools.takewhile(magic.isdisjoint, path.parts[:-1])
+            return Path(*base), matches
+    raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
 
 
-def _images_in(folder: Path, out: Path, others: list[str]) -> Iterator[Path]:
-    """Images in `folder` and below, except outputs and hidden files; the names of other files go to `others`."""
+def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
+    """Images in `folder` and below, except hidden files; the names of other files go to `others`."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    outputs = {(out / mode).resolve() for mode in MODES}
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in outputs)
+    seen: set[Path] = set()  # linked folders are followed, each once, so that a circle ends
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(Path(root).resolve())
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in seen)
         for name in sorted(f for f in files if not f.startswith(".")):
             if name.lower().endswith(IMAGE_TYPES):
                 yield Path(root, name)
-            else:
+            elif name != SETTINGS_FILE:
                 others.append(name)
 
 
@@ -149,7 +160,7 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Confi
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
-    photo = Image.fromarray(image)
+    photo = Image.fromarray(image[..., :3])
 
     def colors(photo: Image.Image) -> Image.Image:
         return Image.fromarray(foreground_colors(np.asarray(photo), np.asarray(alpha))) if cfg.foreground else photo
@@ -171,9 +182,11 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Confi
 
 
 def color_profile(path: Path) -> bytes | None:
-    """The ICC profile of the image's RGB values; without it the colors of a cut-out would change."""
+    """The ICC profile of the image's RGB values; without it the colors of a cut-out would change. None for one that
+    Pillow would refuse to read from a PNG."""
     with Image.open(path) as file:
-        return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
+        profile = file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
+        return profile if profile and len(profile) <= PNG_TEXT else None
 
 
 def encode(result: tuple, modes: Iterable[str], cfg: Config) -> Iterator[tuple[str, memoryview]]:
@@ -186,10 +199,13 @@ def encode(result: tuple, modes: Iterable[str], cfg: Config) -> Iterator[tuple[s
         with held_image(source.image) if NEEDS_IMAGE & set(modes) else contextlib.nullcontext() as image:
             saliency = resize_map(saliency, shape)
             for mode in modes:
+                shown, clear = saliency, read_alpha(source.image) if mode == "cutout" else None
+                if clear is not None:  # never less transparent than the image
+                    shown = np.minimum(saliency, clear / np.float32(255))
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
                 kind = {"format": "PNG", "compress_level": 1} if MODES[mode] == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
-                render(mode, saliency, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
+                render(mode, shown, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
                 yield mode, encoded.getbuffer()
     except BadFile:
         raise
@@ -215,12 +231,12 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
 # -------------------------------------------------------------------------------------------------- predicting
 
 
-def prepare(net: torch.nn.Module, cfg: Config) -> Predictor:
+def prepare(net: torch.nn.Module, size: int, cfg: Config) -> Predictor:
     """`net`, which is changed, on the device and in the precision of `cfg`; prints them."""
     device, device_line = choose_device(cfg.device)
     precision, precision_line = choose_precision("bf16" if cfg.precision == "auto" else cfg.precision, device)
-    weights, size = weights_path(cfg.checkpoint), input_size(net, cfg.size)
-    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
+    weights = f"{weights_path(cfg.checkpoint)}, at {size} pixels"
+    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}", flush=True)
     torch.backends.cudnn.benchmark = True
     predict = Predictor(net, device, precision, tta=cfg.tta, copy=False)
     if device.type == "cuda":  # for the kernel of Mamba's scan
@@ -263,7 +279,7 @@ def predict_stream(cfg: Config) -> int:
         net = load_model(cfg.checkpoint)
         size = input_size(net, cfg.size)
         try:
-            (content,) = predict_file(path, prepare(net, cfg), size, cfg).values()
+            (content,) = predict_file(path, prepare(net, size, cfg), size, cfg).values()
         except BadFile as error:
             raise UserError(f"standard input: {error.reason}") from None
     sys.stdout.buffer.write(content)
@@ -300,7 +316,7 @@ def main(cfg: Config) -> int:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
     if not cfg.inputs:
         raise UserError("no input: name images, folders or patterns (--help shows examples)")
-    sources, others = find_images(cfg.inputs, out)
+    sources, others, made = find_images(cfg.inputs)
     net, weights = load_model(cfg.checkpoint), weights_path(cfg.checkpoint)
     size = input_size(net, cfg.size)
     settings = {"weights": weights.name, "crc32": checksum(weights), "size": size, "tta": cfg.tta}
@@ -314,13 +330,14 @@ def main(cfg: Config) -> int:
         }
     outputs = {s: paths for s, paths in outputs.items() if paths}
     print(f"images: {len(sources):,}, of which {len(sources) - len(outputs):,} are done and skipped (--overwrite)")
-    if others:
-        print(f"skipped {len(others):,} files of other types: {truncate_list(others)}")
+    for names, what in ((others, "files of other types"), (made, "outputs of this command")):
+        if names:
+            print(f"skipped {len(names):,} {what}: {truncate_list(names)}")
     if not outputs:
         return EXIT_OK
     check_folder(out)
 
-    predict = prepare(net, cfg)
+    predict = prepare(net, size, cfg)
     batch = min(cfg.batch or (4 if predict.device.type == "cpu" else 32), len(outputs))
     for mode, record in records.items():
         record.start({paths[mode]: s.image for s, paths in outputs.items() if mode in paths})

@@ -11,9 +11,12 @@
 Edit the settings, run, read loss and IoU; checkpoints: saved_models/<model_name>/. The same command resumes a run.
 """
 
+import os.path  # isort: skip
+import sys  # isort: skip
+
+sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import math
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial

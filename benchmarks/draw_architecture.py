@@ -1,8 +1,6 @@
-"""Draws docs/architecture.png: U²-Net's stages, one residual U-block, and where the Mamba layers are in them.
+"""Draws docs/architecture.png: U²-Net's stages, one residual U-block, and where the networks have Mamba layers.
 
 python -m benchmarks.draw_architecture
-
-Blocks and layers are read from the networks.
 """
 
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from u2mamba.runtime.config import read_settings
 BLUE, GREEN, ORANGE = "#dce9f5", "#e4efdc", "#f0883e"  # encoder, decoder, Mamba layers
 WIDTH, HEIGHT = 1.7, 0.5  # of a box; rows are 1 apart
 LEFT, MIDDLE, RIGHT = 0.0, 1.8, 3.6  # left sides of the boxes
-BLOCK = "stage1"  # drawn in detail
 
 
 @dataclass
@@ -31,8 +28,7 @@ def mamba_levels(mamba_at: str) -> dict[str, list[int]]:
     """Stage -> the levels of its RSU that have a Mamba layer."""
     with torch.device("meta"):
         net = U2MAMBA(mamba_at=mamba_at)
-    rsus = {stage: getattr(net, stage) for stage in RSU_CONFIG}
-    return {stage: [i for i in range(1, rsu.height + 1) if hasattr(rsu, f"mamba{i}")] for stage, rsu in rsus.items()}
+    return {s: [i for i in range(1, 8) if hasattr(getattr(net, s), f"mamba{i}")] for s in RSU_CONFIG}
 
 
 def box(ax: Axes, x: float, y: float, text: str, color: str) -> None:
@@ -51,22 +47,23 @@ def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], **styl
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#555555"} | style)
 
 
-def draw_u(ax: Axes, names: list[str], title: str) -> None:
-    """Boxes of `names`: down the left side, one in the middle, up the right side; with skip connections."""
+def draw_u(ax: Axes, names: list[str], title: str) -> list[tuple[float, float]]:
+    """Boxes of `names` down the left side, in the middle, and up the right side, with skip connections -> places."""
     n = len(names) // 2
-    for i in range(n):
-        box(ax, LEFT, -i, names[i], BLUE)
-        box(ax, RIGHT, -i, names[-1 - i], GREEN)
-        arrow(ax, (LEFT + WIDTH, -i), (RIGHT, -i), ls="--")
-        if i:
-            arrow(ax, (LEFT + WIDTH / 2, 1 - i - HEIGHT / 2), (LEFT + WIDTH / 2, HEIGHT / 2 - i))
-            arrow(ax, (RIGHT + WIDTH / 2, HEIGHT / 2 - i), (RIGHT + WIDTH / 2, 1 - i - HEIGHT / 2))
-    box(ax, MIDDLE, -n, names[n], BLUE)
+    places = [*((LEFT, -i) for i in range(n)), (MIDDLE, -n), *((RIGHT, 1 - n + i) for i in range(n))]
+    for i, ((x, y), name) in enumerate(zip(places, names, strict=True)):
+        box(ax, x, y, name, GREEN if i > n else BLUE)
+        if i < n:
+            arrow(ax, (x + WIDTH, y), (RIGHT, y), ls="--")
+        if 0 < i < n:
+            arrow(ax, (x + WIDTH / 2, y + 1 - HEIGHT / 2), (x + WIDTH / 2, y + HEIGHT / 2))
+            arrow(ax, (RIGHT + WIDTH / 2, y + HEIGHT / 2), (RIGHT + WIDTH / 2, y + 1 - HEIGHT / 2))
     arrow(ax, (LEFT + WIDTH / 2, 1 - n - HEIGHT / 2), (MIDDLE, -n))
     arrow(ax, (MIDDLE + WIDTH, -n), (RIGHT + WIDTH / 2, 1 - n - HEIGHT / 2))
     ax.set(xlim=(-0.3, 6.3), ylim=(-6.8, 1.9), aspect="equal")
     ax.set_title(title, y=0.97)
     ax.axis("off")
+    return places
 
 
 def main(cfg: Config) -> None:
@@ -74,29 +71,26 @@ def main(cfg: Config) -> None:
     figure = Figure(figsize=(12, 7.6), layout="constrained")
     network, block = figure.subplots(1, 2)
 
-    titles = [f"{s}: RSU-{height}{'F' if dilated else ''}" for s, (height, dilated, *_) in RSU_CONFIG.items()]
-    draw_u(network, titles, "U2MAMBA: eleven residual U-blocks (RSU)")
-    for i, stage in enumerate(RSU_CONFIG):
-        x, y = (LEFT, -i) if i < 5 else (MIDDLE, -i) if i == 5 else (RIGHT, i - 10)
-        for place, filled in enumerate([True] * bool(default[stage]) + [False] * (encoder[stage] != default[stage])):
-            badge(network, x + WIDTH - 0.1 - 0.4 * place, y + HEIGHT / 2, filled)
-        if i >= 5:
+    names = [f"{s}: RSU-{height}{'F' if dilated else ''}" for s, (height, dilated, *_) in RSU_CONFIG.items()]
+    for stage, (x, y) in zip(RSU_CONFIG, draw_u(network, names, "U2MAMBA: residual U-blocks (RSU)"), strict=True):
+        badge(network, x + WIDTH - 0.1, y + HEIGHT / 2, filled=True)
+        if encoder[stage] != default[stage]:
+            badge(network, x + WIDTH - 0.5, y + HEIGHT / 2, filled=False)
+        if x != LEFT:
             arrow(network, (x + WIDTH, y - 0.12), (x + WIDTH + 0.4, y - 0.12))
             network.text(x + WIDTH + 0.45, y - 0.12, f"d{stage[5]}", va="center", fontsize=9)
     network.text(RIGHT + WIDTH / 2, 0.7, "d0: fusion of d1, ..., d6", ha="center", fontsize=9)
     badge(network, 0, -6.0, True, "Mamba layer after the deepest convolution (default)")
     badge(network, 0, -6.5, False, 'also with mamba_at = "encoder"')
 
-    height = RSU_CONFIG[BLOCK][0]
-    down, up = [f"rebnconv{i}" for i in range(1, height + 1)], [f"rebnconv{i}d" for i in range(height - 1, 0, -1)]
-    draw_u(block, down + up, f"Inside {BLOCK}, an RSU-{height}")
+    names = [f"rebnconv{level}" for level in ("1", "2", "3", "4", "5", "6", "7", "6d", "5d", "4d", "3d", "2d", "1d")]
+    for level, (x, y) in enumerate(draw_u(block, names, "Inside stage1, an RSU-7"), start=1):
+        if level in encoder["stage1"]:
+            badge(block, x + WIDTH - 0.1, y + HEIGHT / 2, filled=level in default["stage1"])
     box(block, LEFT, 1, "rebnconvin", BLUE)
     arrow(block, (LEFT + WIDTH / 2, 1 - HEIGHT / 2), (LEFT + WIDTH / 2, HEIGHT / 2))
     arrow(block, (LEFT + WIDTH, 1), (RIGHT + WIDTH / 2, HEIGHT / 2), connectionstyle="angle,angleA=0,angleB=90")
     block.text(MIDDLE + WIDTH / 2, 1.1, "residual", ha="center", fontsize=9)
-    for level in encoder[BLOCK]:
-        x = MIDDLE if level == height else LEFT
-        badge(block, x + WIDTH - 0.1, 1 - level + HEIGHT / 2, level in default[BLOCK])
     figure.savefig(cfg.out, dpi=100)
 
 

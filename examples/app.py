@@ -48,7 +48,8 @@ def build_page(cfg: Config, folder: str):
     @functools.lru_cache(maxsize=len(PRETRAINED))
     def prepared(checkpoint: str):
         net = load_model(checkpoint)
-        return u2mamba_predict.prepare(net, replace(options, checkpoint=checkpoint)), input_size(net)
+        size = input_size(net)
+        return u2mamba_predict.prepare(net, size, replace(options, checkpoint=checkpoint)), size
 
     def cut_out(photo: str | None, checkpoint: str, color: str):
         if photo is None:

@@ -21,6 +21,7 @@ from .mamba import Mamba
 METADATA_KEY = "u2mamba"  # of the state dict's _metadata, which load_state_dict ignores and torch.save keeps
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")  # keys of a checkpoint under which weights lie
 FITS = "u2net.pth fits arch u2net and u2mamba, u2netp.pth fits u2netp and u2mambap"
+OPTIONAL = "num_batches_tracked"  # of batch norm: PyTorch before 0.4.1 has none, and nothing here uses it
 DEFAULT_SIZE = 320  # pixels: the training size of the public weights
 
 
@@ -29,11 +30,15 @@ class CorruptFileError(ValueError):
 
 
 def read_file(path: str | Path) -> Any:
-    """The content of a file that torch.save wrote, on the CPU, without running code that it may hold.
+    """The content of a file of torch.save's or of safetensors, on the CPU, without running code that it may hold.
 
     torch.save stores a CRC-32 of each record, which torch.load does not check; zipfile does.
     """
     try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):  # the public weights of 2020 have an older format, without checksums
             with zipfile.ZipFile(path) as records:
                 if record := records.testzip():
@@ -43,6 +48,8 @@ def read_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except CorruptFileError:
         raise
+    except ImportError:
+        raise ValueError(f"{path}: is read by a library that is not installed: pip install safetensors") from None
     except FileNotFoundError:
         others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
         raise ValueError(
@@ -145,13 +152,13 @@ def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Pat
     """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
     net = uncompiled(net)
     own = net.state_dict()
-    state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | dict(state)  # absent in old files
+    state = {k: v for k, v in own.items() if k.endswith(OPTIONAL)} | dict(state)
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
     if wrong:
         arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
         raise ValueError(
-            f"{path}: does not fit arch {arch!r} ({len(wrong)} tensors differ, first {wrong[0]}); "
-            "give the settings that it was trained with"
+            f"{path}: does not fit arch {arch!r}: {len(wrong)} of {len(own)} tensors differ, first {wrong[0]}; "
+            "it is of another network, or of a changed one"
         )
     net.load_state_dict(state)
 
@@ -183,7 +190,7 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}  # saved by DataParallel
     report = _compare(net, state_dict)
     own, matched = net.state_dict(), set(report.matched)
-    if missing := [k for k in own if k not in matched and ".mamba" not in k]:
+    if missing := [k for k in own if k not in matched and ".mamba" not in k and not k.endswith(OPTIONAL)]:
         raise ValueError(
             f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
             f"another shape, first {missing[0]}; {FITS}"

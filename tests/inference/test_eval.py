@@ -22,6 +22,7 @@ from model import U2NETP
 from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
+from u2mamba.inference import workers
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
@@ -431,6 +432,48 @@ def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
 def test_a_killed_worker_is_one_line():
     with pytest.raises(UserError, match="--workers 1"):
         list(process_map(os._exit, [1, 1], workers=2))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no new thread"), None]
+)
+def test_where_no_processes_can_be_started_this_one_computes(error, monkeypatch, capsys):
+    """A limit of processes or threads; None: no semaphores, where joblib computes in this process without a word."""
+
+    def parallel(*_, **__):
+        if error:
+            raise error
+        return lambda calls: (function(*args, **named) for function, args, named in calls)
+
+    monkeypatch.setattr("u2mamba.inference.workers.joblib.Parallel", parallel)
+    workers._started.cache_clear()
+    for _ in range(2):
+        assert list(process_map(abs, [-1, 2], workers=2)) == [(-1, 1), (2, 2)]
+    workers._started.cache_clear()
+    assert capsys.readouterr().out.count("no worker processes can be started") == 1
+
+
+def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from u2mamba_eval import Config, main
+main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},), workers=2))
+"""
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "images" in done.stdout and not done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the cores of a process")
+def test_one_granted_core_is_one_process(folders, monkeypatch):
+    monkeypatch.setattr("u2mamba.inference.workers._started", None)  # not called
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert main(Config(pred=(str(folders[0]),), gt=(str(folders[1]),))) == 0
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_results_come_in_order_and_items_are_taken_as_they_are_needed():

@@ -284,6 +284,19 @@ def test_files_of_other_types_are_named(photos, predict, capsys):
     assert "skipped 2 files of other types: c.heic, d.gif" in capsys.readouterr().out
 
 
+def test_a_folder_called_like_a_mode_is_read_and_only_outputs_are_passed_over(photos, predict, tmp_path, capsys):
+    (photos / "mask").mkdir()
+    photo(3).save(photos / "mask" / "teddy.jpg")
+    assert predict(photos, out=str(photos), mode=("mask",)) == 0
+    assert {"mask/mask/teddy.png", "mask/a.png", "mask/teddy.jpg"} <= set(files(photos))
+    photos.rename(tmp_path / "moved")
+    assert predict(tmp_path / "moved") == 0
+    assert "skipped 3 outputs of this command" in capsys.readouterr().out
+    assert [n for n in files(tmp_path / "out") if n.endswith("png")] == [
+        "map/a.png", "map/below/b.png", "map/mask/teddy.png"
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes among files")
 def test_a_pipe_among_the_images_is_skipped(photos, predict, capsys):
     os.mkfifo(photos / "p.jpg")

@@ -4,15 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
+from PIL import Image
 
-from model import U2MAMBAP, U2NETP
+from model import U2MAMBAP, U2NETP, build_model
+from model.weights import cpu_state_dict
 from u2mamba.dataset.augment import normalize
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import Predictor, load_model
-from u2mamba.inference.predictor import fold_batch_norm, weights_path
+from u2mamba.inference.predictor import fold_batch_norm, input_size, weights_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +56,15 @@ def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
 
 
+def test_weights_of_unknown_size_and_of_several_outputs_are_said(tmp_path, capsys):
+    torch.save(U2NETP(out_ch=4).state_dict(), tmp_path / "net.pth")
+    assert input_size(load_model(tmp_path / "net.pth")) == 320
+    said = capsys.readouterr().out
+    assert "has 4 outputs" in said and "do not say at which size they were trained: 320" in said
+    torch.save(cpu_state_dict(build_model({"arch": "u2netp"}), size=96), tmp_path / "copy.pth")
+    assert input_size(load_model(tmp_path / "copy.pth")) == 96 and not capsys.readouterr().out
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA GPU")
 def test_graph_and_eager_predictor_agree(images):
     net, device = trained(U2MAMBAP()), torch.device("cuda")
@@ -80,3 +92,13 @@ def test_prediction_and_export_import_only_what_they_need():
     names = ("torchmetrics", "matplotlib", "py_sod_metrics", "joblib", "onnx")
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_file_and_an_array_give_a_map_of_their_size(tmp_path):
+    photo = skimage.data.rocket()[:, :500]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    predict = Predictor(load_model("small"))
+    found, same = predict.saliency(tmp_path / "photo.png"), predict.saliency(photo)
+    small = predict(torch.from_numpy(rescale_image(photo, 320))[None])
+    expected = torch.nn.functional.interpolate(small, photo.shape[:2], mode="bilinear")[0, 0]
+    assert np.array_equal(found, same) and np.abs(found - expected.numpy()).max() < 1e-4  # its weights are fp32

@@ -59,11 +59,14 @@ def test_settings_travel_in_the_file_and_its_keys_stay_the_published_ones(path):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}}])
-def test_settings_of_files_without_any_are_inferred(settings, wrap, path):
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"), [("", ""), ("model", "module._orig_mod."), ("state_dict", "net."), ("ema", "my_network.")]
+)
+def test_settings_of_files_without_any_are_inferred(settings, wrapper, prefix, path):
     net = build_model(settings)
     state = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}  # as old files
-    torch.save(wrap(state), path)
+    state = {prefix + k: v for k, v in state.items()}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
     again = load_model(path)
     assert settings.items() <= again.settings.items() and "size" not in again.settings
     assert list(again.state_dict()) == list(net.state_dict())
@@ -87,6 +90,19 @@ def test_a_copy_of_the_folder_works_under_another_name(tmp_path):
     code = "import sys, nets; print(nets.build_model({'arch': 'u2mambap'}).settings, 'model' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "{'arch': 'u2mambap'} False\n", done.stderr
+
+
+def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
+    net, path = U2NETP(), tmp_path / "net.safetensors"
+    pytest.importorskip("safetensors.torch").save_file(net.state_dict(), path)
+    assert torch.equal(load_model(path).outconv.weight, net.outconv.weight)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CorruptFileError):
+        load_model(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="pip install safetensors") as error:
+        load_model(path)
+    one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- bad files
@@ -163,7 +179,7 @@ def test_a_file_without_weights(content, path):
 
 
 def test_weights_of_another_network_are_named(path):
-    with pytest.raises(ValueError, match=r"does not fit arch 'u2mambap' .* first stage1\.mamba7") as error:
+    with pytest.raises(ValueError, match=r"arch 'u2mambap': .* first stage1\.mamba7.*of another network") as error:
         load_state_dict(build_model({"arch": "u2mambap"}), U2NETP().state_dict(), path)
     one_line(error, path)
     torch.save({"layer1.weight": torch.ones(1)}, path)
@@ -186,6 +202,8 @@ def test_a_warm_start_takes_what_fits_and_counts_the_rest(path):
     own = net.state_dict()
     assert all(torch.equal(own[k], v) for k, v in source.state_dict().items() if "side" not in k and "outconv" not in k)
     assert not own["stage1.mamba7.mamba.out_proj.weight"].any()
+    old = {k: v for k, v in U2NETP().state_dict().items() if "num_batches_tracked" not in k}
+    assert len(model.load_u2net_weights(net, old).matched) == len(old)
 
 
 def test_a_warm_start_from_another_network_is_refused(path):

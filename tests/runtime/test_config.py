@@ -56,6 +56,27 @@ def test_wrong_settings_are_named(wrong, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--shuffle", "False"), "--shuffle takes no value: --shuffle switches it on, --no-shuffle off"),
+        (("--no-shuffle=True",), "--shuffle takes no value: --shuffle switches it on, --no-shuffle off"),
+        (("--batches", "3"), "--batches: there is no such option; is --batch meant?"),
+    ],
+)
+def test_a_misspelled_option_names_the_right_one(argv, says):
+    with pytest.raises(UserError) as error:
+        read(*argv)
+    assert str(error.value) == says
+
+
+def test_the_home_folder_is_expanded_on_the_command_line_and_in_the_file(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert read("--name=~/a").name == "/home/me/a"
+    assert read_settings(Settings(name="~/b"), argv=()).name == "/home/me/b"
+
+
 def test_an_int_is_a_float():
     check_settings(Settings(lr=1))
 

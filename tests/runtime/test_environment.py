@@ -12,6 +12,7 @@ import torch
 
 from data_loader import Batch
 from u2mamba.engine.validation import preview, validate
+from u2mamba.runtime import cores
 from u2mamba.runtime import environment as choices
 from u2mamba.runtime.errors import StopSignal, UserError
 
@@ -133,9 +134,24 @@ def test_the_environment_of_a_run_on_a_cpu(capsys, monkeypatch):
     assert torch.initial_seed() == 3
 
 
-def test_granted_cores_and_memory_are_those_of_the_container(tmp_path, monkeypatch):
-    cores, memory = choices.granted_cores(), choices.available_memory()
-    assert 1 <= cores <= os.cpu_count() and memory > 2**27
+def test_granted_cores_are_those_of_affinity_and_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(cores.psutil, "Process", lambda: SimpleNamespace(cpu_affinity=lambda: range(8)))
+    quota, period = tmp_path / "quota", tmp_path / "period"
+    period.write_text("100000\n")
+    for text, files, granted in (
+        ("350000 100000\n", [quota], 3),
+        ("50000 100000\n", [quota], 1),
+        ("max 100000\n", [quota], 8),
+        ("200000\n", [quota, period], 2),
+        ("-1\n", [quota, period], 8),
+    ):
+        quota.write_text(text)
+        monkeypatch.setattr(cores, "QUOTA_FILES", [files, [tmp_path / "none"]])
+        assert cores.granted_cores() == granted
+
+
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    assert choices.available_memory() > 2**27
     (tmp_path / "memory.stat").write_text("inactive_file 1000\nfile 5\n")
     (tmp_path / "max").write_text("50000\n")
     (tmp_path / "current").write_text("20000\n")

@@ -27,11 +27,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-def test_the_umask_is_honored(tmp_path, monkeypatch):
-    for mask, mode in ((0o002, 0o664), (0o077, 0o600)):
-        monkeypatch.setattr("u2mamba.runtime.files.UMASK", mask)
-        atomic_write(tmp_path / "a.txt", b"")
-        assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+@pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_is_honored_also_where_chmod_is_refused(tmp_path, monkeypatch, mask, mode):
+    """Samba, an S3 mount, vfat of another user."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    path, before = tmp_path / f"{'ä' * 120}.txt", os.umask(mask)  # a name near the limit of 255 bytes
+    try:
+        check_folder(tmp_path)
+        atomic_write(path, b"")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_is_checked_by_what_a_write_does(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="cannot be written"):
+        check_folder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

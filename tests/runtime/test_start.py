@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ def test_no_traceback_while_libraries_load(tmp_path, script):
 
 @pytest.mark.parametrize(
     "script, first",
-    [(f"u2mamba_{name}.py", "torch, torchvision, numpy, ") for name in ("train", "predict", "eval", "export")]
+    [(f"u2mamba_{name}.py", "torch, numpy, ") for name in ("train", "predict", "eval", "export")]
     + [("train_data/prepare_duts.py", "numpy, PIL: ")],
 )
 def test_missing_packages_are_named(script, first):
@@ -36,3 +37,37 @@ def test_missing_packages_are_named(script, first):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {sys.executable} has no {first}")
     assert done.stderr.count("\n") == 1
+
+
+def start(tmp_path, modules, *words, **options):
+    """A script, with modules of this content in place of the real ones."""
+    for name, content in modules.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)} | options.pop("env", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, **options)
+
+
+def test_a_torchvision_of_another_pytorch_is_named_before_the_run(tmp_path):
+    broken = {"torchvision": "raise RuntimeError('operator torchvision::nms does not exist')"}
+    done = start(tmp_path, broken, "u2mamba_train.py", "demo")
+    assert done.returncode == 2 and done.stderr.startswith("error: torch") and done.stderr.count("\n") == 1
+    assert "operator torchvision::nms does not exist" in done.stderr
+    for script in ("predict", "export"):
+        assert start(tmp_path, broken, f"u2mamba_{script}.py", "--help").returncode == 0
+
+
+def test_python_3_14_evaluates_not_and_says_so(tmp_path):
+    newer = {"sitecustomize": "import sys; sys.version_info = (3, 14, 0); sys.modules['py_sod_metrics'] = None"}
+    done = start(tmp_path, newer, "u2mamba_eval.py", "--help")
+    assert done.returncode == 2 and "Python 3.14 does not have" in done.stderr and done.stderr.count("\n") == 1
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert 'pysodmetrics>=1.6; python_version < "3.14"' in requirements
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX file descriptors")
+def test_a_prediction_without_stderr_or_the_scripts_folder_on_the_path(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(image := tmp_path / "a.png")
+    words = ["u2mamba_predict.py", str(image), "--size", "48", "--device", "cpu", "--out", str(tmp_path / "out")]
+    done = start(tmp_path, {}, *words, env={"PYTHONSAFEPATH": "1"}, stderr=None, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 0 and (tmp_path / "out" / "map" / "a.png").is_file()

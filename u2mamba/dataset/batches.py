@@ -31,7 +31,8 @@ from u2mamba.dataset.decode import Pair, open_pair
 from u2mamba.dataset.image_file import BadFile, DataError
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import available_memory, granted_cores
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.environment import available_memory
 
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
 STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit
@@ -218,7 +219,8 @@ def open_data(
         fingerprint = zlib.crc32(content.encode(errors="surrogateescape"), fingerprint)
     log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")
     if len(sources[0]) < processes:
-        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed")
+        held_out = f"; {len(sources[1])} are for validation, by a hash of their names" if len(sources[1]) else ""
+        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed{held_out}")
     if not len(sources[1]):
         log(
             "warning: no validation pairs (by default a hash of the file name selects 5 %): no validation scores, no "

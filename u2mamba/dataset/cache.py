@@ -26,7 +26,8 @@ from u2mamba.dataset.decode import MEAN, BadFile, Pair, open_pair
 from u2mamba.dataset.masks import IDENTITY, MaskRule
 from u2mamba.dataset.pairs import is_file
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
-from u2mamba.runtime.environment import granted_cores
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.files import replacing
 from u2mamba.runtime.source import source_checksum
 
 CODE = check, decode, image_file, masks, rescale  # modules that decide what is in the cache
@@ -110,16 +111,9 @@ def _checksum(parts: Iterable[np.ndarray | bytes]) -> int:
 
 def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
     """The file appears under its name when all of it is on the disk. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for part in parts:
+            file.write(part)
 
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:

@@ -120,9 +120,15 @@ def init_distributed() -> Iterator[DistContext]:
     with this block. It leaves by os._exit, because shutting NCCL down waits for captured graphs
     (github.com/pytorch/pytorch/issues/115388) and, after an error, for processes that wait for this one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (world := os.environ.get("WORLD_SIZE", "").strip()) in ("", "1"):
         yield DistContext()
         return
+    needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE = {world!r} is set, but not by torchrun (no {', '.join(missing)}): unset it, or start with "
+            "torchrun"
+        )
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = _store_of_this_attempt(store, rank, size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

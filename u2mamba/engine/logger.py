@@ -57,7 +57,7 @@ class TrainLogger:
         """Prints a line at once."""
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # the reader (tee, head) has exited: the run saves and ends, as after a signal
+        except OSError:  # the reader (tee, head) or the terminal is gone: the run saves and ends, as after a signal
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)
 
@@ -202,10 +202,11 @@ class TrainLogger:
 
             iteration = self.state.iteration
             return SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
-        except ImportError:
-            self.log("TensorBoard is not installed (pip install tensorboard): no curves")
         except OSError as error:
             self._warn_once(error)
+        except Exception as error:  # not installed, or versions of protobuf and NumPy that do not fit
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self.log(f"no curves in TensorBoard ({reason}): pip install --upgrade tensorboard")
         return None
 
     def _warn_once(self, error: OSError) -> None:

@@ -37,7 +37,9 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) ->
         raise
     except Exception as error:  # whatever edited code raises
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.filename != __file__] or frames
+        ours = [
+            f for f in frames if Path(f.filename).resolve().is_relative_to(ROOT) and f.filename != __file__
+        ] or frames
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}, in {ours[-1].name}"
         raise UserError(f"{place}: fails for a batch of images {tuple(batch.x.shape)}: {reason}") from error

@@ -1,6 +1,7 @@
 """Epochs, iterations, crop sizes and the order of the pairs of a run, and where in them it stands."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import MIN_SIZE
 from u2mamba.runtime.errors import UserError
 
+MAX_NAME = 180  # bytes of a run's name: weights files add up to 60 to it, and file systems allow 255
 LOWER_IS_BETTER = {"MAE"}  # validation scores
 
 
@@ -140,6 +142,8 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
         raise UserError(f"grad_accum_steps = {cfg.grad_accum_steps}: exceeds the batch size {cfg.batch_size_train}")
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
+    if len(os.fsencode(cfg.model_name)) > MAX_NAME:
+        raise UserError(f"model_name = {cfg.model_name[:20]!r}...: is too long, {MAX_NAME} bytes are the most")
     begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
     if begins and weights and not weights.is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")

@@ -1,8 +1,7 @@
 """Colors of a cut-out: those of the object under soft edges, where the photo shows a mixture with the old background.
 
-Blur-fusion (Forte and Pitié, "Fast Multi-Level Foreground Estimation" and "Approximate Fast Foreground Colour
-Estimation", ICIP 2021): means of foreground and background by box filters, coarse to fine, then a correction by the
-photo's own pixel. The means are smooth, so they are computed on a reduced image.
+Blur-fusion (Forte and Pitié, ICIP 2021): means of foreground and background by box filters, coarse to fine, then a
+correction by the photo's own pixel. The means are smooth, so they are computed on a reduced image.
 """
 
 import numpy as np

@@ -24,7 +24,8 @@ from u2mamba.dataset.decode import DECODE_BUDGET, BadFile, Pair, decode, open_im
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
-from u2mamba.runtime.environment import granted_cores, peak_memory
+from u2mamba.runtime.cores import granted_cores
+from u2mamba.runtime.environment import peak_memory
 from u2mamba.runtime.errors import UserError
 
 if TYPE_CHECKING:  # prediction does without PySODMetrics

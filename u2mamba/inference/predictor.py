@@ -2,6 +2,7 @@
 
 net = load_model("saved_models/u2net/best.pth")
 predict = Predictor(net, torch.device("cpu"))
+saliency = predict.saliency("photo.jpg")  # (H, W) float32 probabilities
 saliency = predict(images)  # (B, S, S, 3) uint8 RGB -> (B, 1, S, S) float32 probabilities; net.settings has S
 """
 
@@ -10,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -17,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from model import weights
 from model.u2net import REBNCONV, saliency_map
 from u2mamba.dataset.augment import MEAN, normalize
+from u2mamba.dataset.decode import read_image
+from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
@@ -55,6 +59,8 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
         raise UserError(
             f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
         )
+    if (outputs := net.settings.get("out_ch", 1)) > 1:
+        print(f"{checkpoint}: has {outputs} outputs; a map is 1 minus the probability of the first, the background")
     return net
 
 
@@ -62,6 +68,10 @@ def input_size(net: nn.Module, size: int = 0) -> int:
     """Pixels of the square that images are resized to: `size`, or for 0 the training size. Raises UserError."""
     if 0 < size < 32:
         raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the training size")
+    if not size and "size" not in net.settings:
+        print(
+            f"the weights do not say at which size they were trained: {weights.DEFAULT_SIZE} pixels are used (--size)"
+        )
     return size or net.settings.get("size", weights.DEFAULT_SIZE)
 
 
@@ -115,6 +125,15 @@ class Predictor:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             saliency = self._predict(images)
             return (saliency + self._predict(images.flip(2)).flip(3)) / 2 if self.tta else saliency
+
+    def saliency(self, image: np.ndarray | str | Path) -> np.ndarray:
+        """A file, or (H, W, 3) uint8 RGB -> its saliency map, (H, W) float32 in [0, 1].
+
+        The network sees it at `net.settings["size"]`. Raises BadFile for a file that cannot be read.
+        """
+        image = image if isinstance(image, np.ndarray) else read_image(image)
+        resized = torch.from_numpy(rescale_image(image, input_size(self.net)))
+        return resize_map(self(resized[None])[0, 0].cpu().numpy(), image.shape[:2])
 
     def _predict(self, images: Tensor) -> Tensor:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import atomic_write
 
+SETTINGS_FILE = "settings.json"
 ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
@@ -27,7 +28,7 @@ class Provenance:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings, self.path = folder, settings, folder / "settings.json"
+        self.folder, self.settings, self.path = folder, settings, folder / SETTINGS_FILE
         self._read()
 
     def _read(self) -> None:
@@ -70,6 +71,11 @@ class Provenance:
             entry = {"input": str(image), **_state(image), "settings": self._variants.index(self.settings)}
             self._outputs[output.relative_to(self.folder).as_posix()] = entry
         atomic_write(self.path, json.dumps({"settings": self._variants, "outputs": self._outputs}, indent=1).encode())
+
+
+def recorded_outputs(folder: Path) -> set[str]:
+    """The outputs that the record in `folder` lists, as paths below it; empty for any other folder."""
+    return set(Provenance(folder, {})._outputs)
 
 
 def _state(path: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Worker processes (joblib's) that end with the process that started them, however it ends."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -20,12 +21,26 @@ T = TypeVar("T")
 MAX_WORKERS = 60  # Windows cannot wait for more processes
 
 
+def _init_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_exit_with_parent, args=(psutil.Process(os.getppid()),), daemon=True).start()
+
+
+OPTIONS = {  # of joblib.Parallel
+    "backend": "loky", "return_as": "generator", "batch_size": 1, "max_nbytes": None, "initializer": _init_worker,
+}  # fmt: skip
+
+
 def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> Iterator[tuple[T, Any]]:
-    """(item, task(item)) in the order of `items`, by `workers` processes (1: this one).
+    """(item, task(item)) in the order of `items`, by `workers` processes (1, or where none can be started: this one).
 
     A thread of joblib's reads `items`, two per worker in advance. Raises UserError when a worker
     was killed. Close the generator where it is not exhausted.
     """
+    workers = min(workers, MAX_WORKERS)
+    if workers == 1 or not _started(workers):
+        yield from ((item, task(item)) for item in items)
+        return
     waiting: deque[T] = deque()
 
     def calls() -> Iterator[tuple]:
@@ -33,12 +48,11 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
             waiting.append(item)
             yield joblib.delayed(task)(item)
 
-    options = {"return_as": "generator", "batch_size": 1, "max_nbytes": None, "initializer": _init_worker}
     results = iter(())
     hook, threading.excepthook = threading.excepthook, _ignore_cancelled_task
     try:
         with _sigint_blocked():
-            results = joblib.Parallel(min(workers, MAX_WORKERS), "loky", **options)(calls())
+            results = joblib.Parallel(workers, **OPTIONS)(calls())
         for result in results:
             yield waiting.popleft(), result
     except BrokenProcessPool:
@@ -50,15 +64,27 @@ def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> I
         threading.excepthook = hook
 
 
+@functools.cache
+def _started(workers: int) -> bool:
+    """Starts the processes, which joblib keeps for the next call; prints a line where that fails."""
+    try:
+        with _sigint_blocked(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # joblib's about what the line of the caller says
+            ids = list(joblib.Parallel(workers, **OPTIONS)(joblib.delayed(os.getpid)() for _ in range(workers)))
+    except Exception as error:  # a limit of processes or threads, no semaphores, no folder for temporary files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    else:
+        if os.getpid() not in ids:
+            return True
+        reason = "no semaphores, as without /dev/shm"
+    print(f"one process: no worker processes can be started ({reason})", flush=True)
+    return False
+
+
 def _ignore_cancelled_task(args: threading.ExceptHookArgs) -> None:
     """joblib's manager thread may fail to find a task that a Ctrl-C has just cancelled."""
     if not (args.exc_type is KeyError and args.thread and args.thread.name == "ExecutorManagerThread"):
         threading.__excepthook__(args)
-
-
-def _init_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-    threading.Thread(target=_exit_with_parent, args=(psutil.Process(os.getppid()),), daemon=True).start()
 
 
 def _exit_with_parent(parent: psutil.Process) -> None:

@@ -1,11 +1,14 @@
 """The settings of a command: a dataclass, edited in its file or changed on the command line, checked at the start."""
 
 import dataclasses
+import difflib
 import itertools
+import os
 import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import tyro
@@ -75,10 +78,11 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
     """The settings in `default`, or in the preset named by the first word, changed by `--key value` words.
 
     argv: words after the script's name (None: the process's). Raises UserError for a value of the wrong type or out of
-    range and for a name of before; exits with 2 for an unknown `--key`.
+    range, a name of before and a misspelled `--key`; exits with 2 for any other unknown one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    _refuse_old_names(argv, {field.name for field in dataclasses.fields(default)}, presets)
+    _refuse_old_names(argv, {field.name for field in fields(default)}, presets)
+    _refuse_misspelled(argv, typing.get_type_hints(type(default)))
     if presets and argv and not argv[0].startswith("-"):
         if argv[0] not in presets:
             raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
@@ -92,7 +96,24 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
         description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the chosen one"
     config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
     check_settings(config)
-    return config
+    return dataclasses.replace(config, **{f.name: _expand_home(getattr(config, f.name)) for f in fields(config)})
+
+
+def _expand_home(value: Any) -> Any:
+    """`~/...` at the start of a path; the shell does it in most places, but not behind `=`."""
+    if isinstance(value, tuple):
+        return tuple(map(_expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _refuse_misspelled(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
+    for word, value in itertools.pairwise([*argv, ""]):
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        name = name if name in hints else name.removeprefix("no_")
+        if hints.get(name) is bool and ("=" in word or value.lower() in ("true", "false")):
+            raise UserError(f"--{name} takes no value: --{name} switches it on, --no-{name} off")
+        if name not in hints and (close := difflib.get_close_matches(name, hints, 1)):
+            raise UserError(f"{word}: there is no such option; is --{close[0]} meant?")
 
 
 def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[str, Any] | None) -> None:
@@ -119,7 +140,7 @@ def check_settings(config: Any) -> None:
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
         allowed = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
-        hint = getattr(hint, "__origin__", hint) if allowed else hint
+        hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         if choices and value not in choices:
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
@@ -132,8 +153,6 @@ def check_settings(config: Any) -> None:
 
 def _is_a(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
-    if origin is Annotated:
-        return _is_a(value, hint.__origin__)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, h) for h in typing.get_args(hint))
     if origin is tuple:

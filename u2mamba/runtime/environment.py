@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import UserError
 
 VERSION = "0.2.0"
@@ -79,6 +80,8 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
     if wanted in ("auto", "mps") and torch.backends.mps.is_available():
         return torch.device("mps"), f"Apple GPU ({platform.processor() or platform.machine()})"
     reason = "" if wanted == "cpu" else ", PyTorch finds no GPU"
+    if granted_cores() < torch.get_num_threads():  # PyTorch does not know the quota of a container
+        torch.set_num_threads(granted_cores())
     return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads on {granted_cores()} cores{reason}"
 
 
@@ -128,15 +131,6 @@ def cudnn_benchmark_disabled() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def granted_cores() -> int:
-    """CPU cores that this process may use: CPU affinity and the quota of its container, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or "max"
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
 
 
 def available_memory() -> int:

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed; Windows has no such signal
 
 
 class UserError(ValueError):
@@ -24,11 +26,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130 and SIGTERM into 143.
+    """Turns a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130, SIGTERM 143, SIGHUP 129.
 
-    SIGTERM unwinds the stack as Ctrl-C does, so that temporary files are removed; training catches both (`StopSignal`).
+    Signals unwind the stack as Ctrl-C does, so that temporary files are removed; training catches them (`StopSignal`).
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    for number in _catchable(signal.SIGTERM, HANGUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by runtime/start.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -47,6 +50,11 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(EXIT_TERMINATED)
 
 
+def _catchable(*numbers: int) -> set[int]:
+    """Those that are not ignored, as nohup ignores SIGHUP, and a shell SIGINT in a background job."""
+    return {number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)}
+
+
 class StopSignal:
     """Within it SIGINT, SIGTERM and SIGHUP are remembered, so that the loop can save first; a second Ctrl-C interrupts.
 
@@ -60,9 +68,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-                numbers.append(signal.SIGHUP)
+            numbers = _catchable(signal.SIGINT, signal.SIGTERM, HANGUP)
             self._previous = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
@@ -81,3 +87,7 @@ class StopSignal:
         # os.write, because print is not safe inside a signal handler; the reader of a pipe may have exited too
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), b"\nstopping: saving after this iteration (Ctrl-C again stops at once)\n")
+        for stream in (sys.stdout, sys.stderr) if number != signal.SIGINT else ():
+            with contextlib.suppress(OSError, ValueError):
+                if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and not stream.isatty():  # a closed terminal
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -2,25 +2,27 @@
 
 import contextlib
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from u2mamba.runtime.errors import UserError
 
-UMASK = os.umask(0o077)  # it can only be read by setting it
-os.umask(UMASK)
-
 
 def check_folder(folder: Path) -> None:
-    """Makes `folder` and writes a file in it, before the work is done whose results go there. Raises UserError."""
+    """Makes `folder` and writes a file as `replacing` does, before the work is done whose results go there.
+
+    Raises UserError.
+    """
+    path = folder / f".check{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with replacing(path) as file:
             file.write(b"1")
+        path.unlink()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder") from None
+        reason = error.strerror or error
+        raise UserError(f"{folder.absolute()} cannot be written ({reason}): choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -31,15 +33,14 @@ def replacing(path: Path, flush: bool = True, before_rename: Callable[[], None] 
     a crash of the machine may lose. before_rename: called when the new file is complete. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    # not by tempfile, whose permissions would need a chmod, which Samba, S3 and vfat refuse; short for long names
+    temporary = path.with_name(f".{path.stem.lstrip('.')[:40]}-{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # a file system without permissions
-            os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp's 0600 would hide the file from the group
         before_rename()
         os.replace(temporary, path)
     finally:

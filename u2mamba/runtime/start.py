@@ -6,42 +6,51 @@ A missing package is named. Ctrl-C in the seconds that PyTorch takes to load end
 
 import importlib
 import importlib.util
+import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
-COMMON = ("torch", "torchvision", "numpy", "skimage", "PIL", "tyro", "filelock", "psutil", "joblib", "tqdm")
+COMMON = ("torch", "numpy", "skimage", "PIL", "tyro", "psutil", "tqdm")
 REQUIRED = {  # script -> packages that it cannot do without
-    "u2mamba_train.py": (*COMMON, "torchmetrics"),
-    "u2mamba_eval.py": (*COMMON, "torchmetrics", "matplotlib", "py_sod_metrics"),
+    "u2mamba_train.py": (*COMMON, "filelock", "torchvision", "torchmetrics"),
+    "u2mamba_eval.py": (*COMMON, "joblib", "matplotlib", "py_sod_metrics"),
     "u2mamba_predict.py": COMMON,
     "u2mamba_export.py": COMMON,
     "prepare_duts.py": ("numpy", "PIL"),
 }
 
 
-def exit_without(packages: tuple[str, ...]) -> None:
-    """Ends the process with exit code 2 and one line where one of `packages` is there and cannot be imported (PyPI's
-    torchvision next to a PyTorch of another build, say)."""
-    for name in packages:
+def find_problem(packages: tuple[str, ...]) -> str:
+    """One line on those of `packages` that are missing, or do not fit PyTorch; empty where all is well."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing == ["py_sod_metrics"] and sys.version_info >= (3, 14):
+        return "the metrics of papers need pysodmetrics, which Python 3.14 does not have: evaluate with 3.10 to 3.13"
+    if missing:
+        return (
+            f"{sys.executable} has no {', '.join(missing)}: activate the environment with the packages "
+            "(README: . .venv/*/activate), or install them: pip install -r requirements.txt"
+        )
+    for name in {"torchvision", "torchmetrics"} & set(packages):  # torchmetrics imports torchvision
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except Exception as error:  # a torchvision that was built for another PyTorch raises RuntimeError
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            print(f"error: {name} cannot be imported ({reason}): reinstall it with the PyTorch here", file=sys.stderr)
-            sys.exit(2)
+            # an OSError is about the machine, as where there is no folder for temporary files
+            fix = "" if isinstance(error, OSError) else ": reinstall it with the PyTorch here"
+            return f"{name} cannot be imported ({reason}){fix}"
+    return ""
 
 
+warnings.filterwarnings("ignore", ".*joblib will operate in serial mode")  # inference/workers.py says so
+for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # a service, pythonw, 2>&-
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
 script = Path(sys.argv[0]).name
 if script in REQUIRED:  # not where a test or a notebook imports a script
-    if missing := [name for name in REQUIRED[script] if importlib.util.find_spec(name) is None]:
-        print(
-            f"error: {sys.executable} has no {', '.join(missing)}: activate the environment with the packages "
-            "(README: . .venv/*/activate), or install them: pip install -r requirements.txt",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     if script != "prepare_duts.py" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if script == "u2mamba_train.py":
-        exit_without(("torchvision", "torchmetrics"))
+    if problem := find_problem(REQUIRED[script]):
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
