@@ -437,12 +437,6 @@ def test_progress_is_a_line_where_there_is_no_terminal(monkeypatch, capsys):
     assert [line.split(",")[0] for line in lines] == ["1 of 3 images", "2 of 3 images"]
 
 
-def test_prediction_imports_only_what_it_uses():
-    code = "import sys, u2mamba_predict; print(*{m.partition('.')[0] for m in sys.modules})"
-    names = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
-    assert not {"skimage", "matplotlib", "torchvision", "torchmetrics", "py_sod_metrics", "joblib"} & set(names)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
