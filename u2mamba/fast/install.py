@@ -157,7 +157,7 @@ def _install_kernels(net: nn.Module, device: torch.device) -> str:
 
 
 def _trouble(fast: Callable[[], list[Tensor]], plain: Callable[[], list[Tensor]], difference: str) -> str:
-    """Why `fast` cannot be used: it raises, or its results differ from `plain`'s; "" where they agree."""
+    """The error that `fast` raises, or `difference` where its results are not those of `plain`; "" where they are."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             pairs = [(a.float(), b.float()) for a, b in zip(fast(), plain(), strict=True)]

@@ -171,7 +171,7 @@ class TrainStep(step.TrainStep):
 
 @contextlib.contextmanager
 def _synchronizations(places: list[str]) -> Iterator[None]:
-    """Adds "file:line" of everything inside that makes the CPU wait for the GPU."""
+    """Adds "file:line" of each call inside that makes the CPU wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
