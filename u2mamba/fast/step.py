@@ -65,10 +65,8 @@ class TrainStep(step.TrainStep):
         self.shape = images.shape
 
     def _compile_kernels(self, images: Tensor) -> None:
-        """Compiles the Triton kernels of a step in parallel, by a forward and backward pass of a copy of the network.
-
-        It uses the sum of the outputs as the loss: the real one must not see uninitialized memory.
-        """
+        """Compiles the kernels of a step in parallel, by a forward and backward pass of a copy of the network. The loss
+        is the sum of the outputs: the real one must not see uninitialized memory."""
         net = copy.deepcopy(self.net)
         with compile_only():
             with self.env.autocast():
