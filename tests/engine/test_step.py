@@ -1,16 +1,14 @@
-"""The training step: losses by hand, what it leaves alone, averaged weights, equality with the plain loop."""
+"""The script's losses by hand; the training step against a plain loop, and what it leaves unchanged."""
 
-import importlib.util
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import u2mamba_train as script
 from tests.engine.tiny import Net
-from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
@@ -22,15 +20,12 @@ try:
     KINDS = [TrainStep, fast.TrainStep]
 except ImportError:
     KINDS = [TrainStep]
-spec = importlib.util.spec_from_file_location("u2mamba_train", Path(__file__).parents[2] / "u2mamba_train.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 CPU = Environment(torch.device("cpu"))
 both_steps = pytest.mark.parametrize("kind", KINDS)
 
 
 class NetWithoutNorm(Net):
-    """Nothing that looks at the whole batch, and an unused layer."""
+    """No operation over the whole batch, and an unused layer."""
 
     def forward(self, x, logits=False):
         return self.conv(x).split(1, 1)
@@ -41,13 +36,17 @@ def batch(seed=0, n=4):
     return torch.randn(n, 3, 8, 8, generator=g), (torch.rand(n, 1, 8, 8, generator=g) > 0.5).float()
 
 
-def make(net, loss=script.multi_bce_loss_fusion, kind=TrainStep, fused=True, **options):
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=fused)
-    return kind(net, optimizer, loss, CPU, DistContext(), **options)
+def make(net, loss=script.multi_bce_loss_fusion, kind=TrainStep, fused=True, optimizer=None, **options):
+    optimizer = optimizer or torch.optim.Adam(net.parameters(), lr=1e-2, fused=fused)
+    return kind(net, optimizer, loss, CPU, **options)
 
 
 def weights(net):
     return {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
+
+
+def same(net, before):
+    return all(torch.equal(value, before[key]) for key, value in weights(net).items())
 
 
 # ------- the loss of the script
@@ -106,8 +105,7 @@ def test_steps_equal_the_plain_loop(kind, fused):
         losses.append([p.item() for p in parts])
         sum(parts).backward()
         optimizer.step()
-    for a, b in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    assert all(torch.allclose(value, plain.state_dict()[key], atol=1e-5) for key, value in net.state_dict().items())
     means = step.read()
     assert means.losses == pytest.approx(torch.tensor(losses).mean(0).tolist(), abs=1e-5)
     assert means.loss == pytest.approx(sum(means.losses))
@@ -131,18 +129,16 @@ def tar_and_loss(logits, masks):
 
 @both_steps
 def test_the_step_takes_what_a_loss_returns(kind):
-    steps = {
-        loss: make(Net(), loss, kind=kind) for loss in (script.multi_bce_loss_fusion, sum_of, tar_and_loss, d0_alone)
-    }
-    for step in steps.values():
+    losses = script.multi_bce_loss_fusion, sum_of, tar_and_loss, d0_alone
+    steps = [make(Net(), loss, kind=kind) for loss in losses]
+    for step in steps:
         step(*batch())
-    per_output, number, pair, one = (step.read() for step in steps.values())
+    per_output, number, pair, one = (step.read() for step in steps)
     assert number.losses == [number.loss] == [pytest.approx(per_output.loss)]
     assert pair.loss == pytest.approx(per_output.loss) and pair.losses == [pytest.approx(per_output.losses[0])]
     assert pair.tar == per_output.tar == pytest.approx(one.loss)
-    trained = [step.net.conv.weight for step in steps.values()]
-    assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
-    assert not torch.equal(trained[0], trained[3])
+    trained = [step.net.conv.weight for step in steps]
+    assert [torch.equal(trained[0], other) for other in trained[1:]] == [True, True, False]
 
 
 @both_steps
@@ -182,7 +178,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, poison, 
     images[0, 0, 0, 0] = poison
     step(images, masks)
     step(images, masks)
-    assert all(torch.equal(value, before[key]) for key, value in weights(step.net).items())
+    assert same(step.net, before)
     assert all(torch.equal(m, s["exp_avg"]) for m, s in zip(moments, step.optimizer.state.values(), strict=True))
     skipped = step.read()
     assert (skipped.nonfinite_steps, skipped.consecutive_nonfinite, skipped.steps) == (2, 2, 1)
@@ -194,8 +190,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(kind, poison, 
 
 def test_clipping_bounds_the_step():
     net = Net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, fused=True)
-    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext(), grad_clip=0.01)
+    step = make(net, optimizer=torch.optim.SGD(net.parameters(), lr=1.0, fused=True), grad_clip=0.01)
     before = [p.detach().clone() for p in net.parameters()]
     step(*batch())
     moved = math.sqrt(sum((a - b).pow(2).sum().item() for a, b in zip(before, net.parameters(), strict=True)))
@@ -216,7 +211,7 @@ def test_averaged_weights_are_the_weighted_mean_of_all_steps():
 
 
 @both_steps
-def test_what_is_frozen_stays_and_learns_again_when_it_is_not(kind):
+def test_frozen_layers_stay_and_learn_again(kind):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -227,14 +222,13 @@ def test_what_is_frozen_stays_and_learns_again_when_it_is_not(kind):
 
     net = Two()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
-    step = kind(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext(), ema_decay=0.9)
+    step = make(net, kind=kind, optimizer=optimizer, ema_decay=0.9)
     step(*batch(0))
     net.first.requires_grad_(False).eval()
     before, second = weights(net.first), net.second.weight.detach().clone()
     for i in range(3):
         step(*batch(i))
-    assert all(torch.equal(value, before[key]) for key, value in weights(net.first).items())
-    assert all(torch.equal(value, before[key]) for key, value in weights(step.ema_model().first).items())
+    assert same(net.first, before) and same(step.ema_model().first, before)
     assert all(p.grad is None for p in net.first.parameters()) and not torch.equal(net.second.weight, second)
     net.first.requires_grad_(True).train()
     step(*batch(4))
@@ -245,16 +239,13 @@ def test_what_is_frozen_stays_and_learns_again_when_it_is_not(kind):
 
 def test_a_parameter_that_never_gets_a_gradient_is_left_alone():
     net = NetWithoutNorm()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.5, fused=True)
-    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, CPU, DistContext())
-    step(*batch())
-    step(*batch())
+    step = make(net, optimizer=torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.5, fused=True))
+    for i in range(2):
+        step(*batch(i))
     assert net.bn.weight.grad is None and torch.equal(net.bn.weight, torch.ones(7))
 
 
-@both_steps
-def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
-    whole, half, resumed = (make(Net(), kind=kind, ema_decay=0.9) for _ in range(3))
+def train_and_resume(whole, half, resumed):
     for i in range(4):
         whole(*batch(i))
     for i in range(2):
@@ -263,8 +254,14 @@ def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
     resumed.load_state_dict(half.state_dict())
     for i in range(2, 4):
         resumed(*batch(i))
-    for a, b in ((whole.net, resumed.net), (whole.ema_model(), resumed.ema_model())):
-        assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
+
+
+@both_steps
+def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
+    whole, half, resumed = (make(Net(), kind=kind, ema_decay=0.9) for _ in range(3))
+    train_and_resume(whole, half, resumed)
+    assert same(whole.net, resumed.net.state_dict())
+    assert same(whole.ema_model(), resumed.ema_model().state_dict())
     one, other = whole.read(), resumed.read()
     assert (one.loss, one.losses, one.iou, one.steps) == (other.loss, other.losses, other.iou, other.steps)
     edited = make(Net(), d0_alone, kind=kind, ema_decay=0.9995)
@@ -277,14 +274,7 @@ def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
 
 def test_the_optimizer_resumes_in_another_memory_format():
     nets = [Net().to(memory_format=torch.channels_last if i == 2 else torch.contiguous_format) for i in range(3)]
-    whole, half, resumed = (make(net) for net in nets)
-    for i in range(3):
-        whole(*batch(i))
-    half(*batch(0))
-    nets[2].load_state_dict(nets[1].state_dict())
-    resumed.load_state_dict(half.state_dict())
-    for i in range(1, 3):
-        resumed(*batch(i))
+    train_and_resume(*(make(net) for net in nets))
     assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
 
 
@@ -314,7 +304,7 @@ def test_micro_batches_are_the_same_step(kind, parts):
 
 @pytest.mark.parametrize(("parts", "says"), [(1, "try grad_accum_steps = 2 or batch_size_train = 2"),
                                              (4, "of cpu: try batch_size_train = 2")])  # fmt: skip
-def test_memory_that_does_not_suffice_names_what_to_try(parts, says):
+def test_out_of_memory_suggests_a_smaller_batch(parts, says):
     def no_memory(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 

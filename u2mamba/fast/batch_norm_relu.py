@@ -4,10 +4,10 @@ Batch norm in training mode (Ioffe & Szegedy 2015, algorithm 1; `torch.nn.functi
 channel by the mean and biased variance of its M = B*H*W values in the batch. A channels_last tensor is a matrix of M
 rows of C numbers, read here in tiles of ROWS x BLOCK_C, UNROLL of them a step.
 
-Forward: `_stats` gives each program's mean and sum of squared deviations, `_combine_stats` those of all programs (Chan,
-Golub & LeVeque 1983), `_apply` normalizes, clips, adds the residual. Backward: `_grad_stats`, `_combine_grads`,
-`_grad_apply`. Where M is small, one program does all. Only x and two vectors are kept: the ReLU's mask is computed
-again from them.
+Forward: `_stats` computes each program's mean and sum of squared deviations, `_combine_stats` those of all programs
+(Chan, Golub & LeVeque 1983), `_apply` normalizes, clips, adds the residual. Backward: `_grad_stats`, `_combine_grads`,
+`_grad_apply`. Where M is small, one launch is enough. Only x and two vectors are kept, from which the backward pass
+recomputes the ReLU's mask.
 
 Memory traffic: forward 2 reads + 1 write of the tensor, backward 4 reads + 1 write (a residual: one read more).
 """
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from u2mamba.fast.launch import as_channels_last_rows, constexpr, jit, on_device, require, sm_count, tl, triton
 
-# Launch sizes: (warps, 16-byte loads in flight per thread, most programs per multiprocessor). Each program of the first
-# launch leaves partial sums, hence few and large ones there.
+# Launch sizes: (warps, 16-byte loads in flight per thread, max programs per multiprocessor). Each program of the first
+# launch writes partial sums, hence few and large ones there.
 STATS, APPLY = (8, 4, 4), (4, 4, 32)
 GRAD_STATS, GRAD_APPLY = (4, 4, 4), (8, 2, 16)
 COMBINE_BLOCK_C = 16
 MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 CHUNK = 64  # partial sums joined at once
-SMALL_M, SMALL_BLOCK_C, SMALL = 1024, 8, (8, 4, 1)  # up to so many rows one launch does everything
+SMALL_M, SMALL_BLOCK_C, SMALL = 1024, 8, (8, 4, 1)  # up to SMALL_M rows, in one launch
 
 
 @jit()
 def _rows_of_program(program, programs, M, STEP: constexpr):
-    """How many of M rows a program sees that takes every `programs`-th step of STEP rows."""
+    """Number of the M rows in a program's steps: every `programs`-th step of STEP rows is one."""
     steps = tl.cdiv(M, STEP)
     n = tl.cdiv(steps - program, programs) * STEP
     return tl.where((steps - 1) % programs == program, n - (steps * STEP - M), n)
@@ -50,9 +50,7 @@ def _moments(x, cols, M, C, program, programs, ROWS: constexpr, BLOCK_C: constex
     for step in range(program, tl.cdiv(M, STEP), programs):
         ok = (rows < M - step * STEP)[:, None] & (cols < C)[None, :]
         d = tl.load(x + step * STEP * C + at, mask=ok, other=0.0).to(tl.float32) - shift[None, :]
-        d = tl.reshape(
-            tl.where(ok, d, 0.0), (UNROLL, ROWS, BLOCK_C)
-        )  # the UNROLL numbers lie in one thread: a free sum
+        d = tl.reshape(tl.where(ok, d, 0.0), (UNROLL, ROWS, BLOCK_C))  # UNROLL numbers lie in one thread: a free sum
         total += tl.sum(d, 0)
         square += tl.sum(d * d, 0)
     n = _rows_of_program(program, programs, M, STEP).to(tl.float32)
@@ -61,44 +59,10 @@ def _moments(x, cols, M, C, program, programs, ROWS: constexpr, BLOCK_C: constex
 
 
 @jit()
-def _combine_moments(part, cols, M, C, programs, STEP: constexpr, BLOCK_C: constexpr, CHUNK: constexpr):
-    """Mean and biased variance (BLOCK_C) of all rows, from the (programs, 2, C) partial ones."""
-    col_ok = (cols < C)[None, :]
-    shift = tl.load(part + cols, mask=cols < C, other=0.0)
-    total = tl.zeros((CHUNK, BLOCK_C), tl.float32)
-    square = tl.zeros((CHUNK, BLOCK_C), tl.float32)
-    for start in range(0, programs, CHUNK):
-        p = start + tl.arange(0, CHUNK)
-        ok = (p < programs)[:, None] & col_ok
-        at = part + p[:, None] * (2 * C) + cols[None, :]
-        n = _rows_of_program(p, programs, M, STEP).to(tl.float32)[:, None]
-        d = tl.where(ok, tl.load(at, mask=ok, other=0.0) - shift[None, :], 0.0)
-        total += n * d
-        square += tl.load(at + C, mask=ok, other=0.0) + n * d * d
-    total_c = tl.sum(total, 0)
-    distance = total_c / M
-    return shift + distance, tl.maximum(tl.sum(square, 0) - total_c * distance, 0.0, tl.PropagateNan.ALL) / M
-
-
-@jit()
-def _combine_sums(part, cols, C, programs, BLOCK_C: constexpr, CHUNK: constexpr):
-    """Sums over programs (BLOCK_C each) of the (programs, 2, C) partial ones."""
-    first = tl.zeros((CHUNK, BLOCK_C), tl.float32)
-    second = tl.zeros((CHUNK, BLOCK_C), tl.float32)
-    for start in range(0, programs, CHUNK):
-        p = start + tl.arange(0, CHUNK)
-        ok = (p < programs)[:, None] & (cols < C)[None, :]
-        at = part + p[:, None] * (2 * C) + cols[None, :]
-        first += tl.load(at, mask=ok, other=0.0)
-        second += tl.load(at + C, mask=ok, other=0.0)
-    return tl.sum(first, 0), tl.sum(second, 0)
-
-
-@jit()
 def _store_stats(
     mean, var, rstd, cols, M, C, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, CONV_BIAS: constexpr
 ):
-    """Writes what backward needs and moves the running statistics (variance unbiased, as in PyTorch)."""
+    """Stores mean and rstd for backward and updates the running statistics (variance unbiased, as in PyTorch)."""
     ok = cols < C
     tl.store(mean_out + cols, mean, mask=ok)
     tl.store(rstd_out + cols, rstd, mask=ok)
@@ -109,26 +73,6 @@ def _store_stats(
     unbiased = var * (M.to(tl.float32) / (M - 1).to(tl.float32))
     tl.store(run_mean + cols, old_mean + momentum * (mean - old_mean), mask=ok)
     tl.store(run_var + cols, old_var + momentum * (unbiased - old_var), mask=ok)
-
-
-@jit()
-def _normalize(x, res, y, mean, rstd, w, b, cols, M, C, program, programs, STEP: constexpr, RES: constexpr):
-    """y = relu((x - mean) * rstd * w + b) + res, last rows first: `_moments` has left those in the L2 cache."""
-    rows = tl.arange(0, STEP)  # a step is one tile here: its loads go out together, before the first store
-    ok_c = cols < C
-    scale = rstd * tl.load(w + cols, mask=ok_c, other=0.0).to(tl.float32)
-    shift = tl.load(b + cols, mask=ok_c, other=0.0).to(tl.float32)
-    steps = tl.cdiv(M, STEP)
-    for step in range(program, steps, programs):
-        row = (steps - 1 - step) * STEP
-        ok = (rows < M - row)[:, None] & ok_c[None, :]
-        at = row * C + rows[:, None] * C + cols[None, :]
-        z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-        z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
-        z = tl.where(z < 0.0, 0.0, z)  # not maximum(): NaN has to pass
-        if RES:
-            z += tl.load(res + at, mask=ok, other=0.0).to(tl.float32)
-        tl.store(y + at, z, mask=ok)
 
 
 @jit("M", "programs")
@@ -145,8 +89,24 @@ def _combine_stats(
     part, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, eps, M, C, programs,
     BLOCK_C: constexpr, CHUNK: constexpr, STATS_STEP: constexpr, CONV_BIAS: constexpr,
 ):  # fmt: skip
+    """Mean and biased variance (BLOCK_C) of all rows, from the (programs, 2, C) partial ones."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, var = _combine_moments(part, cols, M, C, programs, STATS_STEP, BLOCK_C, CHUNK)
+    col_ok = (cols < C)[None, :]
+    shift = tl.load(part + cols, mask=cols < C, other=0.0)
+    total = tl.zeros((CHUNK, BLOCK_C), tl.float32)
+    square = tl.zeros((CHUNK, BLOCK_C), tl.float32)
+    for start in range(0, programs, CHUNK):
+        p = start + tl.arange(0, CHUNK)
+        ok = (p < programs)[:, None] & col_ok
+        at = part + p[:, None] * (2 * C) + cols[None, :]
+        n = _rows_of_program(p, programs, M, STATS_STEP).to(tl.float32)[:, None]
+        d = tl.where(ok, tl.load(at, mask=ok, other=0.0) - shift[None, :], 0.0)
+        total += n * d
+        square += tl.load(at + C, mask=ok, other=0.0) + n * d * d
+    total_c = tl.sum(total, 0)
+    distance = total_c / M
+    mean = shift + distance
+    var = tl.maximum(tl.sum(square, 0) - total_c * distance, 0.0, tl.PropagateNan.ALL) / M
     rstd = 1.0 / tl.sqrt(var + eps)
     _store_stats(mean, var, rstd, cols, M, C, mean_out, rstd_out, run_mean, run_var, conv_bias, momentum, CONV_BIAS)
 
@@ -166,7 +126,22 @@ def _apply(
     else:
         mean = tl.load(mean_out + cols, mask=cols < C, other=0.0)
         rstd = tl.load(rstd_out + cols, mask=cols < C, other=0.0)
-    _normalize(x, res, y, mean, rstd, w, b, cols, M, C, program, programs, ROWS * UNROLL, RES)
+    STEP: constexpr = ROWS * UNROLL  # one tile: its loads are issued together, before the first store
+    rows = tl.arange(0, STEP)
+    ok_c = cols < C
+    scale = rstd * tl.load(w + cols, mask=ok_c, other=0.0).to(tl.float32)
+    shift = tl.load(b + cols, mask=ok_c, other=0.0).to(tl.float32)
+    steps = tl.cdiv(M, STEP)
+    for step in range(program, steps, programs):
+        row = (steps - 1 - step) * STEP  # last rows first: `_moments` has left those in the L2 cache
+        ok = (rows < M - row)[:, None] & ok_c[None, :]
+        at = row * C + rows[:, None] * C + cols[None, :]
+        z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
+        z = (z - mean[None, :]) * scale[None, :] + shift[None, :]
+        z = tl.where(z < 0.0, 0.0, z)  # not maximum(): NaN has to pass
+        if RES:
+            z += tl.load(res + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y + at, z, mask=ok)
 
 
 @jit()
@@ -209,9 +184,17 @@ def _grad_stats(
 @jit("programs")
 def _combine_grads(part, dw, db, C, programs, BLOCK_C: constexpr, CHUNK: constexpr):
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total, moment = _combine_sums(part, cols, C, programs, BLOCK_C, CHUNK)
-    tl.store(dw + cols, moment, mask=cols < C)
-    tl.store(db + cols, total, mask=cols < C)
+    total = tl.zeros((CHUNK, BLOCK_C), tl.float32)
+    moment = tl.zeros((CHUNK, BLOCK_C), tl.float32)
+    for start in range(0, programs, CHUNK):
+        p = start + tl.arange(0, CHUNK)
+        ok = (p < programs)[:, None] & (cols < C)[None, :]
+        at = part + p[:, None] * (2 * C) + cols[None, :]
+        total += tl.load(at, mask=ok, other=0.0)
+        moment += tl.load(at + C, mask=ok, other=0.0)
+    total_c, moment_c = tl.sum(total, 0), tl.sum(moment, 0)
+    tl.store(dw + cols, moment_c, mask=cols < C)
+    tl.store(db + cols, total_c, mask=cols < C)
 
 
 @jit("M", "programs")
@@ -299,30 +282,24 @@ class _BatchNormReLU(torch.autograd.Function):
             if not small:
                 part = torch.empty(parts, 2, C, dtype=torch.float32, device=x.device)
                 _grad_stats[blocks, parts](dy, x, part, weight, bias, mean, rstd, M, C, stride, parts, **stats_sizes)
-                _combine_grads[(triton.cdiv(C, COMBINE_BLOCK_C),)](
-                    part, dw, db, C, parts, BLOCK_C=COMBINE_BLOCK_C, CHUNK=CHUNK
-                )
-            _grad_apply[grid](
-                dy, x, dx, weight, bias, mean, rstd, dw, db, M, C, stride, grid[1], SMALL=small, **sizes
-            )  # fmt: skip
+                grid_c = (triton.cdiv(C, COMBINE_BLOCK_C),)
+                _combine_grads[grid_c](part, dw, db, C, parts, BLOCK_C=COMBINE_BLOCK_C, CHUNK=CHUNK)
+            _grad_apply[grid](dy, x, dx, weight, bias, mean, rstd, dw, db, M, C, stride, grid[1], SMALL=small, **sizes)
         return dx, dw, db, None, None, None, grad if ctx.needs_input_grad[6] else None, None, None
 
 
 def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float = 0.1,
-    eps: float = 1e-5, conv_bias: Tensor | None = None, residual: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float,
+    conv_bias: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """relu(batch norm of x, in training mode) + residual, statistics in fp32, running statistics updated in place.
 
     Shapes: x (channels_last), residual and the result (B, C, H, W), the others (C). `conv_bias` is the bias of the
-    convolution before, which batch norm cancels: x comes without it, it gets no gradient, and only `running_mean`
-    contains it, so that a state dict is that of convolution with bias + batch norm. Raises Unsupported.
+    convolution before, which batch norm cancels: x excludes it, it gets no gradient, and only `running_mean` contains
+    it, so that the state dict is that of convolution with bias + batch norm. Raises Unsupported.
     """
-    require(x, channels_last=True, several_values=x.numel() > x.shape[1], residual=_same_dtype(residual, x))
+    same = residual is None or residual.dtype == x.dtype
+    require(x, channels_last=True, several_values=x.numel() > x.shape[1], residual=same)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, conv_bias, residual, momentum, eps)
-
-
-def _same_dtype(other: Tensor | None, x: Tensor) -> bool:
-    return other is None or other.dtype == x.dtype

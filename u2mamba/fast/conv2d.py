@@ -1,8 +1,9 @@
 """Convolutions and projections whose weight gradients are computed on a second stream.
 
 Nothing before the optimizer needs the gradient of a weight, and on U²-Net's many small maps one kernel does not fill a
-GPU: the weight gradients (compute-bound) run while the first stream goes on with the gradients of the activations
-(mostly memory-bound). Call `wait_for_weight_grads` after backward, before the weights' gradients are read.
+GPU: the weight gradients (compute-bound) run while the first stream continues with the gradients of the activations
+(mostly memory-bound). `may_wait` is called in the backward pass; where it is true, nothing may read the weight's
+gradient before `wait_for_weight_grads`.
 """
 
 import functools
@@ -11,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-MAX_IN_FLIGHT = 8  # weight gradients on their way at once; each keeps its input and output gradient in memory
+MAX_IN_FLIGHT = 8  # weight gradients computed at once; each keeps its input and output gradient in memory
 
 _in_flight: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
@@ -24,7 +25,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _weight_gradient(may_wait: Callable[[], bool], compute: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
-    """What `compute` makes of `inputs`: on the side stream of their GPU where the result may wait, else at once."""
+    """compute(), which reads `inputs`: on the side stream of their GPU where the result may wait, else at once."""
     device = inputs[0].device
     if device.type != "cuda" or not may_wait():
         return compute()
@@ -40,13 +41,16 @@ def _weight_gradient(may_wait: Callable[[], bool], compute: Callable[[], Tensor]
     return result
 
 
-class _Conv2d(torch.autograd.Function):
+class Conv2d(torch.autograd.Function):
+    """apply(x, weight, conv, may_wait): `conv` of x with `weight` in place of its own, without bias."""
+
     @staticmethod
-    def forward(ctx, x, weight, may_wait, stride, padding, dilation, groups):
+    def forward(ctx, x, weight, conv, may_wait):
         ctx.save_for_backward(x, weight)
         ctx.may_wait = may_wait
-        ctx.geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-        return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        geometry = conv.stride, conv.padding, conv.dilation
+        ctx.geometry = (*map(list, geometry), False, [0, 0], conv.groups)
+        return F.conv2d(x, weight, None, *geometry, conv.groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,23 +62,12 @@ class _Conv2d(torch.autograd.Function):
             dw = _weight_gradient(ctx.may_wait, lambda: backward([False, True, False])[1], x, dy)
         if ctx.needs_input_grad[0]:
             dx = backward([True, False, False])[0]
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None
 
 
-def _never() -> bool:
-    return False
+class Projection(torch.autograd.Function):
+    """apply(weight, v, parts, tokens_first, may_wait): weight @ v as `PlainOps.project` defines it."""
 
-
-def conv2d(x: Tensor, weight: Tensor, conv: nn.Conv2d, may_wait: Callable[[], bool] = _never) -> Tensor:
-    """`F.conv2d` with `weight` in place of `conv.weight`, without bias.
-
-    may_wait: asked in the backward pass; where it is true, nothing may read the gradient of `weight` before
-    `wait_for_weight_grads`.
-    """
-    return _Conv2d.apply(x, weight, may_wait, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, v, parts, tokens_first, may_wait):
         ctx.may_wait = may_wait
@@ -101,16 +94,6 @@ class _Projection(torch.autograd.Function):
             batched = w.t().expand(v.shape[0], -1, -1)
             dv = torch.bmm(batched, g) if dv is None else torch.baddbmm(dv, batched, g)
         return dw, dv, None, None, None
-
-
-def projection(
-    weight: Tensor, v: Tensor, parts: int = 1, tokens_first: bool = False, may_wait: Callable[[], bool] = _never
-):
-    """weight @ v: (rows, columns), (B, columns, L) -> (B, rows, L), in memory so or, `tokens_first`, as (B, L, rows).
-
-    With parts > 1 a tuple of the result's rows in that many tensors. may_wait: as of `conv2d`.
-    """
-    return _Projection.apply(weight, v, parts, tokens_first, may_wait)
 
 
 def wait_for_weight_grads(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Replaces the operations of model/layers.py in a network by kernels, and registers the kernels' selective scans.
 
-A kernel runs in training in bf16, on channels_last tensors, after a trial on the device: one forward and backward pass
-that has to agree with the plain operation. So one that fails here, and one whose plain operation has been edited, is
-left out, and `install` says so.
+A kernel is used in bf16 training on channels_last tensors, after a trial on the device: one forward and backward pass
+that must agree with the plain operation. A kernel that fails the trial, or whose plain operation was edited, is left
+out, and `install` reports it.
 """
 
 import contextlib
@@ -18,29 +18,32 @@ from model.layers import PlainOps
 from model.mamba import Mamba
 from u2mamba.fast import launch
 from u2mamba.fast.batch_norm_relu import batch_norm_relu
-from u2mamba.fast.conv2d import conv2d, projection
+from u2mamba.fast.conv2d import Conv2d, Projection
 from u2mamba.fast.mamba_ops import conv_silu, rms_norm
 from u2mamba.fast.max_pool import max_pool
 from u2mamba.fast.selective_scan import selective_scan_triton
 from u2mamba.fast.side_output import side_output
 from u2mamba.fast.upsample import upsample_cat, upsample_to
 
-NAMES = {  # operation -> what the line of `install` calls it
+NAMES = {  # operation -> its name in the line of `install`
     "batch_norm_relu": "batch norm + ReLU", "max_pool": "pooling", "upsample_cat": "upsampling",
     "upsample_to": "upsampling of side outputs", "side_output": "side outputs", "project": "Mamba's projections",
     "conv_silu": "Mamba's convolution", "rms_norm": "Mamba's norm",
 }  # fmt: skip
-TOLERANCE = 0.05  # relative, of the trial: each number is rounded to 8 bits once or twice
+TOLERANCE = 0.05  # relative error in the trial: each number is rounded to 8 bits once or twice
 
 
 def _or_plain(operation: Callable) -> Callable:
-    """The operation in training in bf16 on what its kernel takes, else the plain one of the same name."""
+    """The operation in bf16 training where its kernel supports the inputs, else the plain one of the same name."""
     plain = getattr(PlainOps, operation.__name__)
 
     @functools.wraps(operation)
     def choose(self, *args, **options):
         x = next(v for v in args if isinstance(v, Tensor))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _in_bf16(x):
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        bf16 = autocast or x.dtype == torch.bfloat16
+        if bf16 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with contextlib.suppress(launch.Unsupported):
                 return operation(self, *args, **options)
         return plain(*args, **options)
@@ -48,18 +51,12 @@ def _or_plain(operation: Callable) -> Callable:
     return choose
 
 
-def _in_bf16(x: Tensor) -> bool:
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    return x.dtype == torch.bfloat16 or autocast
-
-
 class FusedOps(PlainOps):
-    """The operations of one network by kernels; `bf16_weights`: copies of weights that a training step keeps."""
+    """The operations of one network by kernels; `bf16_weights`: the training step's bf16 copies of weights."""
 
     def __init__(self):
         self.bf16_weights: dict[Tensor, Tensor] = {}
-        self.uses: Counter[Tensor] = Counter()  # of the copies, in one forward pass
+        self.uses: Counter[Tensor] = Counter()  # how often one forward pass uses each copy
 
     def __deepcopy__(self, memo: dict) -> "FusedOps":  # a copy of the network has parameters of its own
         return self
@@ -81,7 +78,7 @@ class FusedOps(PlainOps):
         launch.require(x, layers=fits, channels_last_weights=last)
         # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
         weight, may_wait = self._weight(conv)
-        y = conv2d(x.to(torch.bfloat16), weight, conv, may_wait).contiguous(memory_format=torch.channels_last)
+        y = Conv2d.apply(x.to(torch.bfloat16), weight, conv, may_wait).contiguous(memory_format=torch.channels_last)
         statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         return batch_norm_relu(y, norm.weight, norm.bias, *statistics, conv.bias, residual)
 
@@ -98,12 +95,10 @@ class FusedOps(PlainOps):
 
     @_or_plain
     def upsample_to(self, x, size):
-        launch.require(x)
         return upsample_to(x, tuple(size))
 
     @_or_plain
     def upsample_cat(self, x, skip):
-        launch.require(x, sizes=x.shape[2:] != skip.shape[2:])
         return upsample_cat(x, skip)
 
     @_or_plain
@@ -113,11 +108,10 @@ class FusedOps(PlainOps):
     @_or_plain
     def project(self, layer, v, parts=1, tokens_first=False):
         weight, may_wait = self._weight(layer)
-        return projection(weight, v, parts, tokens_first, may_wait)
+        return Projection.apply(weight, v, parts, tokens_first, may_wait)
 
     @_or_plain
     def conv_silu(self, conv, x):
-        launch.require(x, bias=conv.bias is not None)
         return conv_silu(x, conv.weight, conv.bias)
 
     @_or_plain
@@ -128,8 +122,8 @@ class FusedOps(PlainOps):
 def install(net: nn.Module) -> list[str]:
     """Gives the layers of `net` the kernels that work on its device, and its scan the backends "triton", "mamba_ssm".
 
-    Call it when `net` is on its device and in its memory format, before `TrainStep` is made. Returns lines: what was
-    taken over, what not, and why.
+    Call it when `net` is on its device and in its memory format, before `TrainStep` is created. Returns lines to print:
+    which operations use kernels, which do not, and why.
     """
     device = selective_scan.with_index(next(net.parameters()).device)
     register_scans()
@@ -146,18 +140,16 @@ def register_scans() -> None:
 
 
 def _install_kernels(net: nn.Module, device: torch.device) -> str:
-    modules = [m for m in net.modules() if m.__dict__.get("ops", getattr(type(m), "ops", None)) is PlainOps]
-    modules += [m for m in net.modules() if isinstance(m.__dict__.get("ops"), FusedOps)]
+    owners = [m for m in net.modules() if (ops := getattr(m, "ops", None)) is PlainOps or isinstance(ops, FusedOps)]
     weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
     last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
     problem = launch.why_not(device) or ("" if last else "they require bf16 and channels_last")
-    problem = problem or ("" if modules else "no layer of the network has ops = PlainOps")
-    if problem:
+    if problem := problem or ("" if owners else "no layer of the network has ops = PlainOps"):
         return f"kernels: none, plain PyTorch layers ({problem})"
     ops, failed = FusedOps(), _trial(device)
     for name in failed:
         setattr(ops, name, getattr(PlainOps, name))
-    for module in modules:
+    for module in owners:
         module.ops = ops
     line = "kernels: " + (", ".join(words for name, words in NAMES.items() if name not in failed) or "none")
     plain = "; ".join(f"{NAMES[name]} ({reason})" for name, reason in failed.items())
@@ -229,7 +221,7 @@ _unusable_scans: dict[tuple[str, torch.device], str] = {}
 
 
 def _unusable(name: str, device: torch.device) -> str:
-    """Why a scan cannot be used on `device`, "" where it can; it is tried once, but not while kernels only compile."""
+    """Why a scan cannot be used on `device`, "" where it can: tried once, and never inside `compile_only`."""
     if (name, device) not in _unusable_scans and not launch.compiling():
         _unusable_scans[name, device] = _scan_trial(name, device)
     return _unusable_scans.get((name, device), "")

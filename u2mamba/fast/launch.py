@@ -1,4 +1,4 @@
-"""What every Triton kernel here needs around it: Triton if there is one, a device to launch on, a layout."""
+"""What all Triton kernels share: Triton where it is installed, its compilation, and checks of device and layout."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ if triton is not None:
 
 
 def jit(*no_specialize: str):
-    """`triton.jit` that does not compile anew for each value of the arguments named; does nothing without Triton."""
+    """`triton.jit` that is not specialized for values of the arguments named; does nothing without Triton."""
     if triton is None:
         return lambda kernel: kernel
     if INTERPRETED:
@@ -43,10 +43,10 @@ def jit(*no_specialize: str):
 
 @contextlib.contextmanager
 def compile_only() -> Iterator[None]:
-    """Within it a launch runs nothing: its kernel is compiled, side by side with the others, and ready at the end.
+    """Inside it a launch runs nothing: its kernel is compiled, in parallel with the others, and loaded at the end.
 
-    What kernels should have written is then whatever memory held. Compiled one after the other as they are first
-    launched, the kernels of a training step take two minutes; they are kept on the disk for the next start.
+    Outputs of kernels are then uninitialized memory. Compiled one after the other at their first launch, the kernels of
+    a training step take two minutes; Triton caches them on the disk.
     """
     global _compiling
     if triton is None or INTERPRETED or not torch.cuda.is_available():
@@ -61,23 +61,22 @@ def compile_only() -> Iterator[None]:
             _compiling = None
         kernels = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in set(compiled)]
         list(pool.map(_build_launcher, kernels))
-    for kernel in kernels:  # loading, in this thread: each has a current GPU of its own, and a new one's is the first
+    for kernel in kernels:  # loaded in this thread: in a new one the first GPU is the current one
         _ = kernel.run
 
 
 def compiling() -> bool:
-    """Whether this is inside `compile_only`, where results are whatever memory held."""
+    """Whether this is inside `compile_only`, where results are uninitialized."""
     return _compiling is not None
 
 
 def _build_launcher(kernel) -> None:
-    """Older versions of Triton run a C compiler for what launches a kernel: it finds the result of this on the disk.
+    """Older versions of Triton compile a launcher in C for each kernel; this only fills their cache on the disk.
 
-    The object made here is thrown away, because threads that load extension modules of one name, as the launchers
-    are, get each other's functions: Python copies those of a module loaded before into the one loaded last
-    (`_imp.create_dynamic`, single-phase initialisation).
+    The launcher itself is discarded: extension modules of the same name that are loaded in parallel threads get each
+    other's functions (`_imp.create_dynamic`, single-phase initialization).
     """
-    with contextlib.suppress(Exception):  # it only saves time: what is wrong with a kernel, loading it will say
+    with contextlib.suppress(Exception):  # it only saves time, and loading the kernel will raise any error
         triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
@@ -88,7 +87,7 @@ def sm_count(device: torch.device) -> int:
 
 
 class Unsupported(ValueError):
-    """Raised by a kernel for inputs that it does not take; the plain operation of model/layers.py takes them."""
+    """Raised for inputs that a kernel does not support; the plain operation of model/layers.py does."""
 
 
 def why_not(device: torch.device) -> str:
@@ -101,7 +100,7 @@ def why_not(device: torch.device) -> str:
 
 
 def require(x: Tensor, channels_last: bool = False, **conditions: bool) -> None:
-    """Raises Unsupported unless Triton runs on x and takes its dtype, layout and the named conditions."""
+    """Raises Unsupported unless Triton runs on x's device, dtype and layout are supported, and `conditions` hold."""
     if problem := why_not(x.device):
         raise Unsupported(f"kernels cannot run: {problem}")
     conditions["dtype"] = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -119,10 +118,10 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def as_channels_last_rows(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, C, H, W) with its channels side by side, and the distance in elements between its pixels.
+    """x (B, C, H, W) with contiguous channels, and the distance in elements between its pixels.
 
-    That distance is C in a channels_last tensor and more in a slice of channels of one; both pass as they are. Any
-    other layout (the expanded gradient of a sum, for instance) is copied into channels_last.
+    That distance is C in a channels_last tensor and larger in a slice of its channels; both are returned unchanged. Any
+    other layout (the expanded gradient of a sum, for instance) is copied to channels_last.
     """
     _, C, H, W = x.shape
     stride = x.stride(3)

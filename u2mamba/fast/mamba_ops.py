@@ -1,7 +1,7 @@
-"""What stands around Mamba's scan, in Triton: the short convolution with its SiLU, and the RMSNorm of the result.
+"""The operations around Mamba's scan in Triton: the short convolution with its SiLU, and the RMSNorm of the result.
 
-PyTorch convolves, activates and differentiates in six passes. Here a pass reads and writes each number once (the
-backward of the convolution computes its output again).
+PyTorch needs six passes over memory for the convolution. Here each pass reads and writes every number once; the
+backward pass of the convolution recomputes its output.
 """
 
 import torch
@@ -11,8 +11,8 @@ from u2mamba.fast.launch import constexpr, jit, on_device, require, tl, triton
 
 WARPS = 4
 PER_THREAD = 16  # numbers of a tile that a thread holds
-STEPS = 1024  # tokens of a tile of the convolution, at most
-NORM_STEPS = 64  # and of the norm, whose tiles hold all rows: of up to 1,024 not below 16 tokens
+STEPS = 1024  # max tokens of a tile of the convolution
+NORM_STEPS = 64  # max tokens of a tile of the norm, which holds all rows: at least 16 for up to 512 rows
 
 
 @jit()
@@ -102,12 +102,13 @@ class _ConvSiLU(torch.autograd.Function):
         return dx, sums[:K].t().reshape(weight.shape).to(weight.dtype), sums[K].to(bias.dtype)
 
 
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SiLU of each row convolved with its own taps, causally: (B, d, L), (d, 1, K), (d) -> (B, d, L).
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """SiLU of the causal depthwise convolution: (B, d, L), its tokens contiguous, (d, 1, K), (d) -> (B, d, L).
 
-    Tokens side by side in memory. Raises Unsupported.
+    Raises Unsupported.
     """
-    require(x, layout=x.stride(2) == 1 and weight.is_contiguous(), weight=weight.shape[:2] == (x.shape[1], 1))
+    fits = weight.shape[:2] == (x.shape[1], 1) and bias is not None
+    require(x, layout=x.stride(2) == 1 and weight.is_contiguous(), weight=fits)
     return _ConvSiLU.apply(x, weight, bias)
 
 

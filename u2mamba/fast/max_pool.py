@@ -1,7 +1,6 @@
 """2x2 max pooling (Triton, channels_last), as PyTorch's `max_pool2d(2, 2, ceil_mode=True)`.
 
-Each kernel works on tiles of windows, and gathers: an output is written once, so gradients need no atomic adds and are
-the same in every run.
+The kernel works on tiles of windows and writes each output once: gradients need no atomic adds and are deterministic.
 """
 
 import torch
@@ -9,22 +8,6 @@ from torch import Tensor
 
 from u2mamba.fast.launch import as_channels_last_rows, constexpr, jit, on_device, require, tl
 from u2mamba.fast.upsample import tile_of_program, tiles
-
-
-@jit()
-def _pool_windows(program, blocks, H, W, C, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
-    """A program's 2x2 windows: pixels and pooled pixels of the images before (64 bits wide, what follows is not), the
-    first pixel of each window, its pooled pixel, channels, and which of the four pixels there are."""
-    Hp = (H + 1) // 2
-    Wp = (W + 1) // 2
-    image, h, w, inside, cols = tile_of_program(program, blocks, Hp, Wp, TH, TW, BLOCK_C)
-    cols = cols[None, :]
-    ok00 = inside[:, None] & (cols < C)
-    ok01 = ok00 & (2 * w + 1 < W)[:, None]
-    ok10 = ok00 & (2 * h + 1 < H)[:, None]
-    pixel = (2 * h * W + 2 * w)[:, None]
-    place = (h * Wp + w)[:, None]
-    return image * H * W, image * Hp * Wp, pixel, place, cols, ok00, ok01, ok10, ok01 & ok10
 
 
 @jit()
@@ -39,27 +22,10 @@ def _load_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, other):
 
 
 @jit()
-def _store_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, v00, v01, v10, v11):
-    at = x + pixel * S + cols
-    tl.store(at, v00, mask=ok00)
-    tl.store(at + S, v01, mask=ok01)
-    tl.store(at + W * S, v10, mask=ok10)
-    tl.store(at + W * S + S, v11, mask=ok11)
-
-
-@jit()
 def _later(best, which, value, k: constexpr):
-    """The maximum so far and its place, and one value more."""
+    """The maximum so far and its place, after one more value: as in PyTorch the first of equals, the last NaN."""
     wins = (value > best) | (value != value)
     return tl.where(wins, value, best), tl.where(wins, k, which)
-
-
-@jit()
-def _largest(v00, v01, v10, v11):
-    """The maximum of each window and its place, as PyTorch takes it: the first of equals, the last NaN."""
-    best, which = _later(v00, tl.zeros_like(v00).to(tl.int32), v01, 1)
-    best, which = _later(best, which, v10, 2)
-    return _later(best, which, v11, 3)
 
 
 @jit("H", "W", "blocks")
@@ -69,10 +35,18 @@ def _max_pool(
 ):  # fmt: skip
     """Forward writes y and the place of each maximum in its window; BACKWARD reads the places and writes dx, to which
     SKIP adds dskip, whose pixels are S apart."""
-    before, pooled_before, pixel, place, cols, ok00, ok01, ok10, ok11 = _pool_windows(
-        tl.program_id(0), blocks, H, W, C, TH, TW, BLOCK_C
-    )
-    pooled = pooled_before * C + place * C + cols
+    Hp = (H + 1) // 2
+    Wp = (W + 1) // 2
+    image, h, w, inside, cols = tile_of_program(tl.program_id(0), blocks, Hp, Wp, TH, TW, BLOCK_C)
+    cols = cols[None, :]
+    ok00 = inside[:, None] & (cols < C)
+    ok01 = ok00 & (2 * w + 1 < W)[:, None]
+    ok10 = ok00 & (2 * h + 1 < H)[:, None]
+    pixel = (2 * h * W + 2 * w)[:, None]
+    place = (h * Wp + w)[:, None]
+    before = image * H * W  # pixels of the images before, in 64 bits; within an image 32 bits suffice
+    pooled = image * Hp * Wp * C + place * C + cols
+    ok11 = ok01 & ok10
     if BACKWARD:
         which = tl.load(places + pooled, mask=ok00, other=0)
         g = tl.load(dy + pooled, mask=ok00, other=0.0).to(tl.float32)
@@ -86,10 +60,16 @@ def _max_pool(
             g01 += s01
             g10 += s10
             g11 += s11
-        _store_windows(dx + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, g00, g01, g10, g11)
+        at = dx + before * C + pixel * C + cols
+        tl.store(at, g00, mask=ok00)
+        tl.store(at + C, g01, mask=ok01)
+        tl.store(at + W * C, g10, mask=ok10)
+        tl.store(at + W * C + C, g11, mask=ok11)
     else:
         v00, v01, v10, v11 = _load_windows(x + before * C, pixel, cols, W, C, ok00, ok01, ok10, ok11, float("-inf"))
-        best, which = _largest(v00, v01, v10, v11)
+        best, which = _later(v00, tl.zeros_like(v00).to(tl.int32), v01, 1)
+        best, which = _later(best, which, v10, 2)
+        best, which = _later(best, which, v11, 3)
         tl.store(y + pooled, best, mask=ok00)
         tl.store(places + pooled, which.to(tl.uint8), mask=ok00)
 
@@ -103,7 +83,7 @@ class _MaxPool(torch.autograd.Function):
         n, c, h, w = x.shape
         shape = (n, c, -(-h // 2), -(-w // 2))
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        places = torch.empty_like(y, dtype=torch.uint8)  # an eighth of x, which need not be kept for the backward pass
+        places = torch.empty_like(y, dtype=torch.uint8)  # kept for backward in place of x, which is 8 times as large
         ctx.save_for_backward(places)
         ctx.shape = x.shape
         grid, blocks, sizes = tiles(x, c, *y.shape[2:])
@@ -130,10 +110,9 @@ class _MaxPool(torch.autograd.Function):
 
 
 def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`F.max_pool2d(x, 2, 2, ceil_mode=True)` and x for the skip connection, which has to be used in place of x.
+    """`F.max_pool2d(x, 2, 2, ceil_mode=True)`, and x, for the skip connection: one kernel adds the gradients.
 
-    The gradients of both are added in one kernel. That of the pooling goes to the first maximum of a window, as in
-    PyTorch. x: (B, C, H, W), channels_last. Raises Unsupported.
+    x: (B, C, H, W), channels_last. Raises Unsupported.
     """
     require(x, channels_last=True)
     return _MaxPool.apply(x)

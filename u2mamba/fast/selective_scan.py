@@ -2,12 +2,11 @@
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t        y_t = C_t · h_t + D u_t,  times SiLU(z_t) where a gate z is given
 
-The length is cut into chunks. `_chunk_states` computes what each chunk makes of a zero start,
-`_propagate_chunk_states` runs over the chunks and leaves the state at the start of each; then `_scan` does all chunks
-at once. Backward does the same from the end with the gradient of the state, and `_scan_backward` walks each chunk both
-ways. A single chunk needs neither of the first two. States within a chunk are recomputed in the backward pass; kept
-are those at the chunks' starts: n / chunk fp32 numbers per element, 6 % of u, delta, z and y in bf16 at n = 16 and a
-chunk of 128.
+The length is cut into chunks. `_chunk_states` computes each chunk's last state from a zero start,
+`_propagate_chunk_states` turns these into the state at the start of each chunk; then `_scan` does all chunks at once.
+Backward does the same from the end with the gradient of the state, and `_scan_backward` walks each chunk both ways. A
+single chunk needs neither of the first two. Only the states at the chunks' starts are kept for the backward pass, which
+recomputes the others: n / chunk fp32 numbers per element, 6 % of u, delta, z and y in bf16 at n = 16, chunk 128.
 """
 
 import math
@@ -22,20 +21,17 @@ from u2mamba.fast.scan_kernels import triton
 
 
 class Tiles(NamedTuple):
-    """Sizes for one call: (K, LANES, R) of each kernel, explained in `scan_kernels`; the chunk, K * LANES, is common.
-
-    `groups`: blocks of rows that one backward program goes through, adding up dB and dC on its way; None: as many as
-    leave PROGRAMS programs. Each of the ceil(d / (groups * R * 32 / LANES)) parts of dB and dC costs memory and time.
-    """
+    """Sizes (K, LANES, R) of each kernel, explained in `scan_kernels`; the chunk, K * LANES, is common."""
 
     states: tuple[int, int, int]
     scan: tuple[int, int, int]
     backward: tuple[int, int, int]
-    groups: int | None = None
 
 
-PROGRAMS = 2048  # about four warps for each of the 528 schedulers of an H100
-STATES_UNROLL = 32  # chunks whose states are on their way at once
+# Backward programs to keep busy, about four warps for each of the 528 schedulers of an H100. With more blocks of rows,
+# a program goes through several and adds up their dB and dC: each part of these costs memory and time.
+PROGRAMS = 2048
+STATES_UNROLL = 32  # chunks whose states are loaded at once
 SUM_ROWS, SUM_TILE = 32, 4096  # of the launch that adds up dB and dC: parts at once, numbers of a program at once
 TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
     # `_scan_backward` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
@@ -45,35 +41,18 @@ TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kerne
 )
 
 
-def tiles_for(L: int) -> Tiles:
-    """The sizes used for a length of L."""
-    return next(tiles for longest, tiles in TABLE if longest >= L)
+def selective_scan_triton(u: Tensor, *others: Tensor | bool | None) -> Tensor:
+    """Run the scan above; arguments and gradients are those of `model.selective_scan.selective_scan` without `backend`.
 
-
-def selective_scan_triton(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> Tensor:
-    """Run the scan above; arguments and gradients are those of `model.selective_scan.selective_scan`.
-
-    u, delta, z: (b, d, L); A: (d, n), negative; B, C: (b, n, L); D, delta_bias: (d); fp32, bf16 or fp16, of any strides
-    (fastest with t contiguous and L a multiple of 8). Returns (b, d, L) in u's dtype; state and sums are fp32.
-    Raises launch.Unsupported without Triton, for another dtype, or for tensors that are not on a CUDA device;
-    ValueError where d * L reaches 2^31.
+    Tensors are fp32, bf16 or fp16, of any strides (fastest with t contiguous and L a multiple of 8); state and sums are
+    fp32. Raises Unsupported where Triton cannot run, ValueError where d * L reaches 2^31.
     """
     require(u)
-    return _SelectiveScan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _SelectiveScan.apply(u, *others)
 
 
 def _vector(L: int, K: int, tensors: tuple[Tensor, ...]) -> int:
-    """Steps that one load instruction (16 bytes) may bring: they must lie side by side, and aligned, in all tensors."""
+    """Steps that one load instruction (16 bytes) may bring: they must be contiguous and aligned in all tensors."""
     sizes = [L, K, *(16 // x.element_size() for x in tensors)]
     for x in tensors:
         sizes += [x.stride(i) for i in (0, 1) if x.shape[i] > 1]
@@ -88,9 +67,7 @@ def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes
     K, lanes, R = tile
     rows = R * 32 // lanes * groups
     if max(d * L, *((x.shape[1] - 1) * x.stride(1) + (L - 1) * x.stride(2) for x in strided)) >= 2**31:
-        raise ValueError(
-            f"backend='triton' addresses 2^31 numbers of one image, which is less than {shape} (b, d, n, L)"
-        )
+        raise ValueError(f"backend='triton' addresses 2^31 numbers of an image, too few for {shape} (b, d, n, L)")
     V = _vector(L, K, strided)
     strides = [s if V == 1 or i == 2 else s // V for x in strided for i, s in enumerate(x.stride())]
     kernel[-(-L // (K * lanes)), -(-d // rows), b](
@@ -99,114 +76,74 @@ def _launch(kernel, tile: tuple[int, int, int], shape, pointers, strided, *sizes
     )  # fmt: skip
 
 
-def _propagate_chunk_states(ends: Tensor, delta_sums: Tensor, A: Tensor, reverse: bool) -> None:
-    (b, chunks, table, d), n = ends.shape, A.shape[1]
-    sizes = {"UNROLL": STATES_UNROLL, "REVERSE": reverse, "num_warps": 1, "num_stages": 1}
+def _states(tile, shape, strided, A: Tensor, bias: Tensor, ends: Tensor, delta_sums: Tensor, REVERSE: bool, **flags):
+    """Writes the state at each chunk's start (REVERSE: its gradient at the end) to ends (b, chunks, n or n + 2, d)."""
+    (b, d, n, _), (_, chunks, table, _) = shape, ends.shape
+    pointers = (*strided, A, bias, ends, delta_sums)
+    _launch(scan_kernels._chunk_states, tile, shape, pointers, strided, table, REVERSE=REVERSE, **flags)
+    sizes = {"UNROLL": STATES_UNROLL, "REVERSE": REVERSE, "num_warps": 1, "num_stages": 1}
     scan_kernels._propagate_chunk_states[-(-n * d // 32), b](ends, delta_sums, A, d, n, chunks, table, **sizes)
 
 
-def _chunks(u: Tensor, A: Tensor, tiles: Tiles | None = None) -> tuple[Tiles, int]:
-    tiles = tiles or tiles_for(u.shape[2])
-    return tiles, -(-u.shape[2] // (tiles.scan[0] * tiles.scan[1]))
-
-
-def _vectors(A: Tensor, D: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A in fp32, D and the bias; A takes the place of what is missing (a flag tells the kernel)."""
+def _prepare(u: Tensor, A: Tensor, D: Tensor | None, bias: Tensor | None):
+    """The shape (b, d, n, L), tiles, number of chunks, A in fp32, D and bias (A for one that is None, and unused)."""
+    shape = (u.shape[0], *A.shape, u.shape[2])
+    tiles = next(tiles for longest, tiles in TABLE if longest >= shape[3])
     A = A.float().contiguous()
-    return A, A if D is None else D.contiguous(), A if bias is None else bias.contiguous()
-
-
-def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    softplus: bool, tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and for `backward` h at the start of each chunk (b, chunks, n, d) and the chunks' sums of Δ (b, chunks, d)."""
-    shape = (b, d, n, L) = (u.shape[0], *A.shape, u.shape[2])
-    tiles, chunks = _chunks(u, A, tiles)
-    kept = b if chunks > 1 else 0
-    y = torch.empty((b, d, L), dtype=u.dtype, device=u.device)
-    starts = torch.empty((kept, chunks, n, d), dtype=torch.float32, device=u.device)
-    delta_sums = torch.empty((kept, chunks, d), dtype=torch.float32, device=u.device)
-    flags = {"BIAS": bias is not None, "SOFTPLUS": softplus}
-    skip, gated, gate = D is not None, z is not None, u if z is None else z
-    A, D, bias = _vectors(A, D, bias)
-    with on_device(u):
-        if kept:
-            strided = (u, B, delta, u)
-            pointers = (*strided, A, bias, starts, delta_sums)
-            _launch(
-                scan_kernels._chunk_states,
-                tiles.states,
-                shape,
-                pointers,
-                strided,
-                n,
-                GATE=False,
-                REVERSE=False,
-                **flags,
-            )
-            _propagate_chunk_states(starts, delta_sums, A, False)
-        pointers = (u, delta, A, B, C, D, gate, bias, y, starts)
-        _launch(
-            scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate),
-            GATE=gated, SKIP=skip, STARTS=kept > 0, **flags,
-        )  # fmt: skip
-    return y, starts, delta_sums
-
-
-def backward(
-    dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    bias: Tensor | None, starts: Tensor, delta_sums: Tensor, softplus: bool, tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """du, ddelta, dz (empty without z), dB and dC (2, b, n, L), and (n + 2, d) fp32: dA transposed, dD, dbias."""
-    shape = (b, d, n, L) = (u.shape[0], *A.shape, u.shape[2])
-    tiles, chunks = _chunks(u, A, tiles)
-    blocks = -(-d // (tiles.backward[2] * 32 // tiles.backward[1]))
-    groups = min(blocks, tiles.groups or max(1, b * chunks * blocks // PROGRAMS))
-    splits = -(-blocks // groups)
-    flags = {"BIAS": bias is not None, "SOFTPLUS": softplus, "GATE": z is not None}
-    skip, gate = D is not None, u if z is None else z
-    A, D, bias = _vectors(A, D, bias)
-    du, ddelta = (torch.empty((b, d, L), dtype=x.dtype, device=u.device) for x in (u, delta))
-    dz = torch.empty((b, d, L) if z is not None else (0,), dtype=gate.dtype, device=u.device)
-    dBC = torch.empty((2, b, n, L), dtype=B.dtype if B.dtype == C.dtype else torch.float32, device=u.device)
-    sums = torch.empty((b, chunks, n + 2, d), dtype=torch.float32, device=u.device)
-    part = dBC
-    if splits > 1 or (groups > 1 and dBC.dtype != torch.float32):
-        part = torch.empty((splits, 2, b, n, L), dtype=torch.float32, device=u.device)
-    with on_device(u):
-        if chunks > 1:
-            strided = (dy, C, delta, gate)
-            pointers = (*strided, A, bias, sums, delta_sums)
-            _launch(scan_kernels._chunk_states, tiles.states, shape, pointers, strided, n + 2, REVERSE=True, **flags)
-            _propagate_chunk_states(sums, delta_sums, A, True)
-        pointers = (dy, u, delta, A, B, C, D, gate, bias, starts, sums, du, ddelta, dz, part, dBC)
-        _launch(
-            scan_grads._scan_backward, tiles.backward, shape, pointers, (dy, u, delta, B, C, gate), groups,
-            groups=groups, SKIP=skip, STARTS=chunks > 1, SPLIT=splits > 1, **flags,
-        )  # fmt: skip
-        if splits > 1:
-            size, rows = dBC.numel(), min(SUM_ROWS, triton.next_power_of_2(splits))
-            block = SUM_TILE // rows
-            scan_grads._add_splits[(-(-size // block),)](part, dBC, size, splits, ROWS=rows, BLOCK=block, num_warps=4)
-        sums = sums.sum((0, 1))
-    return du, ddelta, dz, dBC, sums
+    vectors = (A if v is None else v.contiguous() for v in (D, bias))
+    return shape, tiles, -(-shape[3] // (tiles.scan[0] * tiles.scan[1])), A, *vectors
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus):
-        y, starts, delta_sums = forward(u, delta, A, B, C, D, z, bias, softplus)
+        shape, tiles, chunks, A32, skip, shift = _prepare(u, A, D, bias)
+        b, d, n, L = shape
+        kept = b if chunks > 1 else 0
+        y = torch.empty((b, d, L), dtype=u.dtype, device=u.device)
+        starts = torch.empty((kept, chunks, n, d), dtype=torch.float32, device=u.device)
+        delta_sums = torch.empty((kept, chunks, d), dtype=torch.float32, device=u.device)
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, starts, delta_sums)
-        ctx.softplus = softplus
+        ctx.flags = {"BIAS": bias is not None, "SOFTPLUS": softplus}
+        gate = u if z is None else z
+        with on_device(u):
+            if kept:
+                _states(tiles.states, shape, (u, B, delta, u), A32, shift, starts, delta_sums, False, GATE=False,
+                        **ctx.flags)  # fmt: skip
+            pointers = (u, delta, A32, B, C, skip, gate, shift, y, starts)
+            _launch(scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate),
+                    GATE=z is not None, SKIP=D is not None, STARTS=kept > 0, **ctx.flags)  # fmt: skip
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        _, _, A, B, C, D, z, bias, *_ = ctx.saved_tensors
-        du, ddelta, dz, dBC, sums = backward(dy, *ctx.saved_tensors, ctx.softplus)
-        n = A.shape[1]
+        u, delta, A, B, C, D, z, bias, starts, delta_sums = ctx.saved_tensors
+        shape, tiles, chunks, A32, skip, shift = _prepare(u, A, D, bias)
+        b, d, n, L = shape
+        blocks = -(-d // (tiles.backward[2] * 32 // tiles.backward[1]))
+        groups = min(blocks, max(1, b * chunks * blocks // PROGRAMS))
+        splits = -(-blocks // groups)
+        flags = ctx.flags | {"GATE": z is not None}
+        gate = u if z is None else z
+        du, ddelta = (torch.empty((b, d, L), dtype=x.dtype, device=u.device) for x in (u, delta))
+        dz = torch.empty((b, d, L) if z is not None else (0,), dtype=gate.dtype, device=u.device)
+        dBC = torch.empty((2, b, n, L), dtype=B.dtype if B.dtype == C.dtype else torch.float32, device=u.device)
+        sums = torch.empty((b, chunks, n + 2, d), dtype=torch.float32, device=u.device)  # of dA transposed, dD, dbias
+        part = dBC
+        if splits > 1 or (groups > 1 and dBC.dtype != torch.float32):
+            part = torch.empty((splits, 2, b, n, L), dtype=torch.float32, device=u.device)
+        with on_device(u):
+            if chunks > 1:
+                _states(tiles.states, shape, (dy, C, delta, gate), A32, shift, sums, delta_sums, True, **flags)
+            pointers = (dy, u, delta, A32, B, C, skip, gate, shift, starts, sums, du, ddelta, dz, part, dBC)
+            _launch(scan_grads._scan_backward, tiles.backward, shape, pointers, (dy, u, delta, B, C, gate), groups,
+                    groups=groups, SKIP=D is not None, STARTS=chunks > 1, SPLIT=splits > 1, **flags)  # fmt: skip
+            if splits > 1:
+                size, rows = dBC.numel(), min(SUM_ROWS, triton.next_power_of_2(splits))
+                block, grid = SUM_TILE // rows, (-(-size // (SUM_TILE // rows)),)
+                scan_grads._add_splits[grid](part, dBC, size, splits, ROWS=rows, BLOCK=block, num_warps=4)
+            sums = sums.sum((0, 1))
         dA, (dB, dC) = sums[:n].T.to(A.dtype), dBC
         dD = None if D is None else sums[n].to(D.dtype)
         dbias = None if bias is None else sums[n + 1].to(bias.dtype)

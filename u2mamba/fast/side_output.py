@@ -1,10 +1,10 @@
-"""The 3x3 convolution to one channel that makes a side output, channels_last.
+"""The 3x3 convolution to the one channel of a side output, channels_last.
 
-One output channel leaves a matrix unit idle, and cuDNN, which fills it up with nothing, takes four times as long as
-reading the input does. Here the input is read once and a gradient is written once.
+One output channel leaves most of a matrix unit idle, and cuDNN takes four times as long as reading the input. Here the
+input is read once and a gradient is written once.
 
 y(p) = bias + sum over the taps k and the channels c of x(p + o_k, c) w(k, c), with the nine offsets o_k around p; hence
-dx(p, c) = sum over k of dy(p - o_k) w(k, c), and dw(k, c) = sum over p of x(p, c) dy(p - o_k). With the nine neighbours
+dx(p, c) = sum over k of dy(p - o_k) w(k, c), and dw(k, c) = sum over p of x(p, c) dy(p - o_k). With the nine neighbors
 of each dy in a row, N (pixels, 9), both are matrix products: dx = N w, dw = N^T x.
 """
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from u2mamba.fast.launch import constexpr, jit, on_device, require, sm_count, tl, triton
 
-MAX_C = 128  # channels: beyond, maps are small and cuDNN does well
+MAX_C = 128  # channels: above, maps are small and cuDNN is fast
 PIXELS, PIXELS_BACK, WARPS = 32, 64, 4  # of a program's tile, forward and backward; more spill registers
-PROGRAMS = 8  # of backward, per multiprocessor: each leaves one (16, C) share of the weight's gradient
+PROGRAMS = 8  # of backward, per multiprocessor: each writes one (16, C) part of the weight's gradient
 
 
 @jit("H", "W", "M")
@@ -107,10 +107,9 @@ class _SideOutput(torch.autograd.Function):
 
 
 def side_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)` to one channel: (B, C, H, W), (1, C, 3, 3), (1,) -> (B, 1, H, W).
+    """`F.conv2d(x, weight, bias, padding=1)`: (B, C, H, W), (1, C, 3, 3), (1,) -> (B, 1, H, W), sums in fp32.
 
-    Sums in fp32, the result and x's gradient in x's dtype. x: channels_last, of at most MAX_C channels. Raises
-    Unsupported.
+    x: channels_last, of at most MAX_C channels. Raises Unsupported.
     """
     require(x, channels_last=True, channels=x.shape[1] <= MAX_C, weight=weight.shape == (1, x.shape[1], 3, 3))
     return _SideOutput.apply(x, weight.to(x.dtype), bias)

@@ -1,7 +1,7 @@
 """The training step of engine/step.py, faster: one CUDA graph, weights in bf16, weight gradients on a second stream.
 
 U²-Net launches some 5,000 kernels a step, and the CPU cannot launch them as fast as the GPU runs them; a graph replays
-them all. On a CPU the step runs as it is.
+them all. On a CPU the step runs unmodified.
 """
 
 import contextlib
@@ -34,29 +34,27 @@ class TrainStep(step.TrainStep):
         if self.captures:
             # one for all: the allocator keeps memory apart for each stream that ever ran a step
             self.capture_stream = torch.cuda.Stream(self.device)
-            if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-                torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(
-                    False
-                )  # the streams are joined by hand
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
     def _set_up(self) -> None:
         super()._set_up()
         self.graph, self.eager_steps = None, 0
-        layers = [m for m in self._modules if self.ops and _runs_in_bf16(m)]
-        self.copies = {
-            m.weight: m.weight.detach().to(torch.bfloat16).requires_grad_(m.weight.requires_grad) for m in layers
-        }
+        fused = [m.weight for m in self._modules if isinstance(m, nn.Linear)]  # Mamba's projections
+        fused += [m.weight for m in self._modules if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        weights = fused if self.ops else []  # what the fused operations use in bf16
+        self.copies = {w: w.detach().to(torch.bfloat16).requires_grad_(w.requires_grad) for w in weights}
 
     def _run(self, images: Tensor, masks: Tensor) -> None:
         if self.device.type != "cuda":
             super()._run(images, masks)
             return
         if self.shape is None or images.shape[2:] != self.shape[2:]:
-            self._compile_kernels(images, masks)
+            self._compile_kernels(images)
         if self.graph and images.shape == self.images.shape:
-            self._copy_learning_rates()
+            for group, captured in zip(self.optimizer.param_groups, self.rates, strict=True):
+                captured.fill_(group["lr"])  # which a user or a scheduler may have set, for any group
             self.images.copy_(images)
             self.masks.copy_(masks)
             self.graph.replay()
@@ -66,24 +64,24 @@ class TrainStep(step.TrainStep):
             self._eager_step(images, masks)
         self.shape = images.shape
 
-    def _compile_kernels(self, images: Tensor, masks: Tensor) -> None:
-        """Compiles the Triton kernels of a step side by side, by a step of a copy of the network thrown away after.
+    def _compile_kernels(self, images: Tensor) -> None:
+        """Compiles the Triton kernels of a step in parallel, by a forward and backward pass of a copy of the network.
 
-        The sum of the outputs replaces the loss, which must not see memory that nothing wrote.
+        It uses the sum of the outputs as the loss: the real one must not see uninitialized memory.
         """
-        net, (images, _) = copy.deepcopy(self.net), next(self._micro_batches(images, masks))
+        net = copy.deepcopy(self.net)
         with compile_only():
             with self.env.autocast():
-                outputs = net(images, logits=True)
+                outputs = net(images.chunk(self.grad_accum_steps)[0], logits=True)
             total = sum(d.float().sum() for d in (outputs if isinstance(outputs, (tuple, list)) else [outputs]))
             if total.requires_grad:
                 with torch.autograd.set_multithreading_enabled(False):
                     total.backward()
 
     def _eager_step(self, images: Tensor, masks: Tensor) -> None:
-        """On a stream of its own, as PyTorch requires before a capture: gradients must not belong to the default one.
+        """On a side stream, as PyTorch requires before a capture: gradients must not belong to the default stream.
 
-        The last step before the capture finds what waits for the GPU, which a graph cannot contain.
+        The last step before the capture looks for calls that wait for the GPU, which a graph cannot contain.
         """
         last = self.captures and self.eager_steps == EAGER_STEPS - 1
         stream, places = self.capture_stream, []
@@ -105,13 +103,13 @@ class TrainStep(step.TrainStep):
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         self.rates = [torch.tensor(float(rate), device=self.device) for rate in rates]
-        torch.cuda.empty_cache()  # the graph's memory is its own: what the eager steps took would stay beside it
+        torch.cuda.empty_cache()  # the graph has memory of its own: that of the eager steps would stay reserved
         graph = torch.cuda.CUDAGraph()
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
         try:
-            # thread_local: NCCL's own thread may ask for the state of an earlier all-reduce meanwhile
-            # and the outer context comes back to this stream also after an error
+            # thread_local: NCCL's own thread may query an earlier all-reduce meanwhile; the outer context restores
+            # this stream also after an error
             here = torch.cuda.stream(torch.cuda.current_stream(self.device))
             with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step(self.images, self.masks)
@@ -128,17 +126,9 @@ class TrainStep(step.TrainStep):
         else:
             self._eager_step(images, masks)
 
-    def _copy_learning_rates(self) -> None:
-        """The user, or a scheduler, may have set any group's."""
-        for group, captured in zip(self.optimizer.param_groups, self.rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                captured.copy_(group["lr"])
-            else:
-                captured.fill_(group["lr"])
-
     def _step(self, images: Tensor, masks: Tensor) -> None:
         self.first_part = True
-        if self.copies:  # all in a few kernels, where autocast takes one for each
+        if self.copies:  # all in a few kernels, where autocast launches one for each
             with torch.no_grad():
                 torch._foreach_copy_([*self.copies.values()], [*self.copies])
         super()._step(images, masks)
@@ -177,11 +167,6 @@ class TrainStep(step.TrainStep):
             copy_or_add([weight.grad for weight, _ in used], [copied.grad for _, copied in used])
         for _, copied in used:
             copied.grad = None
-
-
-def _runs_in_bf16(layer: nn.Module) -> bool:
-    """Whether the fused operations take the layer's weight in bf16: 3x3 convolutions, and Mamba's projections."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Bilinear upsampling into a concatenation (Triton, channels_last), and upsampling by matrix products.
 
-Both follow PyTorch's `interpolate(mode="bilinear", align_corners=False)`. Each kernel works on tiles of TH x TW pixels
-by BLOCK_C channels, and gathers: an output is written once, so gradients need no atomic adds and are the same in every
-run.
+Both follow PyTorch's `interpolate(mode="bilinear", align_corners=False)`. Each kernel gathers, in tiles of TH x TW
+pixels by BLOCK_C channels: an output is written once, so gradients need no atomic adds and are deterministic.
 
 Output pixel o of n_out reads from s = (o + 1/2) * n_in / n_out - 1/2, clamped to [0, n_in - 1]. The kernels keep the
 integer 2 * n_out * s, so that forward and backward agree on every weight to the last bit.
@@ -23,7 +22,7 @@ MAX_BLOCK_C = 64  # channels of a tile; 64 bf16 numbers are one 128-byte line
 
 @jit()
 def tile_of_program(program, blocks, H, W, TH: constexpr, TW: constexpr, BLOCK_C: constexpr):
-    """A program's tile of a (B, H, W, C) tensor: image, rows, columns, whether inside, channels."""
+    """A program's tile of a (B, H, W, C) tensor: image, rows, columns, which pixels are inside, channels."""
     tile = program // blocks
     tiles_w = tl.cdiv(W, TW)
     tiles_h = tl.cdiv(H, TH)
@@ -126,9 +125,10 @@ class _UpsampleCat(torch.autograd.Function):
 def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
     """x (B, C, H, W) upsampled to skip's size (B, D, H', W') and concatenated with it: (B, C + D, H', W').
 
-    For channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W. Raises Unsupported for others.
+    For channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W, not both equal. Raises Unsupported.
     """
     ratio = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
+    ratio = ratio and x.shape[2:] != skip.shape[2:]
     require(x, channels_last=True, ratio=ratio, pair=x.dtype == skip.dtype and x.shape[0] == skip.shape[0])
     require(skip, channels_last=True)
     return _UpsampleCat.apply(x, skip)
@@ -137,7 +137,7 @@ def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _matrix(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n_out, n_in) matrix whose product with a column is that column interpolated."""
-    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode could not serve training later
+    with torch.inference_mode(False), torch.no_grad():  # training could not use a tensor of inference mode
         eye = torch.eye(n_in, dtype=dtype, device=device)
         return F.interpolate(eye[None], size=n_out, mode="linear", align_corners=False)[0].t().contiguous()
 
@@ -145,9 +145,9 @@ def _matrix(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> 
 def upsample_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     """x (B, C, H, W) upsampled to `size`, any ratio, as two products with fixed matrices: rows, then columns.
 
-    Computed in fp32 (fp64 for fp64), whatever autocast says, and rounded to x's dtype. Made for few channels and large
-    ratios, where the gradient of `F.interpolate` adds into each source pixel from many threads. Call it once for each
-    size before a CUDA graph is captured: that makes the matrices. Where matrix products run in TF32, so does this.
+    Computed in fp32 (fp64 for fp64), also under autocast, and rounded to x's dtype. Meant for few channels and large
+    ratios, where the gradient of `F.interpolate` adds to each source pixel from many threads. The first call for each
+    size creates the matrices, so it must precede the capture of a CUDA graph. TF32, where allowed, applies here too.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
