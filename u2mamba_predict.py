@@ -37,7 +37,8 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from u2mamba.dataset.decode import BadFile
+from u2mamba.dataset.decode import BadFile, read_alpha
+from u2mamba.dataset.image_file import PNG_TEXT
 from u2mamba.dataset.pairs import IMAGE_TYPES, truncate_list
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.foreground import foreground_colors
@@ -121,10 +122,11 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
     path = Path(word)
     if os.path.exists(word):  # False, not an error, for a name that is too long
         return path if path.is_dir() else path.parent, [path]
-    matches = [Path(m) for m in sorted(glob.glob(word, recursive=True))]
-    if not matches:
-        raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])), matches
+    for pattern, magic in ((word, {*"*?["}), (word.replace("[", "[[]"), {*"*?"})):  # a folder may be called trip[1]
+        if matches := [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]:
+            base = itertools.takewhile(magic.isdisjoint, path.parts[:-1])
+            return Path(*base), matches
+    raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
 
 
 def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
@@ -133,8 +135,10 @@ def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    seen: set[Path] = set()  # linked folders are followed, each once, so that a circle ends
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(Path(root).resolve())
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in seen)
         for name in sorted(f for f in files if not f.startswith(".")):
             if name.lower().endswith(IMAGE_TYPES):
                 yield Path(root, name)
@@ -174,9 +178,11 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Confi
 
 
 def color_profile(path: Path) -> bytes | None:
-    """The ICC profile of the image's RGB values; without it the colors of a cut-out would change."""
+    """The ICC profile of the image's RGB values; without it the colors of a cut-out would change. None for one that
+    Pillow would refuse to read from a PNG."""
     with Image.open(path) as file:
-        return file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
+        profile = file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
+        return profile if profile and len(profile) <= PNG_TEXT else None
 
 
 def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
@@ -190,10 +196,13 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
         with held_image(source.image) if NEEDS_IMAGE & paths.keys() else contextlib.nullcontext() as image:
             saliency = resize_map(saliency, shape)
             for mode, path in paths.items():
+                shown, clear = saliency, read_alpha(source.image) if mode == "cutout" else None
+                if clear is not None:  # never less transparent than the image
+                    shown = np.minimum(saliency, clear / np.float32(255))
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
                 kind = {"format": "PNG", "compress_level": 1} if path.suffix == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
-                render(mode, saliency, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
+                render(mode, shown, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
                 atomic_write(path, encoded.getbuffer(), flush=False)
     except BadFile as error:
         return error

@@ -1,4 +1,5 @@
 """Official DUTS-TR -> the layout that the trainer reads: OUT/DUTS-TR/DUTS-TR/{im_aug,gt_aug}/.
+OUT is train_data in the current folder, where the trainer looks too.
 
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
@@ -36,12 +37,16 @@ MIRROR_QUALITY = 95  # of the flipped JPEGs
 
 
 def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
-    """File name -> entry, for each of FOLDERS. Raises DataError if a name leads out of the folder, or for a bomb."""
-    entries, total = {folder: {} for folder in FOLDERS}, 0
+    """File name -> entry, for each of FOLDERS, at any depth and in any case.
+
+    Raises DataError if a name leads out of the folder, or for a bomb.
+    """
+    entries, total = {folder.lower(): {} for folder in FOLDERS}, 0
     for entry in archive.infolist():
-        name = entry.orig_filename  # on Windows, `filename` has been cleaned up
+        # as old Windows tools write it; `filename` has been cleaned up on Windows
+        name = entry.orig_filename.replace("\\", "/")
         parts, total, problem = PurePosixPath(name).parts, total + entry.file_size, ""
-        if name.startswith("/") or "\\" in name or ":" in name or "\0" in name or ".." in parts:
+        if name.startswith("/") or ":" in name or "\0" in name or ".." in parts:
             problem = "leaves the folder"
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device"
@@ -51,8 +56,8 @@ def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
             problem = f"exceeds MAX_TOTAL = {MAX_TOTAL:,} bytes"
         if problem:
             raise DataError(f"{archive.filename}: refused, {name!r} in it {problem}; nothing was written")
-        if not entry.is_dir() and len(parts) > 1 and parts[-2] in entries and "__MACOSX" not in parts:
-            entries[parts[-2]][parts[-1]] = entry
+        if not name.endswith("/") and len(parts) > 1 and parts[-2].lower() in entries and "__MACOSX" not in parts:
+            entries[parts[-2].lower()][parts[-1]] = entry
     return list(entries.values())
 
 
@@ -86,21 +91,32 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
     """
     archive = None
     if source.is_dir():
-        home = next((home for home in (source, source / "DUTS-TR") if (home / FOLDERS[0]).is_dir()), source)
-        entries = [{path.name: path for path in (home / name).glob("*") if path.is_file()} for name in FOLDERS]
+        found = [source, *source.glob("*"), *source.glob("*/*")]
+        entries = [{} for _ in FOLDERS]
+        for home in found:
+            for name, files in zip(FOLDERS, entries, strict=True):
+                if home.name.lower() == name.lower():
+                    files.update({path.name: path for path in home.glob("*") if path.is_file()})
     else:
         try:
             archive = zipfile.ZipFile(source)
         except FileNotFoundError:
-            raise DataError(f"{source}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/") from None
+            raise DataError(
+                f"{source.absolute()}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
+            ) from None
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
         entries = zip_entries(archive)
     if not all(entries):
-        raise DataError(f"{source}: no files in folders {' and '.join(FOLDERS)} in it")
+        names, hint = archive.namelist() if archive else list(map(str, found)), ""
+        if any("duts-te" in name.lower() for name in names):
+            hint = ": this is the test set, DUTS-TE, for u2mamba_eval.py; training needs DUTS-TR"
+        elif zips := [name for name in names if name.lower().endswith(".zip")]:
+            hint = f": unpack {zips[0]}, and give that"
+        raise DataError(f"{source.absolute()}: no files in folders {' and '.join(FOLDERS)} in it{hint}")
     paired, unpaired = pair_names(*entries)
     if not paired:
-        raise DataError(f"{source}: no image in it has a mask of the same name")
+        raise DataError(f"{source}: no image in it has a mask of the same name{unpaired.near_miss}")
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)
@@ -141,8 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument("--out", type=path, default=Path(__file__).resolve().parent, help="default: %(default)s")
+    parser.add_argument("--out", type=path, default=Path("train_data"), help="default: %(default)s")
     args = parser.parse_args(arguments)
+    args.source, args.out = args.source.absolute(), args.out.absolute()  # for messages
     try:
         count, bad, unpaired = prepare(args.source, args.out, args.mirror)
     except OSError as error:

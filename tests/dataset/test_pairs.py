@@ -66,6 +66,14 @@ def test_unusable_folders_are_data_errors(tmp_path):
         open_folders(images, masks)
 
 
+@pytest.mark.parametrize("name", ["P000.png", "p000 .png", "p 000.png"])
+def test_names_that_differ_by_case_or_a_space_are_named(name, tmp_path):
+    images, masks = make_folders(tmp_path, 1, (8, 8))
+    (masks / "p000.png").rename(masks / name)
+    with pytest.raises(DataError, match=rf"'p000\.png' and '{name}' differ by case or by a space"):
+        pair_folders(images, masks)
+
+
 def test_no_pairs_says_what_there_is(tmp_path):
     images, masks = make_folders(tmp_path, 1)
     (masks / "p000.png").rename(masks / "p000_mask.png")

@@ -130,7 +130,7 @@ def test_a_zip_that_leaves_the_folder_is_refused_before_writing(tmp_path, capsys
         "/n9.jpg",
         "C:/n9.jpg",
         "DUTS-TR/DUTS-TR-Image/../../n9.jpg",
-        "DUTS-TR\\DUTS-TR-Image\\n9.jpg",
+        "..\\n9.jpg",
     ]
     link = zipfile.ZipInfo("DUTS-TR/DUTS-TR-Image/n9.jpg")
     link.external_attr = 0o120777 << 16
@@ -175,5 +175,32 @@ def test_unusable_sources_as_a_user_runs_it(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
+        f"error: {tmp_path}/missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
     ]
+
+
+@pytest.mark.parametrize("root", ["a/b/DUTS-TR/", "x/"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_folders_that_lie_deeper_or_in_lower_case_are_found(root, zipped, tmp_path):
+    content = {name.lower(): data for name, data in members(root=root[-8:] if not zipped else root).items()}
+    source = make_zip(tmp_path / "DUTS-TR.zip", content)
+    if not zipped:
+        zipfile.ZipFile(source).extractall(source := tmp_path / "unpacked")
+    assert command(source, tmp_path / "out") == 0
+    assert len(list((tmp_path / "out/DUTS-TR/DUTS-TR/im_aug").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"DUTS-TE/DUTS-TE-Image/a.jpg": b"", "DUTS-TE/DUTS-TE-Mask/a.png": b""}, "this is the test set, DUTS-TE"),
+        ({"download/DUTS-TR.zip": b""}, "unpack download/DUTS-TR.zip, and give that"),
+        (
+            {"DUTS-TR-Image/ILSVRC 1.jpg": b"", "DUTS-TR-Mask/ilsvrc1.png": b""},
+            "'ILSVRC 1.jpg' and 'ilsvrc1.png' differ by case or by a space",
+        ),
+    ],
+)
+def test_what_is_there_instead_is_named(content, says, tmp_path, capsys):
+    assert command(make_zip(tmp_path / "source.zip", content), tmp_path / "out") == 2
+    assert says in capsys.readouterr().err

@@ -219,7 +219,8 @@ def open_data(
         fingerprint = zlib.crc32(content.encode(errors="surrogateescape"), fingerprint)
     log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")
     if len(sources[0]) < processes:
-        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed")
+        held_out = f"; {len(sources[1])} are for validation, by a hash of their names" if len(sources[1]) else ""
+        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed{held_out}")
     if not len(sources[1]):
         log(
             "warning: no validation pairs (by default a hash of the file name selects 5 %): no validation scores, no "

@@ -14,15 +14,24 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from u2mamba.dataset.image_file import DECODE_BUDGET, BadFile, DataError, errors_as_bad_file, open_image
-from u2mamba.dataset.masks import IDENTITY, OBJECT, MaskKind, MaskRule, classify, is_flat, table
+from u2mamba.dataset.image_file import (
+    DECODE_BUDGET,
+    FULL_RANGES,
+    BadFile,
+    DataError,
+    errors_as_bad_file,
+    load_pixels,
+    open_image,
+    raw_mode,
+    to_bytes,
+)
+from u2mamba.dataset.masks import OBJECT, MaskKind, MaskRule, RawMask, classify, is_flat
 
 T = TypeVar("T")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
 COLORED = 16  # a pixel's channels differ by more: chroma of a lossy file does not count
-FULL_RANGES = 255, 1023, 4095, 16383, 65535  # of 8, 10, 12, 14 and 16 bits stored in 16
 
 
 def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -44,40 +53,24 @@ def _orientation(file: Image.Image) -> int:
         return 1
 
 
-def _to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
-    """Modes I, I;16* and F -> uint8 and the full range that became 255: the first of 1 (floats only), FULL_RANGES and
-    the maximum that no value exceeds.
-
-    Rows are converted in groups, since their float64 values would take 8 times the memory of the result.
-    """
-    values = np.asarray(file)
-    groups = np.array_split(values, min(len(values), 1 + (values.size >> 20)))
-
-    def positive(rows: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(rows.astype(np.float64), posinf=0, neginf=0).clip(min=0)
-
-    maximum = max(positive(rows).max() for rows in groups)
-    scales = (1, 255, 65535) if file.mode == "F" else FULL_RANGES
-    scale = next((s for s in scales if maximum <= s), maximum)
-    return np.concatenate([np.rint(positive(rows) * (255 / scale)).astype(np.uint8) for rows in groups]), scale
-
-
 def _is_wide(file: Image.Image) -> bool:
     return file.mode == "F" or file.mode.startswith("I")
 
 
+def _has_alpha(file: Image.Image) -> bool:
+    return file.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in file.info
+
+
 def alpha_channel(file: Image.Image) -> np.ndarray | None:
     """(H, W) uint8, of a palette's or a color key's transparency too; None: the file has none."""
-    if file.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in file.info:
-        return np.asarray(file.convert("RGBA").getchannel("A"))
-    return None
+    return np.asarray(file.convert("RGBA").getchannel("A")) if _has_alpha(file) else None
 
 
 def to_rgb(file: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3) uint8. Transparent parts become white, since the colors under them are often arbitrary."""
     if _is_wide(file):
-        return np.repeat(_to_bytes(file)[0][..., None], 3, axis=2)
-    if alpha_channel(file) is not None:
+        return np.repeat(to_bytes(file)[0][..., None], 3, axis=2)
+    if _has_alpha(file):
         rgba = file.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
     return np.asarray(file.convert("RGB"))
@@ -90,7 +83,7 @@ def _has_shape(alpha: np.ndarray | None) -> bool:
 def to_gray(file: Image.Image) -> np.ndarray:
     """Any mode of a saved map -> (H, W) uint8: the alpha channel where it has a shape, else the luminance."""
     if _is_wide(file):
-        return _to_bytes(file)[0]
+        return to_bytes(file)[0]
     alpha = alpha_channel(file)
     return alpha if _has_shape(alpha) else np.asarray(file.convert("RGB").convert("L"))
 
@@ -102,7 +95,7 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
     to 256 flat colors (0: black). The luminance of colors would be no label and no mask.
     """
     if _is_wide(file):
-        values, full_range = _to_bytes(file)
+        values, full_range = to_bytes(file)
         return values, classify(values, "gray", full_range=full_range if full_range in FULL_RANGES else 255)
     alpha = alpha_channel(file)
     if _has_shape(alpha):
@@ -140,11 +133,11 @@ def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image
     """The first frame of an opened file, converted by `to_rgb`, `to_gray` or `to_mask`, upright, and its EXIF
     orientation as stored. Raises BadFile."""
     with errors_as_bad_file(path):
-        orientation = _orientation(image)
-        image.load()
+        rawmode, orientation = raw_mode(image), _orientation(image)
+        loaded = load_pixels(path, image, rawmode)
         # Pillow turns TIFFs itself while loading them, and removes the tag
         turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
-        result = convert(image)
+        result = convert(loaded)
         array, *kind = result if isinstance(result, tuple) else (result,)
         if array.ndim == 3 and array.shape[2] != len(MEAN):
             raise DataError(f"{path}: {array.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
@@ -169,34 +162,13 @@ def read_orientation(path: str | os.PathLike) -> int:
         return _orientation(image)
 
 
-def read_alpha(path: str | os.PathLike) -> np.ndarray:
-    """An image's alpha channel, (H, W) uint8, upright; 255 where it has none. Raises BadFile."""
-
-    def alpha_or_opaque(file: Image.Image) -> np.ndarray:
-        alpha = alpha_channel(file)
-        return np.full(file.size[::-1], 255, np.uint8) if alpha is None else alpha
-
-    return _read(path, alpha_or_opaque)
+def read_alpha(path: str | os.PathLike) -> np.ndarray | None:
+    """An image's alpha channel, (H, W) uint8, upright; None where it has none, without decoding. Raises BadFile."""
+    with open_image(path) as image, DECODE_BUDGET.hold(image.width * image.height):
+        return decode(path, image, alpha_channel)[0] if _has_alpha(image) else None
 
 
 # ---------------------------------------------------------------------------------------------------- masks, maps
-
-
-class RawMask(NamedTuple):
-    """A mask file as stored: values (H, W) uint8, upright, and their kind. `by` makes it a mask."""
-
-    path: Path
-    values: np.ndarray
-    kind: MaskKind
-
-    def by(self, rule: MaskRule | None) -> np.ndarray:
-        """(H, W) uint8, 0 background to 255 object, by the rule of its set, or by itself. Raises BadFile."""
-        if rule is None:
-            rule = MaskRule(self.kind.name, self.kind.full_range)
-        lookup = table(self.kind, rule)
-        if isinstance(lookup, str):
-            raise BadFile(self.path, lookup)
-        return self.values if lookup is IDENTITY else lookup[self.values]
 
 
 def read_raw_mask(path: str | os.PathLike) -> RawMask:

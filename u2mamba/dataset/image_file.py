@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from u2mamba.runtime.errors import UserError
@@ -146,3 +147,54 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:  # opened again, as verify() requires
                 yield image
+
+
+SWAPPED = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}  # Pillow's byte orders
+FULL_RANGES = 255, 1023, 4095, 16383, 65535  # of 8, 10, 12, 14 and 16 bits stored in 16
+
+
+def to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
+    """Modes I, I;16* and F -> uint8 and the full range that became 255: the first of 1 (floats only), FULL_RANGES and
+    the maximum that no value exceeds.
+
+    Rows are converted in groups, since their float64 values would take 8 times the memory of the result.
+    """
+    values = np.asarray(file)
+    groups = np.array_split(values, min(len(values), 1 + (values.size >> 20)))
+
+    def positive(rows: np.ndarray) -> np.ndarray:
+        return np.nan_to_num(rows.astype(np.float64), posinf=0, neginf=0).clip(min=0)
+
+    maximum = max(positive(rows).max() for rows in groups)
+    scales = (1, 255, 65535) if file.mode == "F" else FULL_RANGES
+    scale = next((s for s in scales if maximum <= s), maximum)
+    return np.concatenate([np.rint(positive(rows) * (255 / scale)).astype(np.uint8) for rows in groups]), scale
+
+
+def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Image.Image:
+    """Decodes an opened file; rawmode: its `raw_mode`, asked for before anything is decoded. Raises BadFile.
+
+    Of 16-bit colors Pillow keeps the high byte, which 10 to 14 bits leave nearly empty. Read with the other byte order,
+    the file gives the low byte.
+    """
+    image.load()
+    depth = rawmode.partition(";")[2]
+    if image.mode not in ("RGB", "RGBA") or depth not in SWAPPED or max(m for _, m in image.getextrema()[:3]) >= 64:
+        return image
+    with open_image(path) as low:
+        for k, tile in enumerate(low.tile):
+            swapped = rawmode.replace(depth, SWAPPED[depth])
+            low.tile[k] = tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))
+        low.load()
+        values = np.asarray(image)[..., :3] * np.uint16(256) + np.asarray(low)[..., :3]
+    full_range = next(full for full in FULL_RANGES if values.max() <= full)
+    out = Image.fromarray(np.rint(values * (255 / full_range)).astype(np.uint8))
+    if image.mode == "RGBA":
+        out.putalpha(image.getchannel("A"))
+    return out
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words: "RGB;16B" is 16 bits, big-endian."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""

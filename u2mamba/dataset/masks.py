@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from u2mamba.dataset.image_file import DataError
+from u2mamba.dataset.image_file import BadFile, DataError
 
 OBJECT = 128  # above: object, as in PySODMetrics
 MAX_CLASS = 20  # label maps number their classes up to here (VOC); gray levels of an object are brighter
@@ -74,7 +75,10 @@ def classify(values: np.ndarray, source: str, photo: bool = False, full_range: i
 def decide(kinds: Iterable[MaskKind], as_stored: bool = False) -> MaskRule:
     """The rule of a set: the kind of most of its files. Raises DataError where these are label maps."""
     kinds = list(kinds)
-    votes = Counter(kind.name for kind in kinds if kind.name != "empty")
+    # where there are bright gray levels, a dark one above MAX_CLASS is one more of them
+    graded = any(kind.name == "gray" and kind.counts[OBJECT + 1 :].any() for kind in kinds)
+    names = ["gray" if graded and kind.name == "value" and not kind.flat else kind.name for kind in kinds]
+    votes = Counter(name for name in names if name != "empty")
     name = votes.most_common(1)[0][0] if votes else "gray"
     example = next((kind.values for kind in kinds if kind.name == name), "0")
     count = f"{votes[name] + len(kinds) - sum(votes.values()):,} of {len(kinds):,}"
@@ -104,3 +108,20 @@ def table(kind: MaskKind, rule: MaskRule) -> np.ndarray | str:
         wide = rule.full_range if kind.full_range > 255 else 255
         return np.rint(IDENTITY * (kind.full_range / wide)).astype(np.uint8)
     return f"holds {kind.values}, which can be read in several ways, unlike the other masks of the set; {FIX}"
+
+
+class RawMask(NamedTuple):
+    """A mask file as stored: values (H, W) uint8, upright, and their kind. `by` makes it a mask."""
+
+    path: Path
+    values: np.ndarray
+    kind: MaskKind
+
+    def by(self, rule: MaskRule | None) -> np.ndarray:
+        """(H, W) uint8, 0 background to 255 object, by the rule of its set, or by itself. Raises BadFile."""
+        if rule is None:
+            rule = MaskRule(self.kind.name, self.kind.full_range)
+        lookup = table(self.kind, rule)
+        if isinstance(lookup, str):
+            raise BadFile(self.path, lookup)
+        return self.values if lookup is IDENTITY else lookup[self.values]

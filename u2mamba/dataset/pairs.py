@@ -48,6 +48,15 @@ class Unpaired(NamedTuple):
         """Number of files that count for the exit code; notes and the like, in `others`, do not."""
         return len(self.images) + len(self.masks) + len(self.duplicates)
 
+    @property
+    def near_miss(self) -> str:
+        """Names a file of each kind whose names differ by case or spaces only, where there are such."""
+        masks = {"".join(os.path.splitext(name)[0].lower().split()): name for name in self.masks}
+        for name in self.images:
+            if mask := masks.get("".join(os.path.splitext(name)[0].lower().split())):
+                return f": {name!r} and {mask!r} differ by case or by a space"
+        return ""
+
 
 class PairList(list[Pair]):
     """A list of pairs; `skipped` counts the files that were left without a partner."""
@@ -134,6 +143,7 @@ def pair_folders(
         message = f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
         if unpaired.images and unpaired.masks:
             message += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
+            message += unpaired.near_miss
         raise DataError(message + (f"; not read: {truncate_list(unpaired.others)}" if unpaired.others else ""))
     for skipped, what in (
         (unpaired.images, "images without a mask"),

@@ -223,7 +223,7 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     if not pairs:
         raise UserError(
             f"{folder} has {len(unpaired.images)} {'maps' if pred else 'images'}, {gt} {len(unpaired.masks)} masks, "
-            "and no two have the same name (without the extension)"
+            f"and no two have the same name (without the extension){unpaired.near_miss}"
         )
     photos = {}
     if image:

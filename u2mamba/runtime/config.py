@@ -140,7 +140,7 @@ def check_settings(config: Any) -> None:
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
         allowed = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
-        hint = getattr(hint, "__origin__", hint) if allowed else hint
+        hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         if choices and value not in choices:
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
@@ -153,8 +153,6 @@ def check_settings(config: Any) -> None:
 
 def _is_a(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
-    if origin is Annotated:
-        return _is_a(value, hint.__origin__)
     if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, h) for h in typing.get_args(hint))
     if origin is tuple:

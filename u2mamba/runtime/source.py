@@ -21,15 +21,9 @@ def source_checksum(path: Path) -> int:
     except (SyntaxError, ValueError):
         return crc32(text)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and body:
-            first = body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                body.pop(0)
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            node.body.pop(0)
         if isinstance(node, ast.ClassDef) and node.name in SETTINGS:
             for field in node.body:
                 if isinstance(field, ast.AnnAssign):

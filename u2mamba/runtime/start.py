@@ -37,7 +37,9 @@ def find_problem(packages: tuple[str, ...]) -> str:
             importlib.import_module(name)
         except Exception as error:  # a torchvision that was built for another PyTorch raises RuntimeError
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return f"{name} cannot be imported ({reason}): reinstall it with the PyTorch here"
+            # an OSError is about the machine, as where there is no folder for temporary files
+            fix = "" if isinstance(error, OSError) else ": reinstall it with the PyTorch here"
+            return f"{name} cannot be imported ({reason}){fix}"
     return ""
 
 
