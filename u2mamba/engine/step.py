@@ -196,8 +196,9 @@ class TrainStep:
         self.sums.zero_()
 
     def set_learning_rate(self, value: float) -> None:
+        """Of all groups; `lr_scale`, a key that a group may have, multiplies its own."""
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("lr_scale", 1.0)
 
     def ema_model(self) -> nn.Module:
         """The network to validate and save: a copy with the averaged weights if there are any, else `net`."""
@@ -226,6 +227,9 @@ class TrainStep:
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
             moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
+        if any(v.ndim and v.shape != p.shape for p, m in self.optimizer.state.items() for v in m.values()):
+            print("warning: the optimizer's groups have changed: its moments start from zero")
+            self.optimizer.state.clear()
         self.sums = state["sums"].to(self.device)
         self.nonfinite.copy_(state["nonfinite"])
         if self.ema_decay and state["ema_steps"]:

@@ -61,6 +61,8 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
         )
     if (outputs := net.settings.get("out_ch", 1)) > 1:
         print(f"{checkpoint}: has {outputs} outputs; a map is 1 minus the probability of the first, the background")
+    if checkpoint in PRETRAINED:
+        net.settings.setdefault("size", weights.DEFAULT_SIZE)
     return net
 
 
@@ -132,7 +134,8 @@ class Predictor:
         The network sees it at `net.settings["size"]`. Raises BadFile for a file that cannot be read.
         """
         image = image if isinstance(image, np.ndarray) else read_image(image)
-        resized = torch.from_numpy(rescale_image(image, input_size(self.net)))
+        size = self.net.settings.get("size", weights.DEFAULT_SIZE)
+        resized = torch.from_numpy(rescale_image(image, size))
         return resize_map(self(resized[None])[0, 0].cpu().numpy(), image.shape[:2])
 
     def _predict(self, images: Tensor) -> Tensor:
