@@ -92,7 +92,7 @@ def _divide(values: np.ndarray, by: float) -> np.ndarray:
 
 def _label_in_01(label: np.ndarray) -> np.ndarray:
     # Fixed: divided by the crop's own maximum, a crop that holds only noise or a soft edge of the object became full
-    # foreground. read_mask has scaled the file's maximum to 255; labels that end at 1 stay.
+    # foreground. read_mask has scaled files of 0 and 1 to 255; labels that end at 1 stay.
     return label / (255 if label.max() > 1 else 1)
 
 

@@ -4,7 +4,6 @@
     python u2mamba_train.py fast       the same network with a recipe for speed and accuracy; small: the small network
     python u2mamba_train.py demo       a small synthetic dataset and the small network: minutes on a laptop's CPU
     python u2mamba_train.py finetune --data_dir FOLDER --tra_image_dir images --tra_label_dir masks    your own pairs
-    python u2mamba_train.py demo --overfit 1   sanity check: overfit one pair
     python u2mamba_train.py --lr 5e-4          any setting by its name; --help lists them
     torchrun --nproc_per_node=4 u2mamba_train.py fast_4gpu      four GPUs; torchrun runs the other presets too
 
@@ -45,10 +44,9 @@ from u2mamba.runtime.environment import Environment
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, one_line_errors
 
 try:
-    from u2mamba.fast import TrainStep as FastTrainStep
-    from u2mamba.fast import install
+    from u2mamba import fast
 except ImportError:  # the folder was deleted
-    FastTrainStep = install = None
+    fast = None
 
 BEST_BY = "maxF"  # the validation score that best.pth is chosen by: the highest is best, of MAE the lowest
 
@@ -82,9 +80,7 @@ class Config:
     vflip_prob: Fraction = 0.5  # probability of a vertical flip
     hflip_prob: Fraction = 0.0  # probability of a horizontal flip; 0 because im_aug may already hold mirrored copies
     scale_min: Fraction = 0.0  # random resized crop: smallest side over the image's; this and the next 0: crop as above
-    scale_max: Annotated[float, Range(0, 2)] = (
-        0.0  # its largest side; above 1: reflection padding; both 1: whole images
-    )
+    scale_max: Annotated[float, Range(0, 2)] = 0.0  # largest side; above 1: reflection padding; both 1: whole images
     rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # rotation by up to ± so many degrees
     color_jitter: Fraction = 0.0  # brightness, contrast and saturation by up to ± this fraction
     sharpness: Annotated[float, Range(0, 3)] = 0.0  # sharpness factor from exp(-sharpness), blurred, to exp(sharpness)
@@ -190,12 +186,12 @@ def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
 
 def choose_step(net: torch.nn.Module, plain: bool) -> type[TrainStep]:
     """The training step, and operations of `net`, by u2mamba/fast where it helps; prints which."""
-    if plain or install is None:
+    if plain or fast is None:
         print(f"step: plain PyTorch ({'--plain' if plain else 'u2mamba/fast is not there'})")
         return TrainStep
-    for line in install(net):
+    for line in fast.install(net):
         print(line)
-    return FastTrainStep
+    return fast.TrainStep
 
 
 @release_run_locks()

@@ -22,7 +22,7 @@ from u2mamba.engine.distributed import DistContext, init_distributed
 from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
-from u2mamba_train import PRESETS, FastTrainStep, install, total_loss
+from u2mamba_train import PRESETS, fast, total_loss
 
 
 @dataclass
@@ -46,15 +46,15 @@ def make_step(variant: str, cfg: Config, batch: int, dist: DistContext) -> tuple
     env = Environment.choose(settings, dist)
     net = build_model({"arch": cfg.arch, "mamba_at": cfg.mamba_at})
     net.to(env.device, memory_format=env.memory_format).train()
-    if install:  # on a layer without operations it only registers the scans
-        print(*install(net if variant == "fast" else nn.Linear(1, 1, device=env.device)), sep="\n")
+    if fast:  # on a layer without operations it only registers the scans
+        print(*fast.install(net if variant == "fast" else nn.Linear(1, 1, device=env.device)), sep="\n")
     with contextlib.suppress(ValueError):  # mamba_ssm is not installed, or there is no GPU
         for layer in (m for m in net.modules() if baseline and isinstance(m, Mamba)):
             layer.backend = choose_backend(env.device, "mamba_ssm")[0]
     if variant == "compiled":
         net.compile()
     optimizer = torch.optim.Adam(param_groups_weight_decay(net), lr=1e-4, fused=True)
-    make = TrainStep if baseline or not FastTrainStep else FastTrainStep
+    make = TrainStep if baseline or not fast else fast.TrainStep
     return make(net, optimizer, lambda logits, masks: total_loss(logits, masks, settings), env, dist), env
 
 

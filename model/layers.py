@@ -1,7 +1,6 @@
 """The operations between U²-Net's convolutions and around Mamba's scan, in plain PyTorch: their only definition.
 
-Modules call them as `self.ops.<operation>(...)`. `ops` is `PlainOps` unless it was replaced on a module by an object
-with the same methods, faster ones, which have to compute the same.
+Modules call them as `self.ops.<operation>(...)`; an object with faster methods that compute the same may replace `ops`.
 """
 
 import torch
@@ -23,8 +22,7 @@ class PlainOps:
 
     @staticmethod
     def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
-        """2x2 maximum, stride 2, odd sizes rounded up: (B, C, H, W) -> (B, C, H/2, W/2), and x for the skip
-        connection."""
+        """2x2, odd sizes rounded up: (B, C, H, W) -> (B, C, H/2, W/2), and x for the skip connection."""
         return F.max_pool2d(x, 2, stride=2, ceil_mode=True), x
 
     @staticmethod
@@ -35,23 +33,19 @@ class PlainOps:
     @staticmethod
     def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
         """x upsampled to skip's size, then skip: (B, C, h, w), (B, D, H, W) -> (B, C + D, H, W)."""
-        if x.shape[2:] != skip.shape[2:]:
-            x = F.interpolate(x, size=tuple(skip.shape[2:]), mode="bilinear", align_corners=False)
-        return torch.cat((x, skip), 1)
+        same = x.shape[2:] == skip.shape[2:]
+        return torch.cat((x if same else PlainOps.upsample_to(x, skip.shape[2:]), skip), 1)
 
     @staticmethod
     def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """(B, L, C) -> the same in the dtype of what follows: here at least fp32."""
+        """(B, L, C) -> the same, in at least fp32."""
         dtype = torch.promote_types(norm.weight.dtype, torch.float32)
         return F.layer_norm(x.to(dtype), norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
     @staticmethod
     def project(layer: nn.Linear, v: Tensor, parts: int = 1, tokens_first: bool = False):
-        """layer.weight @ v, without the bias: (B, columns, L) -> (B, rows, L).
-
-        Its memory layout is (B, rows, L), which convolution and scan need, or with `tokens_first` (B, L, rows).
-        parts > 1: a tuple of the result's rows in that many tensors.
-        """
+        """layer.weight @ v, without the bias: (B, columns, L) -> (B, rows, L), with `tokens_first` in the memory layout
+        (B, L, rows). parts > 1: a tuple of the result's rows in that many tensors."""
         weight = layer.weight.to(v.dtype)
         if tokens_first:
             return F.linear(v.transpose(1, 2), weight).transpose(1, 2)

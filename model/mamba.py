@@ -2,8 +2,7 @@
 
 Glossary (paper's letter -> here): batch B; model width D -> d_model; expansion E -> expand; inner width ED -> d_inner;
 state size N -> d_state; length L -> L tokens; rank of Δ, R -> dt_rank; step Δ -> dt_proj, its bias added in the scan;
-A -> -exp(A_log); skip D -> D. Names, shapes and initialization are those of mamba_ssm's `Mamba`, so that a state dict
-goes either way.
+A -> -exp(A_log); skip D -> D. Names, shapes and initialization are those of mamba_ssm's `Mamba`: state dicts fit both.
 """
 
 import math
@@ -22,10 +21,9 @@ DT_MIN, DT_MAX = 1e-3, 1e-1  # range of Δ at the start (arXiv 2312.00752, secti
 class Mamba(nn.Module):
     """A selective state space block: (B, L, d_model) -> (B, L, d_model), each token mixed with those before it.
 
-    `backend` is one of the scan's (`model.selective_scan.choose_backend`). norm_at: where an RMSNorm stands.
-        "none": nowhere, as in Mamba. The result grows with the product of Δ, B, C, u and the gate, each of which grows
-            with the input; before a batch norm nothing holds it back.
-        "gate": of the gated result before out_proj, as in Mamba-2 (arXiv 2405.21060, section 7.1).
+    backend: of the scan, see `model.selective_scan.choose_backend`. norm_at: "none", as in Mamba, where the result
+    grows with the product of Δ, B, C, u and the gate and can explode; or "gate", an RMSNorm of the gated result before
+    out_proj, as in Mamba-2 (arXiv 2405.21060, section 7.1).
     """
 
     ops = PlainOps
@@ -42,12 +40,11 @@ class Mamba(nn.Module):
         super().__init__()
         if norm_at not in ("none", "gate"):
             raise ValueError(f'Mamba: norm_at must be "none" or "gate", not {norm_at!r}')
-        self.d_model, self.d_state, self.d_conv, self.expand, self.backend = d_model, d_state, d_conv, expand, backend
+        self.d_model, self.d_state, self.backend, self.norm_at = d_model, d_state, backend, norm_at
         self.d_inner, self.dt_rank = int(expand * d_model), math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.norm_at = norm_at
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # S4D-real: A = -1..-N
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -62,8 +59,10 @@ class Mamba(nn.Module):
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
 
     def forward(self, x: Tensor, channels_first: bool = False) -> Tensor:
-        """(B, L, d_model) -> the same. With `channels_first` the result lies in memory as (B, d_model, L), which spares
-        a copy to a caller that wants an image. Raises ValueError for a width that is not d_model."""
+        """(B, L, d_model) -> the same, with `channels_first` in the memory layout (B, d_model, L) of an image.
+
+        Raises ValueError for another width.
+        """
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")
 
@@ -82,34 +81,27 @@ class Mamba(nn.Module):
 class MambaLayer(nn.Module):
     """Mamba over a feature map: (B, C, H, W) -> H·W tokens of C channels -> LayerNorm -> Mamba -> (B, C, H, W).
 
-    norm_at: see `Mamba`. With `channel_token` the C channels are the tokens and a token's H·W pixels its features:
-    `dim` is then H·W, which ties the layer to one image size. Works in fp32 inside any autocast, but in the fused
-    training step: there, as mamba_ssm under autocast, tokens are bf16, and state and sums fp32. The result has the
-    input's dtype and memory format, so that `h + mamba(h)` is one pass over memory.
+    With `channel_token` the C channels are the tokens and their H·W pixels the features: `dim` is then H·W, which fixes
+    the image size. Computes in fp32 inside any autocast; with the fast operations, as mamba_ssm, tokens are bf16, state
+    and sums fp32. The result has the input's dtype and memory format, so that `h + mamba(h)` is one pass over memory.
+    options: backend and norm_at of `Mamba`.
     """
 
     ops = PlainOps
 
     def __init__(
-        self,
-        dim: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        channel_token: bool = False,
-        backend: str = "auto",
-        norm_at: NormAt = "none",
+        self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, channel_token: bool = False, **options: str
     ) -> None:
         super().__init__()
         self.dim, self.channel_token = dim, channel_token
         self.norm = nn.LayerNorm(dim)
-        self.mamba = Mamba(dim, d_state, d_conv, expand, backend, norm_at)
+        self.mamba = Mamba(dim, d_state, d_conv, expand, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same. Raises ValueError where C (with `channel_token` H·W) is not `dim`."""
         if x.dim() != 4:
             raise ValueError(f"MambaLayer: x must be (B, C, H, W), got {tuple(x.shape)}")
-        # An autocast context inside an exported graph has no name in ONNX: open none needlessly.
+        # ONNX has no operation for an autocast context in an exported graph: enter one only where it is needed.
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
@@ -123,8 +115,6 @@ class MambaLayer(nn.Module):
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         channels_first = not channels_last and not self.channel_token
         y = self.mamba(tokens, channels_first)
-        if not self.channel_token:
-            y = y.transpose(1, 2)
-        y = y.unflatten(2, x.shape[2:])
+        y = (y if self.channel_token else y.transpose(1, 2)).unflatten(2, x.shape[2:])
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return y.to(x.dtype, memory_format=layout).contiguous(memory_format=layout)

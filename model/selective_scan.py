@@ -5,7 +5,7 @@
 Glossary (paper's letter -> here): batch B -> b; channels D -> d; state size N -> n; length L -> L; input x -> u;
 step Δ -> delta; A (d, n) is real and negative; B, C (b, n, L) are "selective": they change from token to token.
 
-State and accumulation are fp32 whatever the inputs (float64 where u is), and no backend makes a (b, d, L, n) tensor.
+State and sums are fp32 for any inputs (float64 for float64), and no backend creates a (b, d, L, n) tensor.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import chunked_scan
 
 PLAIN = ("reference", "torch")  # a loop over the tokens, and the same in chunks
-# Faster backends, the best first: name -> (function of `selective_scan`'s arguments without `backend`, function
+# Faster backends, the fastest first: name -> (scan, with `selective_scan`'s arguments but `backend`, function
 # device -> why it cannot run there, "" where it can).
 REGISTERED: dict[str, tuple[Callable[..., Tensor], Callable[[torch.device], str]]] = {}
 
@@ -49,7 +49,7 @@ def selective_scan(
     if backend not in PLAIN:
         return REGISTERED[backend][0](u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
-    # An autocast context inside an exported graph is an operation that ONNX lacks: enter one only where it is needed.
+    # ONNX has no operation for an autocast context in an exported graph: enter one only where it is needed.
     if torch.is_autocast_enabled(u.device.type):
         with torch.autocast(u.device.type, enabled=False):
             return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
@@ -79,21 +79,19 @@ def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
-    """The backend that `wanted` means on `device`, and a line that says why, and why not a faster one.
+    """The backend for `wanted` on `device`, and the reason, also why no faster one.
 
-    "auto" is the first of REGISTERED that works on a CUDA device, else "torch". Raises ValueError where `wanted` is no
+    "auto" is the first of REGISTERED that works on a CUDA device, else "torch". Raises ValueError for an unknown
     backend, or one that does not work on `device`.
     """
     device = with_index(device)
-    if wanted in PLAIN:
-        return wanted, "as requested"
-    if wanted in REGISTERED:
-        if trouble := REGISTERED[wanted][1](device):
-            raise ValueError(f"backend={wanted!r} cannot be used here: {trouble}; backend='auto' takes one that can")
-        return wanted, "as requested"
     if wanted != "auto":
-        choices = ", ".join(("auto", *PLAIN, *REGISTERED))
-        raise ValueError(f"backend={wanted!r} is not a registered scan backend: choose one of {choices}")
+        if wanted not in (*PLAIN, *REGISTERED):
+            choices = ", ".join(("auto", *PLAIN, *REGISTERED))
+            raise ValueError(f"backend={wanted!r} is not a registered scan backend: choose one of {choices}")
+        if trouble := wanted in REGISTERED and REGISTERED[wanted][1](device):
+            raise ValueError(f"backend={wanted!r} cannot be used here: {trouble}; backend='auto' selects one that can")
+        return wanted, "as requested"
     troubles = []
     for name, (_, unusable) in REGISTERED.items() if device.type == "cuda" else ():
         if not (trouble := unusable(device)):
@@ -103,7 +101,7 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[st
 
 
 def with_index(device: torch.device | str) -> torch.device:
-    """The same device, with the number of the current GPU where "cuda" has none."""
+    """The device, with the index of the current GPU for plain "cuda"."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 

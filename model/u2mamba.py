@@ -16,11 +16,9 @@ MambaAt = Literal["none", "bottleneck", "encoder"]
 class U2MAMBA(U2NET):
     """U²-Net with h = h + mamba(h) inside its RSUs; input and outputs as U2NET.
 
-    mamba_at: where the Mamba layers stand.
-        "none": nowhere; equal to U2NET.
-        "bottleneck": after the deepest REBNCONV of all 11 RSUs.
-        "encoder": there, and after every other encoder-side REBNCONV of the six encoder stages, at full resolution.
-    d_state, d_conv, expand, backend: see `model.mamba.Mamba`, as mamba_norm: its norm_at.
+    mamba_at: "none", equal to U2NET; "bottleneck", after the deepest REBNCONV of all 11 RSUs; "encoder", there and
+    after every other encoder-side REBNCONV of the six encoder stages, at full resolution. mamba_norm: `Mamba`'s
+    norm_at.
     """
 
     def __init__(
@@ -44,8 +42,7 @@ class U2MAMBA(U2NET):
             return tuple(range(1, height + 1)) if everywhere else (height,)
 
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        make = partial(MambaLayer, **sizes, backend=backend, norm_at=mamba_norm)
-        super().__init__(in_ch, out_ch, make, levels)
+        super().__init__(in_ch, out_ch, partial(MambaLayer, **sizes, backend=backend, norm_at=mamba_norm), levels)
 
 
 class U2MAMBAP(U2MAMBA):

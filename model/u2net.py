@@ -1,4 +1,4 @@
-"""U²-Net and its small version, to the letter of the published networks, with optional Mamba layers inside.
+"""U²-Net and its small version, exactly as published, with optional Mamba layers inside.
 
 Source: Qin et al., "U²-Net: Going deeper with nested U-structure for salient object detection", Pattern Recognition
 2020, arXiv 2005.09007, figures 3 (RSU) and 5 (network), and the state dicts of the authors' u2net.pth and u2netp.pth.
@@ -52,8 +52,8 @@ class REBNCONV(nn.Module):
 class RSU(nn.Module):
     """Residual U-block of height L: (B, in, H, W) -> (B, out, H, W).
 
-    mamba: None, or a function dim -> layer that makes a (B, dim, H, W) -> (B, dim, H, W) layer.
-    mamba_levels: the REBNCONVs (1..L) after which h + layer(h) goes on; the layer of level i is `mamba<i>`.
+    mamba: function dim -> a layer (B, dim, H, W) -> the same. mamba_levels: the REBNCONVs (1..L) that are followed by
+    h + layer(h); the layer of level i is `mamba<i>`.
     """
 
     ops = PlainOps
@@ -71,12 +71,11 @@ class RSU(nn.Module):
         super().__init__()
         self.height, self.dilated = height, dilated
         self.rebnconvin = REBNCONV(in_ch, out_ch)
-        for level in range(1, height):
-            dilation = 2 ** (level - 1) if dilated else 1
+        dilations = {level: 2 ** (level - 1) if dilated else 1 for level in range(1, height)}
+        for level, dilation in dilations.items():
             setattr(self, f"rebnconv{level}", REBNCONV(out_ch if level == 1 else mid_ch, mid_ch, dilation))
         setattr(self, f"rebnconv{height}", REBNCONV(mid_ch, mid_ch, 2 ** (height - 1) if dilated else 2))
-        for level in range(height - 1, 0, -1):
-            dilation = 2 ** (level - 1) if dilated else 1
+        for level, dilation in reversed(dilations.items()):
             setattr(self, f"rebnconv{level}d", REBNCONV(2 * mid_ch, out_ch if level == 1 else mid_ch, dilation))
         for level in mamba_levels if mamba else ():
             setattr(self, f"mamba{level}", mamba(mid_ch))
@@ -107,8 +106,8 @@ def saliency_map(logits: Tensor) -> Tensor:
 class U2NET(nn.Module):
     """U²-Net: (B, in_ch, H, W) float, H and W at least 32 -> (d0, ..., d6), each (B, 1, H, W).
 
-    `net(x)` gives probabilities, `net(x, logits=True)` the values before the sigmoid, (B, out_ch, H, W), which the loss
-    uses. Raises ValueError for another shape or for images smaller than 32x32.
+    `net(x)` returns probabilities, `net(x, logits=True)` the logits (B, out_ch, H, W) for the loss. Raises ValueError
+    for other shapes.
     """
 
     ops = PlainOps

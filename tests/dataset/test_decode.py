@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from tests.dataset.samples import disc, make_folders, photo
 from u2mamba.dataset import image_file
-from u2mamba.dataset.decode import Pair, read_image, read_mask, read_pair, to_rgb
+from u2mamba.dataset.decode import Pair, read_image, read_pair, to_rgb
 from u2mamba.dataset.image_file import BadFile, PixelSemaphore
 
 
@@ -28,14 +28,6 @@ def test_palette_alpha_and_hsv(tmp_path):
     Image.new("LA", (3, 3), (50, 255)).save(tmp_path / "la.png")
     assert read_image(tmp_path / "la.png")[1, 1].tolist() == [50, 50, 50]
     np.testing.assert_allclose(to_rgb(Image.new("RGB", (2, 2), red).convert("HSV"))[0, 0], red, atol=2)
-    # masks drawn in their alpha alone, and masks with an opaque alpha
-    alpha = Image.fromarray(disc(20, 20))
-    black = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
-    black.putalpha(alpha)
-    black.save(tmp_path / "cut.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "cut.png"), disc(20, 20))
-    Image.merge("LA", (alpha, Image.new("L", (20, 20), 255))).save(tmp_path / "opaque.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "opaque.png"), disc(20, 20))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif"])

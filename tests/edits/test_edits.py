@@ -214,6 +214,18 @@ def test_a_frozen_encoder_stays_until_it_is_unfrozen(project):
     assert not any(torch.equal(weights[key], before[key]) for key in moved if "conv_s1.bias" not in key)
 
 
+def test_a_smaller_rate_for_the_encoder_in_a_run_that_resumes(project):
+    project.train(*U2NETP)
+    before = project.load("last.pth")["model"]
+    project.edit("A smaller learning rate for the encoder")
+    lines = project.train(*U2NETP, "--epoch_num", "2", "--lr", "1e-3", "--resume", "force")
+    assert "the optimizer's groups have changed: its moments start from zero" in lines
+    after = project.load("last.pth")["model"]
+    moved = {key: (after[key] - before[key]).abs().max() for key in after if key.endswith("conv_s1.weight")}
+    encoder = [moved.pop(key) for key in list(moved) if re.match(r"stage\d\.", key)]
+    assert max(encoder) < 2.1e-4 < 1e-3 < max(moved.values())  # Adam's first steps are of the size of the rate
+
+
 def test_a_network_of_ones_own_is_known_to_every_command(project, data):
     project.edit("Other widths", "State size of Mamba")
     project.train("--arch", "quarter")

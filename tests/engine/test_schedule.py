@@ -33,3 +33,15 @@ def test_settings_that_do_not_go_together():
     for wrong, says in (({"scale_min": 1.5}, "scale_min"), ({"early_crop": 16}, "early_crop"), ({"arch": "x"}, "arch")):
         with pytest.raises(UserError, match=says):
             validate_config(replace(CFG, **wrong), None)
+
+
+def test_the_best_is_the_highest_score_the_lowest_error_and_the_later_of_equals():
+    state = TrainState(best=0.5, best_name="MAE")
+    assert [state.is_best("MAE", {"MAE": value}) for value in (0.4, 0.5, 0.6, float("nan"))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert state.is_best("IoU", {"IoU": 0.1})  # the run so far was judged by another score
+    assert not TrainState(best=0.5, best_name="IoU").is_best("IoU", {"IoU": 0.4})

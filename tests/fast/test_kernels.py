@@ -98,7 +98,7 @@ def check_batch_norm(x, extras, dy=None, sums=1e-5):
         return y if residual is None else y + residual
 
     def kernel(x, weight, bias, residual):
-        return bn.batch_norm_relu(x, weight, bias, *running, 0.1, 1e-5, conv_bias, residual)
+        return bn.BatchNormReLU.apply(x, weight, bias, *running, 0.1, 1e-5, conv_bias, residual)
 
     if dy is None:
         z = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), training=True)
@@ -142,7 +142,12 @@ def test_batch_norm_with_slices_and_expanded_gradients():
 def test_nan_is_not_clipped_away():
     x = images(1, 16, 4, 4)
     x[0, 3, 2, 1] = float("nan")
-    bad = bn.batch_norm_relu(x, *torch.ones(4, 16, device=DEVICE), 0.1, 1e-5).isnan().any(dim=3).any(dim=2)[0]
+    bad = (
+        bn.BatchNormReLU.apply(x, *torch.ones(4, 16, device=DEVICE), 0.1, 1e-5, None, None)
+        .isnan()
+        .any(dim=3)
+        .any(dim=2)[0]
+    )
     assert bad.nonzero().flatten().tolist() == [3]
 
 
@@ -155,7 +160,7 @@ UPSAMPLE += [((144, 144), (288, 288), 64, 64), ((36, 37), (71, 73), 3, 24), ((18
 @pytest.mark.parametrize(("size", "to", "channels", "more"), UPSAMPLE, ids=str)
 def test_upsample_cat(size, to, channels, more, dtype):
     inputs = images(2, channels, *size, dtype=dtype), images(2, more, *to, dtype=dtype)
-    y = check(upsample.upsample_cat, PlainOps.upsample_cat, inputs)
+    y = check(upsample.UpsampleCat.apply, PlainOps.upsample_cat, inputs)
     assert y.is_contiguous(memory_format=LAST)
 
 
@@ -168,7 +173,7 @@ def test_max_pool(shape, dtype):
     want = PlainOps.max_pool(x)[0]
     dy, dskip = torch.randn_like(want), images(shape[0], 2 * shape[1], *shape[2:], dtype=dtype)[:, shape[1] :]
     (want_dx,) = torch.autograd.grad(want, x, dy)
-    got, skip = max_pool.max_pool(x)
+    got, skip = max_pool.MaxPool.apply(x)
     assert torch.equal(got, want) and skip.data_ptr() == x.data_ptr()
     assert torch.equal(torch.autograd.grad(got, x, dy, retain_graph=True)[0], want_dx)
     near(torch.autograd.grad((got, skip), x, (dy, dskip), retain_graph=True)[0], want_dx.double() + dskip)
@@ -195,7 +200,7 @@ def test_side_output(shape, dtype, weight_format, monkeypatch):
             monkeypatch.setattr(side, name, value)
     weight = torch.randn(1, shape[1], 3, 3, device=DEVICE) / 9
     inputs = images(*shape, dtype=dtype), weight.to(dtype).contiguous(memory_format=weight_format), vector(1)
-    check(side.side_output, lambda *v: F.conv2d(*v, padding=1), inputs)
+    check(side.SideOutput.apply, lambda *v: F.conv2d(*v, padding=1), inputs)
 
 
 CONV = [((2, 5, 81), FP32), ((1, 32, 3), BF16), ((1, 2, 1100), BF16)] + [((12, 64, 82944), BF16)] * GPU
@@ -211,7 +216,7 @@ def test_conv_silu(shape, dtype):
     x = torch.randn(n, 2 * d, L, device=DEVICE).to(dtype)[:, :d]
     dy = torch.randn(n, L, d, device=DEVICE).to(dtype).transpose(1, 2)
     inputs = x, torch.randn(d, 1, 4, device=DEVICE), vector(d)
-    check(mamba_ops.conv_silu, lambda *v: F.silu(F.conv1d(*v, padding=3, groups=d)[..., :L]), inputs, dy)
+    check(mamba_ops.ConvSiLU.apply, lambda *v: F.silu(F.conv1d(*v, padding=3, groups=d)[..., :L]), inputs, dy)
 
 
 @kernels
@@ -220,7 +225,7 @@ def test_rms_norm(shape, dtype):
     """Tiles that are not full."""
     inputs = (torch.randn(shape, device=DEVICE) * 3).to(dtype), vector(shape[1])
     check(
-        lambda x, w: mamba_ops.rms_norm(x, w, 1e-6),
+        lambda x, w: mamba_ops.RMSNorm.apply(x, w, 1e-6),
         lambda x, w: F.rms_norm(x.transpose(1, 2), shape[1:2], w, 1e-6).transpose(1, 2),
         inputs,
     )
@@ -229,13 +234,13 @@ def test_rms_norm(shape, dtype):
 @kernels
 def test_unsupported_inputs_are_refused():
     first, wide = torch.randn(1, 4, 6, 6, device=DEVICE), images(1, 2 * side.MAX_C, 4, 4)
-    weight = torch.randn(1, 2 * side.MAX_C, 3, 3, device=DEVICE)
+    weight, ones = torch.randn(1, 2 * side.MAX_C, 3, 3, device=DEVICE), torch.ones(4, 4, device=DEVICE)
     refused = {
-        "channels last": lambda: max_pool.max_pool(first),
-        "dtype": lambda: max_pool.max_pool(images(1, 4, 6, 6, dtype=torch.float64)),
-        "several values": lambda: bn.batch_norm_relu(images(1, 4, 1, 1), *torch.ones(4, 4, device=DEVICE), 0.1, 1e-5),
-        "ratio": lambda: upsample.upsample_cat(images(1, 4, 3, 3), images(1, 4, 8, 7)),
-        "channels": lambda: side.side_output(wide, weight, vector(1)),
+        "channels last": lambda: max_pool.MaxPool.apply(first),
+        "dtype": lambda: max_pool.MaxPool.apply(images(1, 4, 6, 6, dtype=torch.float64)),
+        "several values": lambda: bn.BatchNormReLU.apply(images(1, 4, 1, 1), *ones, 0.1, 1e-5, None, None),
+        "ratio": lambda: upsample.UpsampleCat.apply(images(1, 4, 3, 3), images(1, 4, 8, 7)),
+        "channels": lambda: side.SideOutput.apply(wide, weight, vector(1)),
     }
     for reason, call in refused.items():
         with pytest.raises(Unsupported, match=reason):

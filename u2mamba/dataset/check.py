@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,12 +20,8 @@ from u2mamba.dataset.masks import GRAY, OBJECT, MaskKind, MaskRule, decide, tabl
 from u2mamba.dataset.pairs import truncate_list
 from u2mamba.dataset.rescale import rescale_mask
 
-
-class PairStore(Protocol):
-    """What `check_pairs` fills: the cache."""
-
-    def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None: ...
-    def map_mask(self, index: int, lookup: np.ndarray) -> None: ...
+if TYPE_CHECKING:
+    from u2mamba.dataset.cache import PairCache
 
 
 @dataclass
@@ -97,7 +93,7 @@ class _Visit(NamedTuple):
 def check_pairs(
     pairs: Sequence[Pair],
     size: int = 320,
-    store: PairStore | None = None,
+    store: PairCache | None = None,
     log: Callable[[str], None] = lambda line: None,
     threads: int = 8,
 ) -> DataReport:

@@ -31,18 +31,17 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) ->
             scores = validate(net, [batch], StopSignal(), dist)
             with torch.no_grad(), step.env.autocast():
                 logits = net(batch.x, logits=True)
-            logits = logits if isinstance(logits, (tuple, list)) else [logits]
-            step.compute_loss(tuple(d.requires_grad_() for d in logits), batch.y)
+            several = isinstance(logits, (tuple, list))
+            logits = tuple(d.requires_grad_() for d in logits) if several else logits.requires_grad_()
+            step.compute_loss(logits, batch.y)
     except UserError:
         raise
     except Exception as error:  # whatever edited code raises
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [
-            f for f in frames if Path(f.filename).resolve().is_relative_to(ROOT) and f.filename != __file__
-        ] or frames
+        ours = [f for f in frames[1:] if Path(f.filename).resolve().is_relative_to(ROOT)]
+        file, line = ((ours or frames)[-1].filename, (ours or frames)[-1].lineno)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}, in {ours[-1].name}"
-        raise UserError(f"{place}: fails for a batch of images {tuple(batch.x.shape)}: {reason}") from error
+        raise UserError(f"{file}, line {line}: fails for images {tuple(batch.x.shape)}: {reason}") from error
     for name, value in scores.items():
         if not math.isfinite(value):
             raise UserError(f"the score {name} of SODMetric.compute (u2mamba/engine/validation.py) is {value}")

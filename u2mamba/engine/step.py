@@ -73,7 +73,7 @@ class TrainStep:
         self.ema: dict[str, Tensor] = {}
         self.ema_steps = 0
         self.nonfinite = torch.zeros(2, device=env.device)  # steps; steps in a row
-        self.sums = self.history = None  # created by the first step, with as many values as the loss returns
+        self.sums, self.history = torch.zeros(0), torch.zeros(0, 0)  # the first step creates them, as the loss requires
         self._modules, self._parameters = list(net.modules()), dict(uncompiled(net).named_parameters())
         self._setup = None
 
@@ -170,9 +170,9 @@ class TrainStep:
     @torch.no_grad()
     def _count(self, finite: Tensor, nonfinite: Tensor, values: Tensor, images: int) -> None:
         counts = torch.cat((torch.ones_like(values[:1]), torch.full_like(values[:1], images), values))
-        if self.sums is None or self.sums.shape != counts.shape:  # the first step, or another loss
+        if self.sums.shape != counts.shape:  # the first step, or another loss
             self.sums = torch.zeros_like(counts)
-        if self.history is None or self.history.shape[1] != len(nonfinite):
+        if self.history.shape[1] != len(nonfinite):
             self.history = nonfinite.new_zeros(HISTORY, len(nonfinite))
         self.sums += torch.where(finite, counts, 0.0)
         self.nonfinite += torch.where(finite, 0.0, 1.0)
@@ -181,24 +181,24 @@ class TrainStep:
 
     def read(self) -> RunningMeans:
         """The means so far. The only call that waits for the device."""
-        steps, images, iou, *losses = [0.0] * 4 if self.sums is None else self.sums.tolist()
+        steps, images, iou, *losses = self.sums.tolist() or [0.0] * 4
         loss, *losses = [v / steps if steps else math.nan for v in losses]
         iou = iou / images if images else math.nan
         skipped = [int(v) for v in self.nonfinite.tolist()]
         nonfinite = {}
-        for age, row in enumerate([] if self.history is None else self.history.tolist()):
+        for age, row in enumerate(self.history.tolist()):
             if any(row):  # loss, losses, gradient norm
                 outputs = [f"d{i}" for i, bad in enumerate(row[1:-1]) if bad and len(row) > 3]
                 nonfinite[age] = ", ".join(outputs) or ("the loss" if row[0] else "the gradient")
         return RunningMeans(loss, losses, iou, int(steps), *skipped, nonfinite, memory_in_use(self.device))
 
     def reset(self) -> None:
-        if self.sums is not None:
-            self.sums.zero_()
+        self.sums.zero_()
 
     def set_learning_rate(self, value: float) -> None:
+        """Of all groups; `lr_scale`, a key that a group may have, multiplies its own."""
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("lr_scale", 1.0)
 
     def ema_model(self) -> nn.Module:
         """The network to validate and save: a copy with the averaged weights if there are any, else `net`."""
@@ -218,7 +218,7 @@ class TrainStep:
             "ema": {name: average.cpu() for name, average in self.ema.items()},
             "ema_steps": self.ema_steps,
             "ema_decay": self.ema_decay,
-            "sums": None if self.sums is None else self.sums.cpu(),
+            "sums": self.sums.cpu(),
             "nonfinite": self.nonfinite.cpu(),
         }
 
@@ -227,7 +227,10 @@ class TrainStep:
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
             moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
-        self.sums = None if state["sums"] is None else state["sums"].to(self.device)
+        if any(v.ndim and v.shape != p.shape for p, m in self.optimizer.state.items() for v in m.values()):
+            print("warning: the optimizer's groups have changed: its moments start from zero")
+            self.optimizer.state.clear()
+        self.sums = state["sums"].to(self.device)
         self.nonfinite.copy_(state["nonfinite"])
         if self.ema_decay and state["ema_steps"]:
             self.ema_steps = state["ema_steps"]

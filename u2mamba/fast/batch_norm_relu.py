@@ -6,8 +6,7 @@ rows of C numbers, read here in tiles of ROWS x BLOCK_C, UNROLL of them a step.
 
 Forward: `_stats` computes each program's mean and sum of squared deviations, `_combine_stats` those of all programs
 (Chan, Golub & LeVeque 1983), `_apply` normalizes, clips, adds the residual. Backward: `_grad_stats`, `_combine_grads`,
-`_grad_apply`. Where M is small, one launch is enough. Only x and two vectors are kept, from which the backward pass
-recomputes the ReLU's mask.
+`_grad_apply`, with the ReLU's mask recomputed from x and two vectors. Where M is small, one launch is enough.
 
 Memory traffic: forward 2 reads + 1 write of the tensor, backward 4 reads + 1 write (a residual: one read more).
 """
@@ -242,9 +241,20 @@ def _launch(x: Tensor, config: tuple[int, int, int], small: bool) -> tuple[tuple
     return (blocks, programs), {"ROWS": rows, "BLOCK_C": block_c, "UNROLL": unroll, "num_warps": warps}
 
 
-class _BatchNormReLU(torch.autograd.Function):
+class BatchNormReLU(torch.autograd.Function):
+    """relu(batch norm of x, in training mode) + residual, statistics in fp32, running statistics updated in place.
+
+    x (channels_last), residual or None, and the result: (B, C, H, W), the others (C). conv_bias or None: bias of the
+    convolution before, which batch norm cancels. x excludes it, it gets no gradient, and only `running_mean` contains
+    it, so that the state dict is that of convolution with bias + batch norm. Raises Unsupported.
+    """
+
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, conv_bias, residual, momentum, eps):
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, conv_bias, residual):
+        same = residual is None or residual.dtype == x.dtype
+        require(x, channels_last=True, several_values=x.numel() > x.shape[1], residual=same)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         y = torch.empty_like(x)
         mean = torch.empty_like(running_mean, dtype=torch.float32)
         rstd = torch.empty_like(mean)
@@ -285,21 +295,4 @@ class _BatchNormReLU(torch.autograd.Function):
                 grid_c = (triton.cdiv(C, COMBINE_BLOCK_C),)
                 _combine_grads[grid_c](part, dw, db, C, parts, BLOCK_C=COMBINE_BLOCK_C, CHUNK=CHUNK)
             _grad_apply[grid](dy, x, dx, weight, bias, mean, rstd, dw, db, M, C, stride, grid[1], SMALL=small, **sizes)
-        return dx, dw, db, None, None, None, grad if ctx.needs_input_grad[6] else None, None, None
-
-
-def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float,
-    conv_bias: Tensor | None = None, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """relu(batch norm of x, in training mode) + residual, statistics in fp32, running statistics updated in place.
-
-    Shapes: x (channels_last), residual and the result (B, C, H, W), the others (C). `conv_bias` is the bias of the
-    convolution before, which batch norm cancels: x excludes it, it gets no gradient, and only `running_mean` contains
-    it, so that the state dict is that of convolution with bias + batch norm. Raises Unsupported.
-    """
-    same = residual is None or residual.dtype == x.dtype
-    require(x, channels_last=True, several_values=x.numel() > x.shape[1], residual=same)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    return _BatchNormReLU.apply(x, weight, bias, running_mean, running_var, conv_bias, residual, momentum, eps)
+        return dx, dw, db, None, None, None, None, None, grad if ctx.needs_input_grad[8] else None

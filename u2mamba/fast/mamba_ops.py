@@ -1,7 +1,6 @@
 """The operations around Mamba's scan in Triton: the short convolution with its SiLU, and the RMSNorm of the result.
 
-PyTorch needs six passes over memory for the convolution. Here each pass reads and writes every number once; the
-backward pass of the convolution recomputes its output.
+PyTorch needs six passes over memory for the convolution; here there are two, and backward recomputes its output.
 """
 
 import torch
@@ -74,9 +73,16 @@ def _conv_tiles(x: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
     return (triton.cdiv(L, steps), triton.cdiv(d, rows), n), {"ROWS": rows, "STEPS": steps, "num_warps": WARPS}
 
 
-class _ConvSiLU(torch.autograd.Function):
+class ConvSiLU(torch.autograd.Function):
+    """apply(x, weight, bias): SiLU of the causal depthwise convolution, (B, d, L), (d, 1, K), (d) -> (B, d, L).
+
+    The tokens of x are contiguous. Raises Unsupported.
+    """
+
     @staticmethod
     def forward(ctx, x, weight, bias):
+        fits = weight.shape[:2] == (x.shape[1], 1) and bias is not None
+        require(x, layout=x.stride(2) == 1 and weight.is_contiguous(), weight=fits)
         ctx.save_for_backward(x, weight, bias)
         n, d, L = x.shape
         y = torch.empty((n, d, L), dtype=x.dtype, device=x.device)
@@ -100,16 +106,6 @@ class _ConvSiLU(torch.autograd.Function):
             _conv_silu_grad[grid](dy, x, weight, bias, dx, part, d, L, *strides, K=K, **sizes)
         sums = part.sum(0)
         return dx, sums[:K].t().reshape(weight.shape).to(weight.dtype), sums[K].to(bias.dtype)
-
-
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """SiLU of the causal depthwise convolution: (B, d, L), its tokens contiguous, (d, 1, K), (d) -> (B, d, L).
-
-    Raises Unsupported.
-    """
-    fits = weight.shape[:2] == (x.shape[1], 1) and bias is not None
-    require(x, layout=x.stride(2) == 1 and weight.is_contiguous(), weight=fits)
-    return _ConvSiLU.apply(x, weight, bias)
 
 
 @jit("L")
@@ -150,9 +146,12 @@ def _norm_tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     return (triton.cdiv(x.shape[2], steps), x.shape[0]), sizes
 
 
-class _RMSNorm(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
+    """apply(x, weight, eps): over the rows of each token, (B, rows, L), (rows) -> (B, rows, L). Raises Unsupported."""
+
     @staticmethod
     def forward(ctx, x, weight, eps):
+        require(x, layout=x.is_contiguous(), weight=weight.shape == x.shape[1:2])
         ctx.save_for_backward(x, weight)
         ctx.eps, y = eps, torch.empty_like(x)
         grid, sizes = _norm_tiles(x)
@@ -170,9 +169,3 @@ class _RMSNorm(torch.autograd.Function):
         with on_device(x):
             _rms_norm_grad[grid](dy, x, dx, part, weight, x.shape[2], ctx.eps, **sizes)
         return dx, part.sum(0).to(weight.dtype), None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the rows of each token: (B, rows, L), (rows) -> (B, rows, L), sums in fp32. Raises Unsupported."""
-    require(x, layout=x.is_contiguous(), weight=weight.shape == x.shape[1:2])
-    return _RMSNorm.apply(x, weight, eps)

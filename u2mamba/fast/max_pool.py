@@ -4,7 +4,6 @@ The kernel works on tiles of windows and writes each output once: gradients need
 """
 
 import torch
-from torch import Tensor
 
 from u2mamba.fast.launch import as_channels_last_rows, constexpr, jit, on_device, require, tl
 from u2mamba.fast.upsample import tile_of_program, tiles
@@ -74,11 +73,15 @@ def _max_pool(
         tl.store(places + pooled, which.to(tl.uint8), mask=ok00)
 
 
-class _MaxPool(torch.autograd.Function):
-    """(pooled, x): returning x as well lets backward add its gradient in the pooling's own kernel."""
+class MaxPool(torch.autograd.Function):
+    """apply(x): `F.max_pool2d(x, 2, 2, ceil_mode=True)`, and x, for the skip connection: one kernel adds the gradients.
+
+    x: (B, C, H, W), channels_last. Raises Unsupported.
+    """
 
     @staticmethod
     def forward(ctx, x):
+        require(x, channels_last=True)
         ctx.set_materialize_grads(False)
         n, c, h, w = x.shape
         shape = (n, c, -(-h // 2), -(-w // 2))
@@ -107,12 +110,3 @@ class _MaxPool(torch.autograd.Function):
                 dx, dx, places, dy, other, dx, h, w, c, stride, blocks, BACKWARD=True, SKIP=dskip is not None, **sizes
             )
         return dx
-
-
-def max_pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`F.max_pool2d(x, 2, 2, ceil_mode=True)`, and x, for the skip connection: one kernel adds the gradients.
-
-    x: (B, C, H, W), channels_last. Raises Unsupported.
-    """
-    require(x, channels_last=True)
-    return _MaxPool.apply(x)

@@ -20,10 +20,8 @@ from u2mamba.fast.scan_kernels import (
 
 @jit
 def _transpose_reduce(x, lane, K: constexpr, LANES: constexpr):
-    """Sum over the rows of a warp of K numbers a thread; each thread keeps K * LANES / 32 of the sums.
-
-    Halving the numbers with each exchange takes 3 instructions a number, the sum of each by itself 4 or more.
-    """
+    """Sums over the rows of a warp of K numbers per thread; each thread keeps K * LANES / 32 of the sums. Halving the
+    numbers with each exchange takes 3 instructions per number, separate sums 4 or more."""
     for s in tl.static_range(5):
         if (32 // LANES) >> (s + 1) > 0:
             upper = (lane & (16 >> s)) != 0
@@ -38,10 +36,8 @@ def _transpose_reduce(x, lane, K: constexpr, LANES: constexpr):
 
 @jit
 def _accumulate_dBC(part, out, k, x, t, group, groups, LV, K: constexpr, V: constexpr, SPLIT: constexpr):
-    """Adds x to what the groups of rows before left in `part`; the last one writes to `out` unless SPLIT.
-
-    A thread reads back only what it wrote itself, so that no barrier is needed.
-    """
+    """Adds x to `part`, the sum of the groups of rows before; the last group writes to `out` unless SPLIT. No barrier
+    is needed: a thread reads only what it wrote."""
     good = t >= 0
     old = _load(part, 0, k, 0, LV, 1, t, good & (group > 0), LV, K, V, True)
     total = ()
@@ -211,7 +207,7 @@ def _scan_backward(
 
 @jit
 def _add_splits(part, out, size, splits, ROWS: constexpr, BLOCK: constexpr):
-    """out = sum of the `splits` rows of part (splits, size), ROWS of them on their way at once."""
+    """out = sum of the `splits` rows of part (splits, size), of which ROWS are loaded at once."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

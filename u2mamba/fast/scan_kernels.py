@@ -1,19 +1,18 @@
 # ruff: noqa: RUF005 (Triton has no starred expressions)
-"""Triton kernels of the selective scan: what all of them are made of, and the forward pass.
+"""Triton kernels of the selective scan: the forward pass, and the functions that it shares with `scan_grads`.
 
-`u2mamba.fast.selective_scan` launches them and explains what they compute; `scan_grads` has the backward pass.
+`u2mamba.fast.selective_scan` launches them and explains what they compute.
 
 Glossary: b batch, d channels (rows), n states, L length; Δ after bias and softplus; x = Δ u; g = dy before the gate;
 a_t = exp(Δ_t A); dh_t = C_t g_t + e_{t+1} the gradient of h_t, and e_t = a_t dh_t what it hands to step t - 1.
 
-A program is one warp, and every tensor in it has one number a thread: LANES threads along the length times 32 / LANES
-rows. A thread walks through K steps of R rows by itself (tuples of K tensors, unrolled), so that a step of the
-recurrence is one multiply-add, and only the ends of the walks are scanned across the lanes (Hillis & Steele 1986).
-Each walk is done twice: from zero, and again from the state that the lanes before leave. On sm_90 that is 12
-instructions a step and state forward and 32 backward.
+A program is one warp, and every tensor in it has one number per thread: LANES threads along the length times 32 / LANES
+rows. A thread computes K steps of R rows by itself (tuples of K tensors, unrolled), so that a step of the recurrence is
+one multiply-add, and only the last states are scanned across the lanes (Hillis & Steele 1986). Each thread runs twice:
+from zero, and from the state after the lanes before. On sm_90 a step and state takes 12 instructions, backward 32.
 
-Strides s_xy: of tensor x along b, its rows (d or n) and t; they and the length come divided by V, the steps that one
-load instruction brings (s_xt is 1 where V > 1).
+Strides s_xy: of tensor x along b, its rows (d or n) and t; they and the length are divided by V, the steps of one load
+instruction (s_xt is 1 where V > 1).
 """
 
 from u2mamba.fast import launch
@@ -23,7 +22,7 @@ LOG2E, LN2 = (constexpr(1.4426950408889634), constexpr(0.6931471805599453)) if t
 
 
 def jit(kernel):
-    """`launch.jit` with strides and sizes not specialised, so that one compiled variant serves all lengths."""
+    """`launch.jit` with strides and sizes not specialized, so that one compiled variant serves all lengths."""
     names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
     sizes = ("d", "N", "LV", "chunks", "table", "groups", "size", "splits")
     return launch.jit(*(name for name in names if name.startswith("s_") or name in sizes))(kernel)
@@ -39,10 +38,8 @@ def _zeros(K: constexpr):
 
 @jit
 def _load(p, b, row, s_b, s_d, s_t, t, ok, LV, K: constexpr, V: constexpr, MASK: constexpr):
-    """Steps t .. t + K - 1 of each thread's row as a tuple of K fp32 tensors.
-
-    0 where there is no step, or no row (not ok). ok = None: any number of the row where there is no step.
-    """
+    """Steps t .. t + K - 1 of each thread's row as a tuple of K fp32 tensors, 0 outside and where not ok. With ok =
+    None a step outside is any number of the row."""
     p += b * s_b * V  # the offsets from there fit 32 bits
     row = row * s_d * V
     out = ()
@@ -158,10 +155,10 @@ def _row_sum(x, lane, LANES: constexpr):
 
 @jit
 def _lane_scan(end, decay, start, lane, LANES: constexpr, REVERSE: constexpr):
-    """State with which each lane begins: `end` is what it makes of a zero start, `start` what the first one gets.
+    """The state before each lane: `end` is its last state from a zero start, `start` the state before the first lane.
 
-    `decay`: by how much the lane before shrinks what it is given. It is zero in the first lane, hence so is every
-    product that reaches beyond the row, and the scan needs no masks.
+    `decay`: factor of the lane before. It is set to zero in the first lane, so products beyond the row are zero and the
+    scan needs no masks.
     """
     first = lane % LANES == (LANES - 1 if REVERSE else 0)
     x = tl.where(first, start, _shift_lanes(end, lane, 1, LANES, REVERSE))
@@ -181,7 +178,7 @@ def _chunk_states(
     K: constexpr, LANES: constexpr, R: constexpr, V: constexpr, MASK: constexpr, BIAS: constexpr, SOFTPLUS: constexpr,
     GATE: constexpr, REVERSE: constexpr,
 ):  # fmt: skip
-    """What each chunk makes of a zero start: its last h (x = u, w = B) or, REVERSE, its first e (x = dy, w = C).
+    """Each chunk from a zero start: its last h (x = u, w = B) or, REVERSE, its first e (x = dy, w = C).
 
     ends: (b, chunks, table, d), of which the first n of `table` are written; delta_sums: (b, chunks, d), the sum of Δ.
     """
@@ -231,10 +228,8 @@ def _chunk_states(
 
 @jit
 def _propagate_chunk_states(ends, delta_sums, A, d, N, chunks, table, UNROLL: constexpr, REVERSE: constexpr):
-    """Turns what `_chunk_states` leaves into the state at each chunk's start (REVERSE: end), in place.
-
-    A program does 32 states.
-    """
+    """Turns the results of `_chunk_states` into the state at each chunk's start (REVERSE: end), in place; 32 states per
+    program."""
     at = tl.program_id(0) * 32 + tl.arange(0, 32)
     ok = at < N * d
     row = at % d
@@ -242,17 +237,17 @@ def _propagate_chunk_states(ends, delta_sums, A, d, N, chunks, table, UNROLL: co
     A2 = tl.load(A + row * N + at // d, mask=ok, other=0.0) * LOG2E
     h = tl.zeros([32], tl.float32)
     for start in range(0, chunks, UNROLL):
-        made = ()
+        chunk_states = ()
         decay = ()
         for i in tl.static_range(UNROLL):  # all loads before the first store, which they may not pass
             good = ok & (start + i < chunks)
             chunk_index = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
-            made = made + (tl.load(ends + chunk_index * (table * d) + at, mask=good, other=0.0),)
+            chunk_states = chunk_states + (tl.load(ends + chunk_index * (table * d) + at, mask=good, other=0.0),)
             decay = decay + (tl.exp2(A2 * tl.load(delta_sums + chunk_index * d + row, mask=good, other=0.0)),)
         for i in tl.static_range(UNROLL):
             chunk_index = b * chunks + (chunks - 1 - start - i if REVERSE else start + i)
             tl.store(ends + chunk_index * (table * d) + at, h, mask=ok & (start + i < chunks))
-            h = h * decay[i] + made[i]
+            h = h * decay[i] + chunk_states[i]
 
 
 @jit

@@ -9,7 +9,6 @@ of each dy in a row, N (pixels, 9), both are matrix products: dx = N w, dw = N^T
 """
 
 import torch
-from torch import Tensor
 
 from u2mamba.fast.launch import constexpr, jit, on_device, require, sm_count, tl, triton
 
@@ -73,9 +72,16 @@ def _side_output_grad(
     tl.store(part_bias + program, tl.sum(share_bias, 0))
 
 
-class _SideOutput(torch.autograd.Function):
+class SideOutput(torch.autograd.Function):
+    """apply(x, weight, bias): `F.conv2d(..., padding=1)`, (B, C, H, W), (1, C, 3, 3), (1,) -> (B, 1, H, W).
+
+    Sums in fp32. x: channels_last, of weight's dtype and at most MAX_C channels. Raises Unsupported.
+    """
+
     @staticmethod
     def forward(ctx, x, weight, bias):
+        fits = weight.shape == (1, x.shape[1], 3, 3) and weight.dtype == x.dtype
+        require(x, channels_last=True, channels=x.shape[1] <= MAX_C, weight=fits)
         b, c, h, w = x.shape
         m = b * h * w
         y = torch.empty((b, 1, h, w), dtype=x.dtype, device=x.device)
@@ -104,12 +110,3 @@ class _SideOutput(torch.autograd.Function):
             )  # fmt: skip
         dw = part.sum(0)[:9, :c].t().reshape(1, c, 3, 3)
         return dx, dw.to(weight.dtype), part_bias.sum(0, keepdim=True)
-
-
-def side_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)`: (B, C, H, W), (1, C, 3, 3), (1,) -> (B, 1, H, W), sums in fp32.
-
-    x: channels_last, of at most MAX_C channels. Raises Unsupported.
-    """
-    require(x, channels_last=True, channels=x.shape[1] <= MAX_C, weight=weight.shape == (1, x.shape[1], 3, 3))
-    return _SideOutput.apply(x, weight.to(x.dtype), bias)

@@ -65,10 +65,8 @@ class TrainStep(step.TrainStep):
         self.shape = images.shape
 
     def _compile_kernels(self, images: Tensor) -> None:
-        """Compiles the Triton kernels of a step in parallel, by a forward and backward pass of a copy of the network.
-
-        It uses the sum of the outputs as the loss: the real one must not see uninitialized memory.
-        """
+        """Compiles the kernels of a step in parallel, by a forward and backward pass of a copy of the network. The loss
+        is the sum of the outputs: the real one must not see uninitialized memory."""
         net = copy.deepcopy(self.net)
         with compile_only():
             with self.env.autocast():
@@ -171,7 +169,7 @@ class TrainStep(step.TrainStep):
 
 @contextlib.contextmanager
 def _synchronizations(places: list[str]) -> Iterator[None]:
-    """Adds "file:line" of everything inside that makes the CPU wait for the GPU."""
+    """Adds "file:line" of each call inside that makes the CPU wait for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -99,9 +99,18 @@ def tiles(x: Tensor, C: int, H: int, W: int) -> tuple[tuple[int], int, dict[str,
     return grid, blocks, {"TH": th, "TW": TILE_W, "BLOCK_C": block_c, "num_warps": WARPS}
 
 
-class _UpsampleCat(torch.autograd.Function):
+class UpsampleCat(torch.autograd.Function):
+    """apply(x, skip): x (B, C, H, W) upsampled to skip's size (B, D, H', W'), then skip: (B, C + D, H', W').
+
+    For channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W, not both equal. Raises Unsupported.
+    """
+
     @staticmethod
     def forward(ctx, x, skip):
+        ratio = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
+        pair = x.dtype == skip.dtype and x.shape[0] == skip.shape[0] and x.shape[2:] != skip.shape[2:]
+        require(x, channels_last=True, ratio=ratio, pair=pair)
+        require(skip, channels_last=True)
         (n, cx, hi, wi), (_, cs, ho, wo) = x.shape, skip.shape
         ctx.size = (cx, hi, wi)
         out = torch.empty((n, cx + cs, ho, wo), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -120,18 +129,6 @@ class _UpsampleCat(torch.autograd.Function):
         with on_device(dy):
             _upsample_grad[grid](dy, dx, hi, wi, ho, wo, cx, stride, blocks, **sizes)
         return dx, grad[:, cx:]  # a slice, which the kernels before read in place
-
-
-def upsample_cat(x: Tensor, skip: Tensor) -> Tensor:
-    """x (B, C, H, W) upsampled to skip's size (B, D, H', W') and concatenated with it: (B, C + D, H', W').
-
-    For channels_last tensors of one dtype with H <= H' <= 2H and W <= W' <= 2W, not both equal. Raises Unsupported.
-    """
-    ratio = all(i <= o <= 2 * i for i, o in zip(x.shape[2:], skip.shape[2:], strict=True))
-    ratio = ratio and x.shape[2:] != skip.shape[2:]
-    require(x, channels_last=True, ratio=ratio, pair=x.dtype == skip.dtype and x.shape[0] == skip.shape[0])
-    require(skip, channels_last=True)
-    return _UpsampleCat.apply(x, skip)
 
 
 @functools.lru_cache(maxsize=64)
