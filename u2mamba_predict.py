@@ -3,6 +3,7 @@
     python u2mamba_predict.py photo.jpg                                     maps/map/photo.png
     python u2mamba_predict.py photos --out out --mode map cutout sheet      a folder and its subfolders
     python u2mamba_predict.py "photos/**/*.jpg" --checkpoint saved_models/u2net/best.pth --tta
+    cat photo.jpg | python u2mamba_predict.py - --out - --mode cutout > photo.png
 
 A saliency map holds each pixel's probability of belonging to the salient object. It has the size of its image, upright,
 and is written to OUT/MODE/ under the image's path below INPUT. Existing outputs are skipped, so an interrupted command
@@ -23,6 +24,8 @@ import glob
 import io
 import itertools
 import os
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -55,15 +58,16 @@ from u2mamba.runtime.files import atomic_write, check_folder
 MODES = {"map": ".png", "mask": ".png", "cutout": ".png", "overlay": ".jpg", "sheet": ".jpg"}
 NEEDS_IMAGE = {"cutout", "overlay", "sheet"}
 SHEET_TILE = 512  # pixels: longest side
+PROGRESS_SECONDS = 10  # between two lines, where standard error is no terminal
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file would fail too
 
 
 @dataclass
 class Config:
     __doc__ = __doc__  # for --help
-    inputs: tyro.conf.Positional[tuple[str, ...]] = ()  # images, folders, patterns in quotes
+    inputs: tyro.conf.Positional[tuple[str, ...]] = ()  # images, folders, patterns in quotes; -: standard input
     checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
-    out: str = "maps"  # folder
+    out: str = "maps"  # folder; -: standard output, with one mode
     mode: tuple[Literal["map", "mask", "cutout", "overlay", "sheet"], ...] = ("map",)  # one or several
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(0, 4096)] = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
@@ -185,34 +189,118 @@ def color_profile(path: Path) -> bytes | None:
         return profile if profile and len(profile) <= PNG_TEXT else None
 
 
-def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
-    """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
+def encode(result: tuple, modes: Iterable[str], cfg: Config) -> Iterator[tuple[str, memoryview]]:
+    """(mode, PNG or JPEG file) of one result of `compute_maps`, one after the other. Raises BadFile."""
     source, saliency, shape = result
     if isinstance(saliency, BadFile):
-        return saliency
-    paths = outputs[source]
+        raise saliency
     try:
         # the image is decoded again: between network and writing only maps wait, however large the images are
-        with held_image(source.image) if NEEDS_IMAGE & paths.keys() else contextlib.nullcontext() as image:
+        with held_image(source.image) if NEEDS_IMAGE & set(modes) else contextlib.nullcontext() as image:
             saliency = resize_map(saliency, shape)
-            for mode, path in paths.items():
+            for mode in modes:
                 shown, clear = saliency, read_alpha(source.image) if mode == "cutout" else None
                 if clear is not None:  # never less transparent than the image
                     shown = np.minimum(saliency, clear / np.float32(255))
                 profile = color_profile(source.image) if mode in NEEDS_IMAGE else None
-                kind = {"format": "PNG", "compress_level": 1} if path.suffix == ".png" else {"format": "JPEG"}
+                kind = {"format": "PNG", "compress_level": 1} if MODES[mode] == ".png" else {"format": "JPEG"}
                 encoded = io.BytesIO()
                 render(mode, shown, image, cfg).save(encoded, **kind, quality=90, icc_profile=profile)
-                atomic_write(path, encoded.getbuffer(), flush=False)
+                yield mode, encoded.getbuffer()
+    except BadFile:
+        raise
+    except (MemoryError, OSError, ValueError) as error:  # Pillow: a side that is too long for JPEG
+        raise BadFile(source.image, str(error) or "does not fit into memory") from None
+
+
+def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
+    """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
+    paths = outputs[result[0]]
+    try:
+        for mode, content in encode(result, paths, cfg):
+            atomic_write(paths[mode], content, flush=False)
     except BadFile as error:
         return error
     except UserError as error:
         if error.__cause__.errno in DISK_ERRORS:
             raise UserError(f"{error}; the same command continues from there") from None
-        return BadFile(source.image, str(error))
-    except (MemoryError, OSError, ValueError) as error:  # Pillow: a side that is too long for JPEG
-        return BadFile(source.image, str(error) or "does not fit into memory")
+        return BadFile(result[0].image, str(error))
     return None
+
+
+# -------------------------------------------------------------------------------------------------- predicting
+
+
+def prepare(net: torch.nn.Module, size: int, cfg: Config) -> Predictor:
+    """`net`, which is changed, on the device and in the precision of `cfg`; prints them."""
+    device, device_line = choose_device(cfg.device)
+    precision, precision_line = choose_precision("bf16" if cfg.precision == "auto" else cfg.precision, device)
+    weights = f"{weights_path(cfg.checkpoint)}, at {size} pixels"
+    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}", flush=True)
+    torch.backends.cudnn.benchmark = True
+    predict = Predictor(net, device, precision, tta=cfg.tta, copy=False)
+    if device.type == "cuda":  # for the kernel of Mamba's scan
+        try:
+            from u2mamba.fast import install
+
+            print("\n".join(install(predict.net)), flush=True)
+        except ImportError as error:
+            print(f"selective scan: plain PyTorch ({error})", flush=True)
+    return predict
+
+
+def read_rescaled(source: Source, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """(image resized to (size, size, 3), its own height and width). Raises BadFile."""
+    with held_image(source.image) as image:
+        return rescale_image(image, size), image.shape[:2]
+
+
+def predict_file(path: Path, predict: Predictor, size: int, cfg: Config) -> dict[str, memoryview]:
+    """{mode: PNG or JPEG file} of one image, as `main` writes them. Raises BadFile."""
+    with ThreadPoolExecutor(1) as pool:
+        read = functools.partial(read_rescaled, size=size)
+        (result,) = compute_maps(predict, [Source(path, path)], read, pool, batch=1)
+    return dict(encode(result, cfg.mode, cfg))
+
+
+def predict_stream(cfg: Config) -> int:
+    """An image from standard input -> its output on standard output; every line goes to standard error."""
+    if cfg.inputs != ("-",) or cfg.out != "-":
+        raise UserError("standard input and output go together: u2mamba_predict.py - --out -")
+    if len(set(cfg.mode)) != 1:
+        raise UserError(f"--out - takes exactly one mode: one of {', '.join(MODES)}")
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "image")
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        except OSError as error:
+            raise UserError(f"standard input cannot be copied to {folder}: {error.strerror}") from None
+        net = load_model(cfg.checkpoint)
+        size = input_size(net, cfg.size)
+        try:
+            (content,) = predict_file(path, prepare(net, size, cfg), size, cfg).values()
+        except BadFile as error:
+            raise UserError(f"standard input: {error.reason}") from None
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+    return EXIT_OK
+
+
+def progress(results: Iterable[tuple], total: int) -> Iterator[tuple]:
+    """`results`, with a bar on a terminal and a line in ten seconds elsewhere, on standard error."""
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, unit="img")
+        return
+    start = shown = time.monotonic()
+    for count, result in enumerate(results, 1):
+        yield result
+        if (now := time.monotonic()) - shown >= PROGRESS_SECONDS and count < total:
+            rate, shown = count / (now - start), now
+            print(
+                f"{count:,} of {total:,} images, {rate:.1f} images/s, {(total - count) / rate:.0f} s left",
+                file=sys.stderr,
+            )
 
 
 # -------------------------------------------------------------------------------------------------------- main
@@ -221,6 +309,8 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
     check_settings(cfg)
+    if "-" in (*cfg.inputs, cfg.out):
+        return predict_stream(cfg)
     start, out = time.monotonic(), Path(cfg.out)
     if not cfg.mode:
         raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
@@ -247,32 +337,16 @@ def main(cfg: Config) -> int:
         return EXIT_OK
     check_folder(out)
 
-    device, device_line = choose_device(cfg.device)
-    precision, precision_line = choose_precision("bf16" if cfg.precision == "auto" else cfg.precision, device)
-    print(f"device: {device_line}\nprecision: {precision_line}\nweights: {weights}, at {size} pixels", flush=True)
-    torch.backends.cudnn.benchmark = True
-    predict = Predictor(net, device, precision, tta=cfg.tta)
-    if device.type == "cuda":  # for the kernel of Mamba's scan
-        try:
-            from u2mamba.fast import install
-
-            print("\n".join(install(predict.net)), flush=True)
-        except ImportError as error:
-            print(f"selective scan: plain PyTorch ({error})", flush=True)
-    batch = min(cfg.batch or (4 if device.type == "cpu" else 32), len(outputs))
-
-    def read(source: Source) -> tuple[np.ndarray, tuple[int, int]]:
-        with held_image(source.image) as image:
-            return rescale_image(image, size), image.shape[:2]
-
+    predict = prepare(net, size, cfg)
+    batch = min(cfg.batch or (4 if predict.device.type == "cpu" else 32), len(outputs))
     for mode, record in records.items():
         record.start({paths[mode]: s.image for s, paths in outputs.items() if mode in paths})
     skipped, pool = 0, ThreadPoolExecutor(THREADS)
     try:
-        maps = compute_maps(predict, outputs, read, pool, batch)
+        maps = compute_maps(predict, outputs, functools.partial(read_rescaled, size=size), pool, batch)
         task = functools.partial(write, outputs=outputs, cfg=cfg)
         results = ordered_map(pool, task, maps, 2 * batch + THREADS)
-        for _, failure in tqdm(results, total=len(outputs), unit="img", disable=None):
+        for _, failure in progress(results, len(outputs)):
             if failure:
                 skipped += 1
                 tqdm.write(f"skipped: {failure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor.
+"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor; a cold start.
 
     python -m benchmarks.inference                       U2MAMBA, one 320x320 image, on the device at hand
     python -m benchmarks.inference --arch u2net --batches 1 8
@@ -7,11 +7,16 @@ Baseline: eval mode, fp32, NCHW, eager. All variants take uint8 images that lie 
 there.
 """
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.hardware import in_turn, lines, median_and_spread
@@ -28,7 +33,28 @@ class Config:
     size: int = 320  # pixels
     runs: int = 30
     warm_up: int = 5  # calls: cuDNN chooses its convolutions, Triton compiles, graphs are captured
+    cold_runs: int = 3  # of a cut-out of one photo from the shell
     device: str = "auto"
+
+
+def cold_start(runs: int) -> str:
+    """Seconds of a cut-out of one photo from the shell, beside those of importing PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        Image.radial_gradient("L").resize((640, 480)).convert("RGB").save(Path(folder, "photo.jpg"))
+        root = Path(__file__).parents[1]
+        commands = {
+            "import": ["-c", "import torch, PIL.Image"],
+            "cut-out": [f"{root}/u2mamba_predict.py", "photo.jpg", "--mode", "cutout", "--overwrite"],
+        }
+        calls = {
+            name: lambda words=words: subprocess.run(
+                [sys.executable, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            for name, words in commands.items()
+        }
+        times = {name: min(t) for name, t in in_turn(calls, torch.device("cpu"), runs).items()}
+    ratio = times["cut-out"] / times["import"]
+    return f"cold start: {times['cut-out']:.2f} s, {ratio:.2f} × import torch, PIL.Image ({times['import']:.2f} s)"
 
 
 def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -54,6 +80,8 @@ def main(cfg: Config) -> None:
     torch.backends.cudnn.benchmark = True
     print("\n".join(lines(device)))
     print(f"{cfg.arch}, {cfg.size}x{cfg.size}, {cfg.runs} runs, variants in turn")
+    if cfg.cold_runs:
+        print(cold_start(cfg.cold_runs), flush=True)
     variants = make_variants(cfg, device)
     for batch in cfg.batches:
         images = torch.randint(256, (batch, cfg.size, cfg.size, 3), dtype=torch.uint8).to(device)

@@ -19,7 +19,7 @@ from u2mamba_train import PRESETS, Config
 ROOT = Path(__file__).parents[1]
 PAGES = {p: p.read_text("utf-8") for p in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")) if p.name != "LOG.md"}
 TEXT, README = "\n".join(PAGES.values()), PAGES[ROOT / "README.md"]
-SCRIPT = r"(?:python|torchrun[^`\n]*?) (?:-m )?(u2mamba_\w+\.py|benchmarks\.\w+|train_data/\w+\.py)([^`\n#&]*)"
+SCRIPT = r"(?:python|torchrun[^`\n]*?) (?:-m )?(u2mamba_\w+\.py|benchmarks\.\w+|train_data/\w+\.py)([^`\n#&>]*)"
 COLUMN = rf"`((?:{'|'.join(PRESETS)}) --[^`]*)`"  # of tables: a preset and options
 COMMANDS = {*re.findall(SCRIPT, TEXT), *(("u2mamba_train.py", words) for words in re.findall(COLUMN, TEXT))}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import u2mamba_predict
 from model import ARCHS, U2NETP
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import predictor as predictor_module
@@ -401,6 +402,39 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
         with pytest.raises(UserError, match=r"No space left on device\); the same command continues from there"):
             predict(photos)
     assert set(files(tmp_path / "out")) <= {"map/below/b.png", "map/settings.json"}
+
+
+# --------------------------------------------------------------------------------- streams, progress, start
+
+
+def stream(content: bytes, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "u2mamba_predict.py", *words, "--size", str(SIZE), "--device", "cpu"]
+    return subprocess.run([*command, "--precision", "fp32"], input=content, capture_output=True)
+
+
+def test_standard_streams_carry_what_the_file_would_hold(photos, predict, checkpoint, tmp_path):
+    assert predict(photos / "a.png", mode=("cutout",)) == 0
+    words = ("-", "--out", "-", "--checkpoint", str(checkpoint), "--mode")
+    done = stream((photos / "a.png").read_bytes(), *words, "cutout")
+    assert done.returncode == 0 and done.stdout == (tmp_path / "out/cutout/a.png").read_bytes()
+    assert b"device: " in done.stderr
+    for content, modes, line in (
+        (b"not an image", ["map"], b"error: standard input: not an image"),
+        (b"", ["map"], b"error: standard input: empty file"),
+        (b"", ["map", "mask"], b"error: --out - takes exactly one mode"),
+    ):
+        failed = stream(content, *words, *modes)
+        assert (failed.returncode, failed.stdout) == (2, b"")
+        assert failed.stderr.splitlines()[-1].startswith(line)
+    with pytest.raises(UserError, match="standard input and output go together"):
+        predict("-")
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(u2mamba_predict, "PROGRESS_SECONDS", 0)
+    assert list(u2mamba_predict.progress([1, 2, 3], 3)) == [1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["1 of 3 images", "2 of 3 images"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")

@@ -7,7 +7,7 @@ saliency = predict(images)  # (B, S, S, 3) uint8 RGB -> (B, 1, S, S) float32 pro
 """
 
 import contextlib
-import copy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ def input_size(net: nn.Module, size: int = 0) -> int:
     return size or net.settings.get("size", weights.DEFAULT_SIZE)
 
 
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """A copy of `net` in eval mode that computes the same, each batch norm folded into the convolution before it."""
-    net = copy.deepcopy(net).eval().requires_grad_(False)
+def fold_batch_norm(net: nn.Module, copy: bool = True) -> nn.Module:
+    """A copy of `net`, or `net` itself, in eval mode, each batch norm folded into the convolution before it."""
+    net = (deepcopy(net) if copy else net).eval().requires_grad_(False)
     for block in net.modules():
         if isinstance(block, REBNCONV) and isinstance(block.bn_s1, nn.BatchNorm2d):
             block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
@@ -88,7 +88,7 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
 
 
 class Predictor:
-    """Saliency maps of batches of images, by a copy of `net`: batch norm folded, channels_last.
+    """Saliency maps of batches of images, by a copy of `net` (copy=False: by `net`): batch norm folded, channels_last.
 
     precision: "fp32"; or "bf16": convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
     graph: on CUDA, replay one CUDA graph per batch shape. tta: flip test-time augmentation, the mean with the map of
@@ -103,10 +103,11 @@ class Predictor:
         precision: str = "fp32",
         graph: bool = True,
         tta: bool = False,
+        copy: bool = True,
     ):
         self.device, self.tta, self.memory = device, tta, HeapRetention(device)
         self._uses_graphs, self._graphs = graph and device.type == "cuda", {}
-        self.net = fold_batch_norm(net).to(device, memory_format=torch.channels_last)
+        self.net = fold_batch_norm(net, copy).to(device, memory_format=torch.channels_last)
         self.dtype = torch.float32
         if precision == "bf16":
             self.dtype, fusion = torch.bfloat16, getattr(self.net, "outconv", None)
