@@ -480,13 +480,13 @@ def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
     taken = []
 
     def items():
-        for i in range(-200, 0):
-            taken.append(i)
-            yield i
+        for i in range(100):
+            taken.append(0.02 + i * 1e-6)  # seconds: tasks slow enough that a busy machine looks in time
+            yield taken[-1]
 
-    results = process_map(abs, items(), workers=2)
-    assert next(results) == (-200, 200) and len(taken) < 20
-    assert list(results) == [(i, -i) for i in range(-199, 0)]
+    results = process_map(time.sleep, items(), workers=2)
+    assert next(results) == (0.02, None) and len(taken) < 50
+    assert list(results) == [(seconds, None) for seconds in taken[1:]] and len(taken) == 100
 
     def failing():
         yield -1
