@@ -210,7 +210,7 @@ def test_weights_that_amplify_rounding_are_distinguished_from_a_wrong_file(expor
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
         ({"gt": "masks"}, "--gt: give the images of these masks too"),
         ({"images": "out"}, "--images out: there is no such folder, or no image in it"),
-        ({"images": "images", "gt": "nowhere"}, "mask folder nowhere: No such file or directory; set --gt"),
+        ({"images": "images", "gt": "nowhere"}, "nowhere: No such file or directory; set --gt"),
         ({"size": 20}, "size = 20: must be from 32"),
         ({"opset": 99}, "opset = 99: must be from 13 to 20"),
         ({"variants": ("int4",)}, "variants = ('int4',)"),
