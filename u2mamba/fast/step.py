@@ -157,7 +157,8 @@ class TrainStep(step.TrainStep):
         used = [(weight, copied) for weight, copied in self.copies.items() if copied.grad is not None]
         for weight, _ in used:
             if weight.grad is None:  # written in place where the optimizer reads it
-                weight.grad = self.averager.views[weight] if self.averager.views else torch.empty_like(weight)
+                views = self.averager.views  # without a weight that the first step did not use
+                weight.grad = views[weight] if weight in views else torch.empty_like(weight)
                 if not first:
                     weight.grad.zero_()
         if used:
