@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_stored_costs_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert f"cache: not stored on disk: No space left on device ({tmp_path})" in open_folders(images, masks).log
     assert not stored(tmp_path)
 

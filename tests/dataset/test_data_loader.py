@@ -13,7 +13,6 @@ from skimage import transform as sk
 from data_loader import MEAN, STD, RandomCrop, Rescale, RescaleT, SalObjDataset, ToTensor, ToTensorLab, augment
 from tests.dataset.samples import ROUNDING, disc, make_folders, photo, sample
 from u2mamba.dataset.augment import HFLIP, VFLIP
-from u2mamba.dataset.cache import PairCache
 from u2mamba.dataset.decode import read_pair
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
@@ -128,9 +127,8 @@ def test_rescaling_is_rescale_t(height, width):
 @pytest.mark.parametrize("flip", [0, VFLIP, HFLIP, VFLIP | HFLIP])
 def test_augment_is_the_reference_on_the_original_image(flip, channels_last):
     image, label = photo(300, 401, seed=5), disc(300, 401)
-    cache = PairCache.empty(2, 320)
-    cache.put(1, image, label)
-    x, y = augment(cache.images, cache.masks, torch.tensor([[1, 32, 5, flip]]), channels_last=channels_last)
+    images, masks = (torch.from_numpy(a)[None] for a in (rescale_image(image, 320), rescale_mask(label, 320)))
+    x, y = augment(images, masks, torch.tensor([[0, 32, 5, flip]]), channels_last=channels_last)
     got = RescaleT(320)(sample(image, label))
     for key in ("image", "label"):
         array = got[key][::-1] if flip & VFLIP else got[key]

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from u2mamba.dataset import demo as module
-from u2mamba.dataset.demo import COUNT, DemoError, is_complete, make_demo
+from u2mamba.dataset.demo import COUNT, is_complete, make_demo
+from u2mamba.runtime.errors import UserError
 
 ROOT = Path(module.__file__).parents[2]
 N = 20
@@ -128,11 +129,11 @@ def test_files_of_others_are_not_touched(tmp_path):
         (folder / name).write_bytes(b"mine")
     before = digest(tmp_path)
     make_demo(tmp_path, 2)  # complete
-    with pytest.raises(DemoError, match=r"holds 3 other files \(gt_aug/mine.png\): move them away, or set data_dir"):
+    with pytest.raises(UserError, match=r"holds 3 other files \(gt_aug/mine.png\): move them away, or set data_dir"):
         make_demo(tmp_path, 3)
     assert digest(tmp_path) == before
     (folder / "demo.json").unlink()  # then none of the files is known to be ours
-    with pytest.raises(DemoError, match="holds 7 other files"):
+    with pytest.raises(UserError, match="holds 7 other files"):
         make_demo(tmp_path, 2)
 
 
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_nothing_incomplete(tmp_path, monkeypatch):
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(DemoError, match=r"No space left on device.*20 MB free") as caught:
+    with pytest.raises(UserError, match=r"No space left on device.*20 MB free") as caught:
         make_demo(tmp_path / "demo", 4)
     assert "\n" not in str(caught.value)
     assert not digest(tmp_path)
@@ -163,5 +164,5 @@ def test_a_full_disk_leaves_nothing_incomplete(tmp_path, monkeypatch):
 
 def test_a_missing_photo_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PHOTOGRAPHS", tmp_path)
-    with pytest.raises(DemoError, match=r"astronaut\.png.*pip install --force-reinstall scikit-image"):
+    with pytest.raises(UserError, match=r"astronaut\.png.*pip install --force-reinstall scikit-image"):
         make_demo(tmp_path / "demo", 1)
