@@ -43,15 +43,12 @@ class Case(NamedTuple):
     outcome: str = "read"
 
 
+@functools.cache
 def photos() -> list[np.ndarray]:
-    """Pieces (96, 120, 3) uint8 of photos in scikit-image's wheel, and of 20 in DUTS_DIR where that is set."""
-    wheel = Path(skimage.data.__file__).parent
-    paths = [wheel / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
-    if os.environ.get("DUTS_DIR"):
-        paths += sorted(Path(os.environ["DUTS_DIR"], "im_aug").iterdir())[:20]
-    pieces = []
-    for path in paths:
-        with Image.open(path) as file:
+    """Pieces (96, 120, 3) uint8 of photos in scikit-image's wheel."""
+    folder, pieces = Path(skimage.data.__file__).parent, []
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
+        with Image.open(folder / name) as file:
             pieces.append(np.asarray(ImageOps.fit(file.convert("RGB"), (120, 96))))
     return pieces
 
@@ -363,12 +360,9 @@ def flips(photo: np.ndarray) -> Iterator[Case]:
 
 @functools.cache
 def all_cases() -> list[Case]:
-    """Every case, once for every four photos, which take turns; names are unique."""
+    """Every case, of photos that take turns; names are unique."""
     makers = modes, orientations, jpegs, pngs, tiffs, animations, not_images, declared, broken_pngs, cuts, flips
-    pieces, cases = photos(), []
-    for first in range(0, len(pieces), 4):
-        for turn, maker in enumerate(makers, first):
-            cases += [case._replace(name=f"{first}_{case.name}") for case in maker(pieces[turn % len(pieces)])]
+    cases = [case for turn, maker in enumerate(makers) for case in maker(photos()[turn % 4])]
     assert len({case.name for case in cases}) == len(cases)
     return cases
 
