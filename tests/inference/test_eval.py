@@ -132,6 +132,34 @@ def test_both_definitions_of_f_and_of_iou_by_hand():
     assert got["mae"] == pytest.approx((8 / 32 + 16 / 32) / 2)
 
 
+def test_scores_by_object_size(tmp_path, capsys):
+    """Masks of 100 pixels. The map: 0.8 on the first 20 pixels, 0.2 elsewhere, and 0 in the image that is empty."""
+    pixels = {"small": 5, "medium": 10, "medium2": 30, "large": 40, "empty": 0, "full": 100}
+    saliency = np.where(np.arange(100) < 20, 0.8, 0.2)
+    for name, n in pixels.items():
+        save(tmp_path / "masks" / f"{name}.png", ((np.arange(100) < n) * 255).astype(np.uint8).reshape(10, 10))
+        save(tmp_path / "maps" / f"{name}.npy", (saliency * (n > 0)).reshape(10, 10))
+    more = {"json": str(tmp_path / "s.json"), "name": ("set",)}
+    assert evaluate_maps((tmp_path / "maps", tmp_path / "masks"), **more) == 0
+    (got,) = json.loads((tmp_path / "s.json").read_text())
+    expected = {  # n, missed, extra, IoU
+        "small": (1, 5 * 0.2, 15 * 0.8 + 80 * 0.2, 5 / 20),
+        "medium": (2, (10 * 0.2 + 20 * 0.2 + 10 * 0.8) / 2, (10 * 0.8 + 150 * 0.2) / 2, (10 / 20 + 20 / 30) / 2),
+        "large": (1, 20 * 0.2 + 20 * 0.8, 60 * 0.2, 20 / 40),
+        "empty": (1, 0, 0, 1),
+        "full": (1, 20 * 0.2 + 80 * 0.8, 0, 20 / 100),
+    }
+    for name, (n, missed, extra, iou) in expected.items():
+        values = {"n": n, "mae": (missed + extra) / 100, "missed": missed / 100, "extra": extra / 100, "iou": iou}
+        assert got["by_size"][name] == pytest.approx(values, abs=1e-12), name
+    assert "large: over 30 %                     1  0.3200  0.2000  0.1200  0.5000" in capsys.readouterr().out
+    (tmp_path / "masks" / "large.png").unlink()
+    assert evaluate_maps((tmp_path / "maps", tmp_path / "masks"), **more) == 1
+    nothing = {"n": 0} | dict.fromkeys(("mae", "missed", "extra", "iou"))
+    assert json.loads((tmp_path / "s.json").read_text())[0]["by_size"]["large"] == nothing
+    assert "over 30 %" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.75])
 def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
     got = score_map(np.full((6, 9), level), np.zeros((6, 9), bool))
@@ -207,13 +235,16 @@ def test_two_sets_in_one_call(folders, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == ""
     expected = [scores_of(*folders).summary() | {"name": "first"}, scores_of(*again).summary() | {"name": "second"}]
-    assert json.loads((report / "s.json").read_text()) == expected
+    sets = json.loads((report / "s.json").read_text())
+    assert [list(row.pop("by_size")) for row in sets] == [["small", "medium", "large", "empty", "full"]] * 2
+    assert sets == expected
     rows = list(csv.DictReader((report / "s.csv").read_text().splitlines()))
     assert [{k: v if k == "name" else float(v) for k, v in row.items()} for row in rows] == expected
     assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
-    assert {p.name for p in report.iterdir()} == {"s.json", "s.csv", "precision_recall.png", "f_threshold.png"} | {
-        f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")
-    }
+    assert {p.name for p in report.iterdir()} == {
+        "s.json", "s.csv", "precision_recall.png", "f_threshold.png", "error_by_size.png",
+        *(f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")),
+    }  # fmt: skip
     rows = list(csv.DictReader((report / "first_images.csv").read_text().splitlines()))
     assert [row["image"] for row in rows] == [f"{i:05}" for i in range(14)]
     assert np.mean([float(row["mae"]) for row in rows]) == pytest.approx(expected[0]["mae"])

@@ -42,6 +42,10 @@ BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
+SIZES = {  # of an image's object
+    "small": "under 10 % of the image", "medium": "10 to 30 %", "large": "over 30 %", "empty": "no object",
+    "full": "all of the image",
+}  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -57,12 +61,14 @@ class ImageScores(NamedTuple):
     """What one image contributes."""
 
     mae: float
+    missed: float  # the part of the MAE where the map is too low: mean of max(mask - map, 0)
+    extra: float  # the part where it is too high
+    area: float  # the object's share of the pixels
     wf: float
     sm: float
     intersection: int  # pixels of map > 0.5 and mask
     union: int
     curves: np.ndarray | None  # (4, 256): precision, recall, F and E at thresholds 255, ..., 0
-    empty: bool  # the mask has no object
     constant: bool  # the map has a single value
     resized: bool  # the map had another size than the mask
     faint: bool  # no value of the map exceeds 1 of 255
@@ -71,6 +77,18 @@ class ImageScores(NamedTuple):
     def iou(self) -> float:
         """Jaccard index; an empty prediction for an empty mask counts 1."""
         return self.intersection / self.union if self.union else 1.0
+
+    @property
+    def size(self) -> str:
+        """The object's size, of SIZES."""
+        if self.area in (0, 1):
+            return "full" if self.area else "empty"
+        return "small" if self.area < 0.1 else "large" if self.area > 0.3 else "medium"
+
+    @property
+    def empty(self) -> bool:
+        """The mask has no object."""
+        return self.area == 0
 
 
 class _Smeasure(psm.Smeasure):
@@ -92,12 +110,14 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
     counts = iou.binary_results
     return ImageScores(
         mae=float(mae.get_results()["mae"]),
+        missed=float(np.maximum(mask - saliency, 0).mean()),
+        extra=float(np.maximum(saliency - mask, 0).mean()),
+        area=float(mask.mean()),
         wf=float(wf.get_results()["wfm"]),
         sm=float(sm.get_results()["sm"]),
         intersection=int(counts["tp"]),
         union=int(counts["tp"] + counts["fp"] + counts["fn"]),
         curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"].clip(0, 1)]),
-        empty=not mask.any(),
         constant=bool(saliency.min() == saliency.max()),
         resized=resized,
         faint=bool(saliency.max() <= 1 / 255),
@@ -205,6 +225,16 @@ class DatasetMetrics:
             np.mean([s.iou for s in scores]), sum(s.intersection for s in scores) / union if union else 1.0,
         )  # fmt: skip
         return {"name": self.name, "n": len(scores)} | dict(zip(METRICS, map(float, values), strict=True))
+
+    def by_size(self) -> dict[str, dict[str, Any]]:
+        """For each of SIZES {"n", "mae", "missed", "extra", "iou"}: means over its images, None where it has none."""
+        keys = ("mae", "missed", "extra", "iou")
+        groups = {size: [s for _, s in self.images if s.size == size] for size in SIZES}
+        return {
+            size: {"n": len(group)}
+            | {key: float(np.mean([getattr(s, key) for s in group])) if group else None for key in keys}
+            for size, group in groups.items()
+        }
 
 
 def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) -> tuple[list[Item], Unpaired]:
