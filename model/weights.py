@@ -23,6 +23,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")  # keys of 
 FITS = "u2net.pth fits arch u2net and u2mamba, u2netp.pth fits u2netp and u2mambap"
 OPTIONAL = "num_batches_tracked"  # of batch norm: PyTorch before 0.4.1 has none, and nothing here uses it
 DEFAULT_SIZE = 320  # pixels: the training size of the public weights
+MIN_ROW = 32  # numbers per output channel, below which int8 saves little
 
 
 class CorruptFileError(ValueError):
@@ -84,6 +85,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
     settings = dict(settings) if isinstance(settings, Mapping) else {}
     state = {str(k): v for k, v in state.items()}
+    _dequantize(state, path)
     while len(parts := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         if settings and not parts <= {"module", "_orig_mod"}:  # a network of the user's own with a single child
             break
@@ -103,6 +105,37 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
     settings |= {"size": size} if size else {}
     result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
     return result
+
+
+def quantize(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A quarter of the size: `<key>.int8` and, one for each output channel (first dimension), `<key>.scale` in fp16.
+
+    Biases, norms and other small tensors stay as they are, and so do weights that fp16 scales cannot represent.
+    """
+    result = OrderedDict()
+    for key, weight in state.items():
+        scale = None
+        if key.endswith("weight") and weight.dim() > 1 and weight.numel() >= MIN_ROW * len(weight):
+            scale = (weight.float().flatten(1).abs().amax(1) / 127).half().clamp(min=2**-24)  # of an empty channel
+        if scale is None or not scale.isfinite().all():
+            result[key] = weight
+            continue
+        levels = weight.float().flatten(1) / scale.float()[:, None]
+        result[f"{key}.int8"] = levels.round().clamp(-127, 127).to(torch.int8).view(weight.shape)
+        result[f"{key}.scale"] = scale
+    result._metadata = state._metadata
+    return result
+
+
+def _dequantize(state: dict[str, Tensor], path: str | Path) -> None:
+    """Replaces the tensors of `quantize` by weights in fp32."""
+    for key in [key for key in state if key.endswith(".int8")]:
+        name = key.removesuffix(".int8")
+        levels, scale = state.pop(key), state.pop(f"{name}.scale", torch.zeros(0))
+        fits = name not in state and (levels.dtype, scale.dtype) == (torch.int8, torch.float16) and levels.dim() > 1
+        if not fits or scale.shape != levels.shape[:1] or not (scale.isfinite() & (scale > 0)).all():
+            raise CorruptFileError(f"{path}: is damaged, {key} does not have one finite scale per output channel")
+        state[name] = (levels.flatten(1) * scale.float()[:, None]).view(levels.shape)
 
 
 def uncompiled(net: nn.Module) -> nn.Module:

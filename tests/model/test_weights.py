@@ -1,5 +1,6 @@
 """model/weights.py: files are read safely, carry their settings, and are refused in one line that names them."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from model.weights import (
     load_model,
     load_pretrained,
     load_state_dict,
+    quantize,
     read_file,
     read_state_dict,
 )
@@ -103,6 +105,64 @@ def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install safetensors") as error:
         load_model(path)
     one_line(error, path)
+
+
+# ------------------------------------------------------------------------------------------------------- int8 files
+
+
+def test_an_int8_file_is_read_as_any_other_and_by_no_plain_loader(path):
+    net = build_model({"arch": "u2mambap", "mamba_norm": "gate"})
+    weight = net.stage2.rebnconv1.conv_s1.weight
+    with torch.no_grad():
+        weight[0], weight[1] = 0, 1e-7  # an empty channel, and one below the range of fp16 scales
+        net.stage3.rebnconv1.conv_s1.weight[0] = math.inf  # stays in fp32
+    state = cpu_state_dict(net, size=96)
+    torch.save(quantize(state), path)
+    again = load_model(path)
+    assert again.settings == {"arch": "u2mambap", "mamba_norm": "gate", "size": 96}
+    stored = torch.load(path, weights_only=True)
+    for key, value in again.state_dict().items():
+        if f"{key}.int8" not in stored:
+            assert value.dim() < 2 or value[0].numel() < 32 or key == "stage3.rebnconv1.conv_s1.weight"
+            assert torch.equal(value, state[key])
+        else:
+            step = state[key].flatten(1).abs().amax(1) / 127
+            error = (value - state[key]).flatten(1).abs().amax(1)
+            assert (error <= 0.51 * step.clamp(min=2**-24)).all(), key
+    with pytest.raises(RuntimeError, match="Missing key"):
+        U2MAMBAP(mamba_norm="gate").load_state_dict(stored, strict=True)
+    assert "tensors matched, 0 new" in load_pretrained(U2MAMBAP(mamba_norm="gate"), path)
+
+
+def test_the_large_int8_file_is_small_enough_to_be_included(path):
+    torch.save(quantize(cpu_state_dict(build_model({"arch": "u2mamba", "mamba_norm": "gate"}), 320)), path)
+    assert path.stat().st_size <= 47e6
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("scale", lambda scale: None),
+        ("scale", lambda scale: scale[1:]),
+        ("scale", lambda scale: scale.mul(math.inf)),
+        ("scale", lambda scale: scale.mul(math.nan)),
+        ("scale", lambda scale: -scale),
+        ("scale", lambda scale: scale.float()),
+        ("int8", lambda levels: levels.float()),
+        ("int8", lambda levels: levels[0, 0, 0, 0]),
+    ],
+)
+def test_a_damaged_int8_file(part, change, path):
+    state = quantize(cpu_state_dict(build_model({"arch": "u2netp"})))
+    key = f"side1.weight.{part}"
+    state[key] = change(state[key])
+    if state[key] is None:
+        del state[key]
+    torch.save(state, path)
+    for read in (load_model, lambda path: load_pretrained(U2NETP(), path)):
+        with pytest.raises(CorruptFileError, match=r"side1\.weight\.int8 does not have one finite scale") as error:
+            read(path)
+        one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- bad files
