@@ -269,13 +269,13 @@ def predict_stream(cfg: Config) -> int:
         raise UserError("standard input and output go together: u2mamba_predict.py - --out -")
     if len(set(cfg.mode)) != 1:
         raise UserError(f"--out - takes exactly one mode: one of {', '.join(MODES)}")
-    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "image")
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         try:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "image")
             with path.open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         except OSError as error:
-            raise UserError(f"standard input cannot be copied to {folder}: {error.strerror}") from None
+            raise UserError(f"standard input cannot be copied to a temporary folder: {error.strerror}") from None
         net = load_model(cfg.checkpoint)
         size = input_size(net, cfg.size)
         try:

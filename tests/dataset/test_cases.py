@@ -267,7 +267,7 @@ def test_bits_in_16_bit_files_are_read_at_full_range(bits, tmp_path):
     wide = np.rint(pixels * scale).astype(np.uint16)
     wide[0, 0] = 2**bits - 1
     rows = np.pad(wide.astype(">u2").view(np.uint8).reshape(SHAPE[0], -1), ((0, 0), (1, 0))).tobytes()
-    (tmp_path / "rgb.png").write_bytes(png(*SHAPE[::-1], 16, 2, rows))
+    (tmp_path / "rgb.png").write_bytes(png(SHAPE[::-1], 16, 2, rows))
     (tmp_path / "little.tif").write_bytes(tiff(wide, photometric="rgb"))
     (tmp_path / "big.tif").write_bytes(tiff(wide, photometric="rgb", byteorder=">"))
     Image.fromarray(wide[..., 1]).save(tmp_path / "gray.png")
