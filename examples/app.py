@@ -21,6 +21,7 @@ from PIL import Image, ImageColor
 
 import u2mamba_predict
 from u2mamba.inference.predictor import PRETRAINED, PRETRAINED_DIR, input_size, load_model
+from u2mamba.inference.render import predict_file
 from u2mamba.runtime.config import Range, read_settings
 from u2mamba.runtime.errors import EXIT_OK, UserError, one_line_errors
 
@@ -55,7 +56,7 @@ def build_page(cfg: Config, folder: str):
         if photo is None:
             return None, None, None
         try:
-            files = u2mamba_predict.predict_file(Path(photo), *prepared(checkpoint), options)
+            files = predict_file(Path(photo), *prepared(checkpoint), options)
         except UserError as error:
             raise gr.Error(str(error).replace(f"{Path(photo).parent}/", ""), print_exception=False) from None
         result = Path(tempfile.mkdtemp(dir=folder))

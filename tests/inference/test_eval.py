@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from model import U2NETP
 from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
-from u2mamba.inference import workers
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 from u2mamba_eval import Config, dataset_names, main
 
@@ -426,62 +426,51 @@ def test_names_that_are_not_text_are_used(three, tmp_path):
     assert [row.split(",")[0] for row in rows] == ["image", "$\udcff", "00000", "船"]
 
 
-# ------------------------------------------------------------------------------------------------- worker processes
-
-
-def children_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """What a process with two workers starts: them, and joblib's tracker of resources."""
-    while process.poll() is None and len(children := psutil.Process(process.pid).children()) < 3:
-        time.sleep(0.05)
-    assert len(children) >= 3, "it ended before"
-    return children
+# ------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
-    """Ctrl-C reaches all of its processes at once, while they start; the others the first one, while it works."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_evaluation(number, code, tmp_path):
     pred, gt = make_set(tmp_path, 4, (40, 50))
     for i in range(4, 3000):
         for folder in (pred, gt):
             os.link(folder / f"{i % 4:05}.png", folder / f"{i:05}.png")
-    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json", start_new_session=True)
-    workers = children_of(process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        time.sleep(2)
-        process.send_signal(number)
-    process.wait(60)
-    assert not psutil.wait_procs(workers, timeout=20)[1]  # none is left
+    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json")
+    while psutil.Process(process.pid).num_threads() < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert err in ("", "interrupted\n") or code == -9  # joblib's tracker reports what it cleans up
+    assert (process.returncode, err) == (code, "interrupted\n" if code == 130 else "")
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_killed_worker_is_one_line():
-    with pytest.raises(UserError, match="--workers 1"):
-        list(process_map(os._exit, [1, 1], workers=2))
+def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
+    taken = []
+
+    def items():
+        for i in range(20):
+            taken.append(i)
+            yield i
+
+    results = ordered_map(lambda i: i * i, items(), threads=3, ahead=4)
+    assert next(results) == (0, 0) and len(taken) == 5
+    assert list(results) == [(i, i * i) for i in range(1, 20)]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no new thread"), None]
-)
-def test_where_no_processes_can_be_started_this_one_computes(error, monkeypatch, capsys):
-    """A limit of processes or threads; None: no semaphores, where joblib computes in this process without a word."""
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_few_threads_can_be_started_those_compute(allowed, monkeypatch, capsys):
+    begin, begun = threading.Thread.start, []
 
-    def parallel(*_, **__):
-        if error:
-            raise error
-        return lambda calls: (function(*args, **named) for function, args, named in calls)
+    def limited(self):
+        begun.append(self)
+        if len(begun) > allowed:
+            raise RuntimeError("can't start new thread")
+        begin(self)
 
-    monkeypatch.setattr("u2mamba.inference.workers.joblib.Parallel", parallel)
-    workers._started.cache_clear()
-    for _ in range(2):
-        assert list(process_map(abs, [-1, 2], workers=2)) == [(-1, 1), (2, 2)]
-    workers._started.cache_clear()
-    assert capsys.readouterr().out.count("no worker processes can be started") == 1
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert list(ordered_map(abs, range(-9, 0), threads=4)) == [(i, -i) for i in range(-9, 0)]
+    assert capsys.readouterr().out == "fewer than 4 threads can be started (can't start new thread)\n"
 
 
 def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
@@ -494,34 +483,3 @@ main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},), workers=2))
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "images" in done.stdout and not done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the cores of a process")
-def test_one_granted_core_is_one_process(folders, monkeypatch):
-    monkeypatch.setattr("u2mamba.inference.workers._started", None)  # not called
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert main(Config(pred=(str(folders[0]),), gt=(str(folders[1]),))) == 0
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
-    taken = []
-
-    def items():
-        for i in range(100):
-            taken.append(0.02 + i * 1e-6)  # seconds: tasks slow enough that a busy machine looks in time
-            yield taken[-1]
-
-    results = process_map(time.sleep, items(), workers=2)
-    assert next(results) == (0.02, None) and len(taken) < 50
-    assert list(results) == [(seconds, None) for seconds in taken[1:]] and len(taken) == 100
-
-    def failing():
-        yield -1
-        raise UserError("no memory left on the GPU")
-
-    with pytest.raises(UserError, match="no memory left"):
-        list(process_map(abs, failing(), workers=2))

@@ -1,7 +1,7 @@
-"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in worker processes.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
 
-Results are summed in the order of the names, so they do not depend on the number of workers. Nothing here imports
-torch, which every worker would have to load.
+Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
+torch, which the evaluation of saved maps does without.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
@@ -15,7 +15,6 @@ dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from u2mamba.dataset.decode import (
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
 from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
@@ -145,8 +144,7 @@ def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
         except (BadFile, MemoryError):
             return None, ""
 
-    with ThreadPoolExecutor(threads) as pool:
-        kinds, drawn = zip(*pool.map(survey, items), strict=True)
+    kinds, drawn = zip(*(found for _, found in ordered_map(survey, items, threads)), strict=True)
     return decide([kind for kind in kinds if kind], "stored" in drawn and "seen" not in drawn)
 
 
@@ -181,8 +179,9 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
 def evaluate(
     items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
 ) -> Iterator[tuple[Item, ImageScores | BadFile]]:
-    """(item, its scores or why it has none), in the order of `items`; workers: as of `process_map`."""
-    return process_map(functools.partial(score_item, normalize=normalize, rule=rule), items, workers)
+    """(item, its scores or why it has none), in the order of `items`, by `workers` threads."""
+    task = functools.partial(score_item, normalize=normalize, rule=rule)
+    return ordered_map(task, items, workers, ahead=2 * workers)
 
 
 class DatasetMetrics:
