@@ -1,4 +1,4 @@
-"""Foreground colors of cut-outs: how much of the old background stays in soft edges, and what removing it costs.
+"""Foreground colors of cut-outs: how much of the old background stays in soft edges.
 
     python -m benchmarks.cutout                     tables of docs/inference.md
     python -m benchmarks.cutout --count 100 --checkpoint saved_models/fast_4gpu/best.pth
@@ -10,19 +10,15 @@ new background against the true colors and alpha on it, over the same pixels; it
 --pairs: maps of the validation split at the images' own size, as they are and after a guided filter.
 """
 
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import py_sod_metrics as psm
 import torch
-import tyro
 from PIL import Image
 from scipy.ndimage import binary_erosion, distance_transform_edt, uniform_filter
 
-import u2mamba_predict
+from benchmarks.hardware import cli
 from u2mamba.dataset.decode import read_pair
 from u2mamba.dataset.demo import OBJECTS, SHAPES, Composer
 from u2mamba.dataset.pairs import pair_folders, train_val_split
@@ -40,7 +36,6 @@ class Config:
     count: int = 24  # composites, or pairs
     checkpoint: str = "small"
     width: int = 640  # pixels; height: three quarters
-    runs: int = 5  # of the 12-megapixel photo
     pairs: tuple[str, str] = ("", "")  # folders of images and masks
 
 
@@ -75,22 +70,6 @@ def errors(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, map_: np.nd
         differences += [blend(cutout, map_, b) - blend(colors, alpha, b) for b in BACKGROUNDS.values()]
         rows.append([np.abs(d[soft]).mean(1).sum() for d in differences])
     return np.array(rows)
-
-
-def time_share(cfg: Config, folder: Path) -> str:
-    """Seconds of a cut-out of a 12-megapixel photo with and without foreground colors, everything loaded."""
-    image = composite(Composer(), 0, 640)[0]
-    photo = folder / "photo.jpg"
-    Image.fromarray(image).resize((4000, 3000), Image.Resampling.BICUBIC).save(photo, quality=92)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(cfg.runs):
-        for on, times in seconds.items():
-            start = time.perf_counter()
-            options = {"mode": ("cutout",), "overwrite": True, "device": "cpu", "foreground": on}
-            u2mamba_predict.main(u2mamba_predict.Config((str(photo),), cfg.checkpoint, str(folder), **options))
-            times.append(time.perf_counter() - start)
-    without, with_ = (min(times) for times in seconds.values())
-    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s with foreground colors (+{with_ / without - 1:.0%})"
 
 
 def guided_filter(image: np.ndarray, map_: np.ndarray, radius: int, eps: float) -> np.ndarray:
@@ -157,9 +136,7 @@ def main(cfg: Config) -> None:
         before, after = total / pixels[name]
         for k, what in enumerate(("colors", *(f"composite on {b}" for b in BACKGROUNDS))):
             print(f"{name:18} {what:22} {before[k]:6.2f} -> {after[k]:6.2f}  {after[k] / before[k]:4.0%}")
-    with tempfile.TemporaryDirectory() as folder:
-        print(time_share(cfg, Path(folder)))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    cli(main, Config, __doc__)
