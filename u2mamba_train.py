@@ -113,10 +113,10 @@ class Config:
 
 
 FAST = Config(
-    model_name="fast", epoch_num=110, precision="bf16", batch_size_train=32, lr=1e-3,
-    lr_schedule="cosine", warmup_iters=500, weight_decay=0.02, grad_clip=1.0, ema_decay=0.9995, iou_weight=1.0,
-    edge_weight=1.0, crop=320, early_crop=192, scale_min=0.5, scale_max=1.3, rotation_degrees=20.0, color_jitter=0.4,
-    vflip_prob=0.0, hflip_prob=0.5, val_frq=5, drop_last=True,
+    model_name="fast", epoch_num=104, precision="bf16", batch_size_train=32, lr=1e-3, lr_schedule="cosine",
+    warmup_iters=500, weight_decay=0.02, grad_clip=1.0, ema_decay=0.9995, iou_weight=3.0, edge_weight=1.0,
+    crop=320, early_crop=192, scale_min=0.5, scale_max=1.3, whole_fraction=0.4, rotation_degrees=10.0,
+    color_jitter=0.4, sharpness=0.8, noise=0.03, vflip_prob=0.0, hflip_prob=0.5, val_frq=5, drop_last=True,
 )  # fmt: skip
 PRESETS = {
     "reference": Config(),
@@ -128,7 +128,7 @@ PRESETS = {
     "finetune": Config(
         model_name="finetune", arch="u2mambap", pretrained="small", precision="bf16", batch_size_train=8, epoch_num=40,
         lr=1e-4, lr_schedule="cosine", warmup_iters=20, weight_decay=0.02, grad_clip=1.0,
-        vflip_prob=0.0, hflip_prob=0.5,
+        crop=320, scale_min=0.8, scale_max=1.0, whole_fraction=0.4, vflip_prob=0.0, hflip_prob=0.5,
     ),
     "demo": Config(
         model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",

@@ -58,11 +58,11 @@ def main(cfg: Config) -> None:
     figure.suptitle(folder.resolve().name)
     for axes, (title, curves) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         for label, column in curves.items():
-            points = columns.get(column, [])
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), label=label, linewidth=1.2)
+            if points := columns.get(column):
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+                axes.legend(fontsize="small")
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
     figure.savefig(path)
     print(path)
 

@@ -348,7 +348,6 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"out": "masks/00000.png"}, "cannot be written"),
         ({"csv": "masks"}, "is a folder"),
         ({"checkpoint": "net.pth", "size": 8}, "size = 8: must be from 32"),
-        ({"checkpoint": "large"}, "is not there; give the path"),
         ({"checkpoint": "nothing.pth"}, "nothing.pth: there is no such checkpoint"),
         ({"checkpoint": "other.pth"}, "other.pth: holds the weights of another"),
     ],
