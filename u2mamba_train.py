@@ -287,7 +287,7 @@ def run(cfg: Config, dist: DistContext) -> int:
             return reason.exit_code
         if state.iteration % cfg.save_frq:  # else it was just done
             save_weights()  # before last.pth says that the run is finished
-        checkpoints.save_finished(state)
+        checkpoints.save_last(state, finished=True)
     return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)
 
 

@@ -219,7 +219,7 @@ def test_a_smaller_rate_for_the_encoder_in_a_run_that_resumes(project):
     before = project.load("last.pth")["model"]
     project.edit("A smaller learning rate for the encoder")
     lines = project.train(*U2NETP, "--epoch_num", "2", "--lr", "1e-3", "--resume", "force")
-    assert "the optimizer's groups have changed: its moments start from zero" in lines
+    assert "the optimizer or its groups have changed: its moments start from zero" in lines
     after = project.load("last.pth")["model"]
     moved = {key: (after[key] - before[key]).abs().max() for key in after if key.endswith("conv_s1.weight")}
     encoder = [moved.pop(key) for key in list(moved) if re.match(r"stage\d\.", key)]

@@ -10,7 +10,7 @@ from torchmetrics.classification import BinaryJaccardIndex
 
 from tests.engine.tiny import Net
 from u2mamba.dataset.batches import Batch
-from u2mamba.engine.validation import EvalMode, SODMetric, iou_per_image, validate
+from u2mamba.engine.validation import SODMetric, eval_mode, iou_per_image, validate
 from u2mamba.runtime.errors import Stopped, StopSignal
 
 
@@ -79,7 +79,7 @@ def test_validation_leaves_each_module_in_its_own_mode():
     net.bn.eval()
     assert set(validate(net, [one_batch()], StopSignal())) == {"IoU", "MAE", "maxF"}
     assert net.training and net.conv.training and not net.bn.training
-    with EvalMode(net):
+    with eval_mode(net):
         assert not net.conv.training
 
 

@@ -1,10 +1,7 @@
 """Several processes, one per GPU: torchrun starts them; here they meet, share the pairs and agree.
 
-The gradients are averaged in the step itself (engine/gradients.py), not by DistributedDataParallel: DDP reduces a
-gradient when autograd has accumulated it, and the fast step's gradients arrive in another way (bf16 weight copies, a
-second stream), inside a captured CUDA graph.
-
-Messages between the CPUs (gloo) are for what the host decides: when to stop, which settings, what last.pth holds.
+Messages between the CPUs (gloo) are for what the host decides: when to stop, which settings, what last.pth holds. The
+gradients are averaged in the step itself (engine/gradients.py).
 """
 
 import contextlib
@@ -117,7 +114,7 @@ def init_distributed() -> Iterator[DistContext]:
     """The processes that torchrun describes in the environment variables, or one process.
 
     Of several, only the main one prints; an error is printed once, by the process that met it first. The process ends
-    with this block. It leaves by os._exit, because shutting NCCL down waits for captured graphs
+    with this block, by os._exit, because shutting NCCL down waits for captured graphs
     (github.com/pytorch/pytorch/issues/115388) and, after an error, for processes that wait for this one.
     """
     if (world := os.environ.get("WORLD_SIZE", "").strip()) in ("", "1"):
@@ -175,22 +172,22 @@ def _store_of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Stor
 
 @contextlib.contextmanager
 def _rank0_logging(store: dist.Store, context: DistContext) -> Iterator[None]:
-    with contextlib.ExitStack() as silence:
-        if not context.is_main:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        except (UserError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, dist.DistError) or "gloo" in text:
-                text = (
-                    "another process of this run has ended; the same command resumes from last.pth "
-                    "(torchrun --max-restarts does so by itself)"
-                )
-            elif not isinstance(error, UserError):
-                raise
-            if store.add("failed", 1) > 1:
-                sys.exit(EXIT_USAGE)
-            raise UserError(text if context.is_main else f"process {context.rank}: {text}") from None
+    stderr = sys.stderr
+    if not context.is_main:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            text = (
+                "another process of this run has ended; the same command resumes from last.pth "
+                "(torchrun --max-restarts does so by itself)"
+            )
+        elif not isinstance(error, UserError):
+            raise
+        if store.add("failed", 1) > 1:
+            sys.exit(EXIT_USAGE)
+        raise UserError(text if context.is_main else f"process {context.rank}: {text}") from None
+    finally:
+        sys.stderr = stderr

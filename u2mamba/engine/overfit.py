@@ -12,7 +12,7 @@ from u2mamba.dataset.batches import Batch, DataSource, validation_batches
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.logger import write_image
 from u2mamba.engine.step import TrainStep
-from u2mamba.engine.validation import EvalMode, preview, validate
+from u2mamba.engine.validation import eval_mode, preview, validate
 from u2mamba.runtime.environment import ROOT, Environment
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, UserError
 
@@ -27,7 +27,7 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) ->
     In every process; moves no statistic and draws no random number. Raises UserError that names the place.
     """
     try:
-        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), EvalMode(step.net) as net:
+        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), eval_mode(step.net) as net:
             scores = validate(net, [batch], StopSignal(), dist)
             with torch.no_grad(), step.env.autocast():
                 logits = net(batch.x, logits=True)

@@ -70,9 +70,8 @@ class Schedule:
 
     def start_from(self, state: TrainState) -> None:
         """Counts the iterations of the run from `state` on; warns where they are fewer than the warmup."""
-        remaining = (self.cfg.epoch_num - state.epoch) * self._steps(self.pairs_per_epoch)
-        remaining -= self._steps(self.pairs_per_epoch) - self._steps(self.pairs_per_epoch - state.position)
-        self.total_iterations = state.iteration + remaining
+        whole, rest = self._steps(self.pairs_per_epoch), self._steps(self.pairs_per_epoch - state.position)
+        self.total_iterations = state.iteration + (self.cfg.epoch_num - state.epoch - 1) * whole + rest
         if self.cfg.warmup_iters > self.total_iterations:
             print(
                 f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} "
@@ -117,15 +116,12 @@ def train_batches(
     """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
     cfg = schedule.cfg
     for epoch in range(state.epoch, cfg.epoch_num):
-        rows = schedule.plan(epoch)[state.position if epoch == state.epoch else 0 :]
-        done = 0
+        rows, done = schedule.plan(epoch)[state.position :], 0
         own = dist.shard(rows)
         crop, augmentation = schedule.crop_size(epoch), schedule.augmentation(epoch)
         for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation):
-            taken = len(batch.rows) * dist.size
-            done += taken
-            ends = done // dist.size == len(own)
-            yield TrainBatch(batch.x, batch.y, rows[done - taken : done], batch.wait, ends)
+            start, done = done, done + len(batch.rows) * dist.size
+            yield TrainBatch(batch.x, batch.y, rows[start:done], batch.wait, done == len(own) * dist.size)
 
 
 def validate_config(cfg: Any, weights: Path | None) -> None:
