@@ -18,7 +18,6 @@ from tests.engine.tiny import Net, last, same, weights
 from u2mamba.dataset import batches
 from u2mamba.engine import run_folder
 from u2mamba.engine.checkpoint import Checkpointer
-from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.schedule import TrainState
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
@@ -34,7 +33,7 @@ def saver(tmp_path):
     net = Net()
     net.settings = {"arch": "tiny"}
     step = TrainStep(net, torch.optim.Adam(net.parameters(), fused=True), None, Environment(torch.device("cpu")))
-    return Checkpointer(tmp_path, script.Config(), step, DistContext(), fingerprint=1)
+    return Checkpointer(tmp_path, script.Config(), step, fingerprint=1)
 
 
 def iteration(path):

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from model.weights import METADATA_KEY, CorruptFileError, cpu_state_dict, load_pretrained, load_state_dict, read_file
-from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.run_folder import CONFIG_FILE, archive_run, prune, weights_files, weights_name
 from u2mamba.engine.schedule import TrainState
 from u2mamba.engine.step import TrainStep
@@ -58,17 +57,17 @@ def save(content: Any, path: Path, before: Path | None = None) -> None:
 class Checkpointer:
     """Saves and resumes the run in `folder`. fingerprint: a checksum of names and contents of its pairs."""
 
-    def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, fingerprint: int):
-        self.folder, self.cfg, self.step, self.dist = folder, cfg, step, dist
+    def __init__(self, folder: Path, cfg: Any, step: TrainStep, fingerprint: int):
+        self.folder, self.cfg, self.step, self.dist = folder, cfg, step, step.dist
         self.last, self.before = folder / "last.pth", folder / "last_before.pth"
-        self.settings = to_dict(cfg) | {"processes": dist.size}
+        self.settings = to_dict(cfg) | {"processes": self.dist.size}
         self.run = {
             "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": fingerprint,
             "code": source_checksums(ROOT), "made": provenance(step.device),
         }  # fmt: skip
         if self.run["code"].get("data_loader.py", PUBLISHED_LOADER) != PUBLISHED_LOADER:
             print("warning: data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py")
-        dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
+        self.dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
         self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
         self.saved = True  # whether the last writing of last.pth succeeded
         self._written, self._took = time.monotonic(), 0.0  # end and seconds of the last writing of last.pth

@@ -1,7 +1,6 @@
 """Scores during training: the printed IoU, and IoU, MAE and max F-measure of the validation pairs. Preview images.
 
-The metrics of the papers on test sets come from PySODMetrics (inference/evaluation.py). `SODMetric` equals it, which a
-test checks, and exists because validation after every epoch has to stay on the GPU.
+`SODMetric` equals PySODMetrics (inference/evaluation.py), which a test checks, and stays on the GPU.
 """
 
 import contextlib
@@ -94,8 +93,7 @@ def validate(
 ) -> dict[str, float]:
     """The scores of d0 over the `batches` of all processes; {} where there are none.
 
-    Raises Stopped in every process where one of them received a signal: the validation then counts as not done. Raises
-    UserError where the memory does not suffice.
+    Raises Stopped in every process where one received a signal, UserError where the memory does not suffice.
     """
     device = next(net.parameters()).device
     metric, memory = SODMetric().to(device), HeapRetention(device)
