@@ -1,7 +1,4 @@
-"""The wishes of docs/editing.md: each diff, applied to a copy of the project, trains for two steps and does as it says.
-
-The copies run in forks of a process that has loaded no file of the project (forks.py).
-"""
+"""Each diff of docs/editing.md, applied to a copy of the project that runs in forks (forks.py), does as it says."""
 
 import json
 import re
@@ -16,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/editing.md").read_text("utf-8")
 DIFFS = dict(re.findall(r"^### ([^\n]*)\n[^#]*?```diff\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
 TRAIN = (
@@ -49,26 +46,25 @@ def apply(folder: Path, diff: str) -> None:
     def code(line: str) -> str:
         return line.split("  # ")[0].rstrip()
 
-    for hunk in re.split(r"^@@\n|^(?=--- )", diff, flags=re.MULTILINE):
-        lines = hunk.splitlines()
-        if lines and lines[0].startswith("--- "):
-            path = folder / lines.pop(0)[4:]
-        if not lines:
-            continue
-        source, old = path.read_text("utf-8").splitlines(), [code(line[1:]) for line in lines if line[:1] != "+"]
-        places = [i for i in range(len(source)) if [code(s) for s in source[i : i + len(old)]] == old]
-        assert len(places) == 1, f"{path.name}: {len(places)} places for\n{hunk}"
-        kept, new = iter(source[places[0] :]), []
-        for line in lines:
-            before = line[1:] if line[:1] == "+" else next(kept)
-            new += [] if line[:1] == "-" else [before]
-        source[places[0] : places[0] + len(old)] = new
-        path.write_text("\n".join(source) + "\n", "utf-8")
+    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+        name, _, hunks = part.partition("\n")
+        path = folder / name
+        for hunk in hunks.split("\n@@\n"):
+            lines, source = hunk.splitlines(), path.read_text("utf-8").splitlines()
+            old = [code(line[1:]) for line in lines if line[:1] != "+"]
+            places = [i for i in range(len(source)) if [code(s) for s in source[i : i + len(old)]] == old]
+            assert len(places) == 1, f"{name}: {len(places)} places for\n{hunk}"
+            kept, new = iter(source[places[0] :]), []
+            for line in lines:
+                before = line[1:] if line[:1] == "+" else next(kept)
+                new += [] if line[:1] == "-" else [before]
+            source[places[0] : places[0] + len(old)] = new
+            path.write_text("\n".join(source) + "\n", "utf-8")
 
 
 @pytest.fixture(scope="module")
 def server():
-    words = [sys.executable, str(HERE / "forks.py")]
+    words = [sys.executable, Path(__file__).with_name("forks.py")]
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process
@@ -78,8 +74,7 @@ def server():
 
 def make_data(folder: Path, mode: str = "RGB", labels: bool = False) -> Path:
     """Eight pairs to train and two to validate: a bright disc on dark noise, of 48x72 pixels."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:48, :72]
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:48, :72]
     for i in range(10):
         parent = folder / "val" if i > 7 else folder
         disc = (y - rng.integers(14, 34)) ** 2 + (x - rng.integers(14, 58)) ** 2 < 144
@@ -265,7 +260,6 @@ def test_early_stopping_ends_as_a_run_does_and_the_later_of_equals_is_best(proje
 
 
 def test_other_masks_and_another_reading_are_another_run(project, data, tmp_path):
-    """Inverted by an edit of the decoder, and by other files of the same names."""
     first = project.train()
     assert "data: 8 pairs for training, 2 for validation" in first
     other = shutil.copytree(data, tmp_path / "other")
@@ -322,7 +316,6 @@ def test_four_channels(project, tmp_path):
 
 
 def test_three_classes(project, tmp_path):
-    """The map is of any object, from a label map to a cut-out."""
     data = make_data(tmp_path / "data", labels=True)
     project.edit("Three classes")
     lines = project.train(*U2NETP, "--epoch_num", "4", "--lr", "3e-3", "--val_frq", "4", data=data)
