@@ -275,7 +275,7 @@ def run(cfg: Config, dist: DistContext) -> int:
                 if state.iteration % cfg.save_frq == 0 or checkpoints.is_due():
                     checkpoints.save_last(state)
                 dist.raise_if_stopped(stop)  # in all processes at the same iteration
-                if batch.ends_epoch:
+                if schedule.epoch_is_over(state):
                     end_epoch()
                     if checkpoints.is_cheap():
                         checkpoints.save_last(state)

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from u2mamba.dataset.augment import INDEX
-from u2mamba.engine.schedule import Schedule, TrainBatch, TrainState
+from u2mamba.dataset.batches import Batch
+from u2mamba.engine.schedule import Schedule, TrainState
 from u2mamba.engine.step import HISTORY, RunningMeans
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import replacing
@@ -59,7 +60,7 @@ class TrainLogger:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)
 
-    def update(self, batch: TrainBatch) -> None:
+    def update(self, batch: Batch) -> None:
         """Counts an iteration."""
         self.state.seconds = self.seconds
         self._rows.appendleft(batch.rows)

@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from model import ARCHS
 from u2mamba.dataset.augment import Augmentation, epoch_plan
-from u2mamba.dataset.batches import DataSource, batches
+from u2mamba.dataset.batches import Batch, DataSource, batches
 from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import MIN_SIZE
 from u2mamba.runtime.errors import UserError
@@ -45,16 +45,6 @@ class TrainState:
 
     def end_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
-
-
-class TrainBatch(NamedTuple):
-    """x (B, C, H, W) and y (B, 1, H, W) of this process; rows of the epoch's plan of all processes; seconds waited."""
-
-    x: Tensor
-    y: Tensor
-    rows: Tensor
-    wait: float
-    ends_epoch: bool
 
 
 class Schedule:
@@ -112,16 +102,18 @@ class Schedule:
 
 def train_batches(
     source: DataSource, schedule: Schedule, state: TrainState, channels_last: bool, dist: DistContext
-) -> Iterator[TrainBatch]:
-    """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
+) -> Iterator[Batch]:
+    """The batches of a run from `state` on, over its epochs: x and y of this process, and the rows of the plan of all.
+
+    Raises DataError for a file that became unreadable.
+    """
     cfg = schedule.cfg
     for epoch in range(state.epoch, cfg.epoch_num):
         rows, done = schedule.plan(epoch)[state.position :], 0
-        own = dist.shard(rows)
         crop, augmentation = schedule.crop_size(epoch), schedule.augmentation(epoch)
-        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation):
+        for batch in batches(source, dist.shard(rows), cfg.batch_size_train, crop, channels_last, augmentation):
             start, done = done, done + len(batch.rows) * dist.size
-            yield TrainBatch(batch.x, batch.y, rows[start:done], batch.wait, done == len(own) * dist.size)
+            yield batch._replace(rows=rows[start:done])
 
 
 def validate_config(cfg: Any, weights: Path | None) -> None:
