@@ -12,6 +12,9 @@ fp32, or an image file's bytes / 255. Two definitions of the F-measure (beta² =
 Each has 256 thresholds, of which the maximum (max F) and the mean (mean F) are reported. Both of B, and U²-Net's code
 when it saves maps, first normalize each map by its minimum and maximum: --normalize.
 
+A second table tells where a network fails: the scores by the size of the object. MAE is the sum of a missed part, where
+the map is below the mask, and an extra part, where it is above.
+
 Exit codes: 0 done; 1 done, but files were skipped; 2 the input cannot be used; 130, 143 stopped by Ctrl-C, SIGTERM.
 """
 
@@ -36,7 +39,16 @@ from u2mamba.dataset.decode import BadFile, read_image
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.pairs import Unpaired, truncate_list
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, mask_rule, read_item
+from u2mamba.inference.evaluation import (
+    METRICS,
+    SIZES,
+    DatasetMetrics,
+    Item,
+    evaluate,
+    list_items,
+    mask_rule,
+    read_item,
+)
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
@@ -62,7 +74,7 @@ class Config:
     csv: str = ""  # file for the scores: a row per data set
     out: str = ""  # folder for curves, scores per image, and a contact sheet of the worst maps
     normalize: bool = False  # min-max normalize each map first
-    workers: Annotated[int, Range(0, 1024)] = 0  # processes for the metrics; 0: one per core
+    workers: Annotated[int, Range(0, 1024)] = 0  # threads for the metrics; 0: one per core
     # with --checkpoint
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(1, 4096)] = 8  # images per forward pass
@@ -106,31 +118,6 @@ def check(cfg: Config) -> None:
             raise UserError(f"{file} is a folder: give the name of a file")
 
 
-def open_network(cfg: Config) -> tuple[Any, int]:
-    """The `Predictor` of --checkpoint and its input size in pixels; prints what it is and runs on."""
-    from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path  # imports torch: seconds
-    from u2mamba.runtime.environment import choose_device, choose_precision
-
-    device, device_line = choose_device(cfg.device, cfg.gpu)
-    precision, precision_line = choose_precision(cfg.precision, device)
-    net = load_model(cfg.checkpoint)
-    size, parameters = input_size(net, cfg.size), sum(p.numel() for p in net.parameters())
-    print(
-        f"{weights_path(cfg.checkpoint)}: {type(net).__name__}, {parameters:,} parameters; {device_line}; "
-        f"{precision_line}{'; flip test-time augmentation' * cfg.tta}; {size}x{size}",
-        flush=True,
-    )
-    predict = Predictor(net, device, precision, tta=cfg.tta)
-    if device.type == "cuda":  # for the kernel of Mamba's scan
-        try:
-            from u2mamba.fast import install
-
-            print("\n".join(install(predict.net)), flush=True)
-        except ImportError as error:
-            print(f"selective scan: plain PyTorch ({error})", flush=True)
-    return predict, size
-
-
 def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:
     """A line for each remark about the files of a data set; kind: "map" or "image"."""
     flagged = {
@@ -158,6 +145,18 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
     rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in zip(METRICS, LABELS, strict=True)]
     for key, label in (("img_s", "network, images/s"), ("memory_GiB", "network, peak GiB")):
         rows += [[label, *(f"{s[key]:.4g}" for s in summaries)]] if key in summaries[0] else []
+    return align(rows)
+
+
+def size_table(metrics: DatasetMetrics) -> str:
+    """The scores of a data set by the size of the object: a row per size that it has, a column per metric."""
+    rows = [[f"{metrics.name}, by object", "images", "MAE", "missed", "extra", "IoU"]]
+    for size, (n, *means) in ((size, scores.values()) for size, scores in metrics.by_size().items()):
+        rows += [[f"{size}: {SIZES[size]}", f"{n:,}", *(f"{mean:.4f}" for mean in means)]] if n else []
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -196,9 +195,13 @@ def main(cfg: Config) -> int:
         folders = (Path(paths[index]) if paths else None for paths in (cfg.pred, cfg.image))
         datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders)))
     if cfg.checkpoint:
-        predict, size = open_network(cfg)
-        from u2mamba.inference import pipeline
-    speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
+        from u2mamba.inference import pipeline, predictor  # imports torch: seconds
+        from u2mamba_predict import prepare
+
+        net = predictor.load_model(cfg.checkpoint)
+        size = predictor.input_size(net, cfg.size)
+        predict = prepare(net, size, cfg, cfg.gpu)
+    speed = pipeline.measure_speed(predict, size, cfg.batch) if cfg.speed else {}
     workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}  # worst: data set -> items, the worst first, and how their masks are read
     for metrics, items, unpaired in datasets:
@@ -216,10 +219,11 @@ def main(cfg: Config) -> int:
         lines += [f"{metrics.name}: {rule.line}"] if rule.line else []
         lines += report_files(metrics, unpaired, "map" if cfg.pred else "image")
     summaries = [metrics.summary() | speed for metrics, *_ in datasets]
-    print("\n".join([*lines, table(summaries)]), flush=True)
+    print("\n".join([*lines, table(summaries), *("\n" + size_table(metrics) for metrics, *_ in datasets)]), flush=True)
 
     if cfg.json:
-        atomic_write(Path(cfg.json), (json.dumps(summaries, indent=1) + "\n").encode())
+        rows = [s | {"by_size": metrics.by_size()} for s, (metrics, *_) in zip(summaries, datasets, strict=True)]
+        atomic_write(Path(cfg.json), (json.dumps(rows, indent=1) + "\n").encode())
     if cfg.csv:
         atomic_write(Path(cfg.csv), as_csv(summaries))
     if cfg.out:
@@ -228,7 +232,9 @@ def main(cfg: Config) -> int:
         curves = {metrics.name: metrics.curves() for metrics, *_ in datasets}
         atomic_write(Path(cfg.out, "precision_recall.png"), plots.precision_recall(curves))
         atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
-        keys = ("mae", "wf", "sm", "iou", "empty", "constant", "resized")
+        sizes = {metrics.name: metrics.by_size() for metrics, *_ in datasets}
+        atomic_write(Path(cfg.out, "error_by_size.png"), plots.error_by_size(sizes))
+        keys = ("mae", "missed", "extra", "area", "wf", "sm", "iou", "empty", "constant", "resized")
         for metrics, *_ in datasets:
             rows = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in metrics.images]
             atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), as_csv(rows))

@@ -2,11 +2,12 @@
 
     python u2mamba_export.py --checkpoint saved_models/u2net/best.pth --out u2mamba.onnx
     python u2mamba_export.py --variants fp16 int8 --images photos --gt masks
+    python u2mamba_export.py --checkpoint large --out u2mamba.pth      plain fp32 weights
 
 Input "image": (N, 3, SIZE, SIZE) float32, RGB resized without keeping the aspect ratio, divided by the image's maximum,
 normalized by ImageNet's mean and standard deviation. Output "d0": (N, 1, SIZE, SIZE) float32 in [0, 1]. The model is a
 single file; with SIZE 320 rembg's "u2net_custom" uses it unchanged. It is written only if ONNX Runtime's results equal
-PyTorch's to 1e-4 on real images. Requires `pip install -r requirements-export.txt`.
+PyTorch's to 1e-4 on real images. Requires `pip install -r requirements-export.txt`, a weights file (.pth) does not.
 
 Exit codes: 0 done, 1 done but images or a variant were skipped, 2 nothing written, 130 stopped by Ctrl-C.
 """
@@ -16,6 +17,8 @@ import sys  # isort: skip
 
 sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
+import importlib
+import io
 import logging
 import tempfile
 import time
@@ -29,6 +32,7 @@ import skimage.data
 import torch
 from torch import Tensor, nn
 
+from model.weights import cpu_state_dict, quantize
 from u2mamba.dataset.augment import MEAN, STD, normalize
 from u2mamba.dataset.decode import BadFile, read_image, read_pair
 from u2mamba.dataset.pairs import IMAGE_TYPES, pair_folders
@@ -48,10 +52,10 @@ PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png
 class Config:
     __doc__ = __doc__  # for --help
     checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
-    out: str = "u2mamba.onnx"  # file; variants are written to u2mamba_fp16.onnx and u2mamba_int8.onnx
+    out: str = "u2mamba.onnx"  # .onnx, or .pth for weights; variants: u2mamba_fp16.onnx, u2mamba_int8.onnx
     size: Annotated[int, Range(0, 2048)] = 0  # pixels: height and width of the input; 0: the training size
     opset: Annotated[int, Range(13, 20)] = 17  # version of ONNX's operator set
-    # fp16: half the file size; int8: convolutions in 8 bits, calibrated on every second image
+    # fp16: half the file size; int8: convolutions in 8 bits, calibrated on every second image (.pth: only int8)
     variants: tuple[Literal["fp16", "int8"], ...] = ()
     images: str = ""  # folder of images for comparison and calibration; default: scikit-image's photos
     gt: str = ""  # folder of their ground-truth masks: also reports each file's MAE against them
@@ -194,25 +198,22 @@ def reference_maps(net: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(normalize(image).to(dtype))[:, 0] for image in images.split(1)])
 
 
-def main(cfg: Config) -> int:
-    """Runs the command; returns the exit code."""
-    check_settings(cfg)
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
-    out = Path(cfg.out)
-    if out.suffix != ".onnx":
-        raise UserError(f"--out {out}: must be called something.onnx")
-    net = load_model(cfg.checkpoint, backend="torch")
-    size = input_size(net, cfg.size)
-    check_folder(out.parent)
-    images, masks, skipped = load_images(cfg, size)
-    print(f"{weights_path(cfg.checkpoint)}: {type(net).__name__} at {size}x{size}, compared on {len(images)} images")
-    expected = reference_maps(net, images)
+def write_weights(net: nn.Module, out: Path, variants: tuple[str, ...]) -> dict[Path, nn.Module]:
+    """Plain fp32 weights and, as a variant, int8 ones -> the files, read again."""
+    weights = {out: cpu_state_dict(net, net.settings.get("size"))}
+    if "int8" in variants:
+        weights[out.with_stem(f"{out.stem}_int8")] = quantize(weights[out])
+    for path, state in weights.items():
+        torch.save(state, content := io.BytesIO())
+        atomic_write(path, content.getvalue())
+    return {path: load_model(path, backend="torch") for path in weights}
 
-    results = []  # (file, its maps)
+
+def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected: Tensor) -> dict[Path, Tensor]:
+    """The ONNX file and its variants -> their maps. A variant whose maps are not finite is left out."""
+    import onnxruntime
+
+    out, results = Path(cfg.out), {}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         exported, start = Path(folder, "fp32.onnx"), time.perf_counter()
         export(net, exported, size, cfg.opset)
@@ -229,21 +230,47 @@ def main(cfg: Config) -> int:
             )
         print(f"maximum difference to PyTorch: {difference:.1e} (allowed {TOLERANCE:.0e})")
         atomic_write(out, exported.read_bytes())
-        results.append((out, maps))
+        results[out] = maps
         convert = {"fp16": to_fp16, "int8": lambda source, target: to_int8(source, target, images[::2])}
         for kind in cfg.variants:
             variant, target = Path(folder, f"{kind}.onnx"), out.with_stem(f"{out.stem}_{kind}")
             convert[kind](exported, variant)
             maps = onnx_maps(open_session(variant), images)
-            if not maps.isfinite().all():
-                skipped += 1
+            if maps.isfinite().all():
+                atomic_write(target, variant.read_bytes())
+                results[target] = maps
+            else:
                 print(f"skipped: {target}: its maps have NaN/Inf values, the weights are too large for {kind}")
-                continue
-            atomic_write(target, variant.read_bytes())
-            results.append((target, maps))
+    return results
+
+
+def main(cfg: Config) -> int:
+    """Runs the command; returns the exit code."""
+    check_settings(cfg)
+    out = Path(cfg.out)
+    if out.suffix not in (".onnx", ".pth"):
+        raise UserError(f"--out {out}: must be called something.onnx, or something.pth for a weights file")
+    if out.suffix == ".pth" and "fp16" in cfg.variants:
+        raise UserError(f"--variants fp16: {out} is a weights file, whose one variant is int8")
+    try:
+        for name in ("onnx", "onnxruntime") if out.suffix == ".onnx" else ():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
+    net = load_model(cfg.checkpoint, backend="torch")
+    size = input_size(net, cfg.size)
+    check_folder(out.parent)
+    images, masks, skipped = load_images(cfg, size)
+    print(f"{weights_path(cfg.checkpoint)}: {type(net).__name__} at {size}x{size}, compared on {len(images)} images")
+    expected = reference_maps(net, images)
+    if out.suffix == ".onnx":
+        results = write_onnx(net, cfg, size, images, expected)
+    else:
+        results = {p: reference_maps(n, images) for p, n in write_weights(net, out, cfg.variants).items()}
+    skipped += len(results) < 1 + len(set(cfg.variants))
 
     print(f"{'':24}{'MB':>8}{'MAE to fp32':>15}{'max':>10}" + f"{'MAE to masks':>15}" * (masks is not None))
-    for path, maps in results:
+    for path, maps in results.items():
         error = (maps - expected).abs()
         to_masks = f"{(maps - masks).abs().mean():15.4f}" if masks is not None else ""
         print(f"{path.name:24}{path.stat().st_size / 1e6:8.1f}{error.mean():15.1e}{error.max():10.1e}{to_masks}")

@@ -66,7 +66,7 @@ class Config:
     arch: str = "u2mamba"  # u2net, u2netp, u2mamba, u2mambap (p: the small one), or your own in model.ARCHS
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers are in each RSU
     mamba_norm: Literal["none", "gate"] = "none"  # gate: RMSNorm before a Mamba layer's last projection, as in Mamba-2
-    pretrained: str = ""  # weights to start from: small, or a file: public u2net.pth or u2netp.pth, or ours
+    pretrained: str = ""  # weights to start from: small, large, or a file: u2net.pth, u2netp.pth or ours
     # the data
     data_dir: str = "train_data"  # folder of the next two
     tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir: the images

@@ -1,4 +1,4 @@
-"""What every benchmark shares: a description of the hardware, and timing."""
+"""What every benchmark shares: its command line, a description of the hardware, and timing."""
 
 import os
 import platform
@@ -8,6 +8,15 @@ import time
 from collections.abc import Callable
 
 import torch
+import tyro
+
+from u2mamba.runtime.errors import one_line_errors
+
+
+def cli(main: Callable, config: type, doc: str, *more: object) -> None:
+    """Runs `main` with the `config` of the command line."""
+    with one_line_errors():
+        sys.exit(main(tyro.cli(config, description=doc, use_underscores=True), *more))
 
 
 def lines(device: torch.device) -> list[str]:

@@ -23,6 +23,7 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")  # keys of 
 FITS = "u2net.pth fits arch u2net and u2mamba, u2netp.pth fits u2netp and u2mambap"
 OPTIONAL = "num_batches_tracked"  # of batch norm: PyTorch before 0.4.1 has none, and nothing here uses it
 DEFAULT_SIZE = 320  # pixels: the training size of the public weights
+MIN_ROW = 32  # numbers per output channel, below which int8 saves little
 
 
 class CorruptFileError(ValueError):
@@ -84,6 +85,7 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
     settings = dict(settings) if isinstance(settings, Mapping) else {}
     state = {str(k): v for k, v in state.items()}
+    _dequantize(state, path)
     while len(parts := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         if settings and not parts <= {"module", "_orig_mod"}:  # a network of the user's own with a single child
             break
@@ -103,6 +105,37 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
     settings |= {"size": size} if size else {}
     result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
     return result
+
+
+def quantize(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """A quarter of the size: `<key>.int8` and, one for each output channel (first dimension), `<key>.scale` in fp16.
+
+    Biases, norms and other small tensors stay as they are, and so do weights that fp16 scales cannot represent.
+    """
+    result = OrderedDict()
+    for key, weight in state.items():
+        scale = None
+        if key.endswith("weight") and weight.dim() > 1 and weight.numel() >= MIN_ROW * len(weight):
+            scale = (weight.float().flatten(1).abs().amax(1) / 127).half().clamp(min=2**-24)  # of an empty channel
+        if scale is None or not scale.isfinite().all():
+            result[key] = weight
+            continue
+        levels = weight.float().flatten(1) / scale.float()[:, None]
+        result[f"{key}.int8"] = levels.round().clamp(-127, 127).to(torch.int8).view(weight.shape)
+        result[f"{key}.scale"] = scale
+    result._metadata = state._metadata
+    return result
+
+
+def _dequantize(state: dict[str, Tensor], path: str | Path) -> None:
+    """Replaces the tensors of `quantize` by weights in fp32."""
+    for key in [key for key in state if key.endswith(".int8")]:
+        name = key.removesuffix(".int8")
+        levels, scale = state.pop(key), state.pop(f"{name}.scale", torch.zeros(0))
+        fits = name not in state and (levels.dtype, scale.dtype) == (torch.int8, torch.float16) and levels.dim() > 1
+        if not fits or scale.shape != levels.shape[:1] or not (scale.isfinite() & (scale > 0)).all():
+            raise CorruptFileError(f"{path}: is damaged, {key} does not have one finite scale per output channel")
+        state[name] = (levels.flatten(1) * scale.float()[:, None]).view(levels.shape)
 
 
 def uncompiled(net: nn.Module) -> nn.Module:
@@ -125,6 +158,10 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
         settings["mamba_at"] = "encoder" if "stage1.mamba1.norm.weight" in state else "bottleneck"
         settings["mamba_norm"] = _mamba_norm(state)
     return settings
+
+
+def _arch(net: nn.Module) -> str:
+    return getattr(net, "settings", {}).get("arch", type(net).__name__)
 
 
 def _mamba_norm(keys: Mapping[str, Tensor]) -> str:
@@ -151,16 +188,13 @@ def load_model(path: str | Path, **options: Any) -> nn.Module:
 def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
     net = uncompiled(net)
-    own = net.state_dict()
-    state = {k: v for k, v in own.items() if k.endswith(OPTIONAL)} | dict(state)
-    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
-    if wrong:
-        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
+    report = _compare(net, state)
+    if wrong := [k for k in report.new if not k.endswith(OPTIONAL)] + report.unfit:
         raise ValueError(
-            f"{path}: does not fit arch {arch!r}: {len(wrong)} of {len(own)} tensors differ, first {wrong[0]}; "
-            "it is of another network, or of a changed one"
+            f"{path}: does not fit arch {_arch(net)!r}: {len(wrong)} of {len(net.state_dict())} tensors differ, first "
+            f"{wrong[0]}; it is of another network, or of a changed one"
         )
-    net.load_state_dict(state)
+    net.load_state_dict(state, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------------ warm start
@@ -208,9 +242,8 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
     net, (state, settings) = uncompiled(net), read_state_dict(path)
     report = _compare(net, state)
     if 2 * len(report.unfit) > len(state):
-        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
         raise ValueError(
-            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {arch!r}, first "
+            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {_arch(net)!r}, first "
             f'{report.unfit[0]}; {FITS}; --pretrained "" starts without'
         )
     try:
@@ -225,10 +258,8 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
 
 def _compare(net: nn.Module, state: Mapping[str, Tensor]) -> WeightReport:
     own = net.state_dict()
-    fits = {k for k, v in own.items() if k in state and state[k].shape == v.shape}
-    return WeightReport(
-        [k for k in own if k in fits], [k for k in own if k not in state], [k for k in state if k not in fits]
-    )
+    fits = {k: None for k, v in own.items() if k in state and state[k].shape == v.shape}
+    return WeightReport([*fits], [k for k in own if k not in state], [k for k in state if k not in fits])
 
 
 @torch.no_grad()
@@ -236,8 +267,7 @@ def _copy(net: nn.Module, state: Mapping[str, Tensor], report: WeightReport) -> 
     own, matched = net.state_dict(), set(report.matched)
     if any(".mamba" in k for k in matched) and (norm := _mamba_norm(state)) != _mamba_norm(own):
         raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": set it so')
-    for key in report.matched:
-        own[key].copy_(state[key])
+    net.load_state_dict({key: state[key] for key in report.matched}, strict=False)
     for name, module in net.named_modules():
         if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in matched:
             module.out_proj.weight.zero_()

@@ -14,13 +14,16 @@ Exit codes: 0 done, 1 done but files were skipped, 2 SOURCE cannot be used, 130 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import stat
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the packages are one folder up
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
@@ -36,12 +39,25 @@ MAX_TOTAL = 4 << 30  # bytes that a zip may declare; DUTS-TR unpacks to 0.3 GB
 MIRROR_QUALITY = 95  # of the flipped JPEGs
 
 
-def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
-    """File name -> entry, for each of FOLDERS, at any depth and in any case.
+def entries_of(source: Path) -> tuple[list[dict[str, Callable[[], BinaryIO]]], list[str]]:
+    """For each of FOLDERS, at any depth and in any case: file name -> function that opens the file; and all names.
 
-    Raises DataError if a name leads out of the folder, or for a bomb.
+    Raises DataError for a file that is no zip, for a name in it that leads out of the folder, and for a bomb.
     """
     entries, total = {folder.lower(): {} for folder in FOLDERS}, 0
+    if source.is_dir():
+        found = [source, *source.glob("*"), *source.glob("*/*")]
+        for home in found:
+            for path in home.glob("*") if home.name.lower() in entries else ():
+                if path.is_file():
+                    entries[home.name.lower()][path.name] = functools.partial(open, path, "rb")
+        return list(entries.values()), list(map(str, found))
+    try:
+        archive = zipfile.ZipFile(source)
+    except FileNotFoundError:
+        raise DataError(f"{source}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/") from None
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
     for entry in archive.infolist():
         # as old Windows tools write it; `filename` has been cleaned up on Windows
         name = entry.orig_filename.replace("\\", "/")
@@ -55,33 +71,21 @@ def zip_entries(archive: zipfile.ZipFile) -> list[dict[str, zipfile.ZipInfo]]:
         elif total > MAX_TOTAL:
             problem = f"exceeds MAX_TOTAL = {MAX_TOTAL:,} bytes"
         if problem:
-            raise DataError(f"{archive.filename}: refused, {name!r} in it {problem}; nothing was written")
+            raise DataError(f"{source}: refused, {name!r} in it {problem}; nothing was written")
         if not name.endswith("/") and len(parts) > 1 and parts[-2].lower() in entries and "__MACOSX" not in parts:
-            entries[parts[-2].lower()][parts[-1]] = entry
-    return list(entries.values())
+            entries[parts[-2].lower()][parts[-1]] = functools.partial(archive.open, entry)
+    return list(entries.values()), archive.namelist()
 
 
-def copy(archive: zipfile.ZipFile | None, entry: zipfile.ZipInfo | Path, to: Path) -> None:
+def copy(open_source: Callable[[], BinaryIO], to: Path) -> None:
     """Writes one file of the source. Raises BadFile for an entry that is damaged in the zip."""
-    if archive is None:
-        shutil.copyfile(entry, to)
-        return
     try:
-        with archive.open(entry) as file, open(to, "wb") as target:
+        with open_source() as file, open(to, "wb") as target:
             shutil.copyfileobj(file, target)  # stops at the declared size and checks the checksum
     except OSError:
         raise
     except Exception as error:  # BadZipFile, zlib.error, EOFError, NotImplementedError, ...
-        raise BadFile(entry.filename, f"damaged in the zip ({error})") from None
-
-
-def save_flipped(pair: Pair, image_path: Path, mask_path: Path, work: Path) -> None:
-    """The horizontally flipped copy of a pair; the files appear once they are complete."""
-    image, mask = read_pair(pair)
-    Image.fromarray(image[:, ::-1]).save(work / "i", "JPEG", quality=MIRROR_QUALITY, subsampling=0)
-    Image.fromarray(mask[:, ::-1]).save(work / "m", "PNG")
-    os.replace(work / "i", image_path)
-    os.replace(work / "m", mask_path)
+        raise BadFile(to, f"damaged in the zip ({error})") from None
 
 
 def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[BadFile], Unpaired]:
@@ -89,31 +93,14 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
 
     Raises DataError if the source cannot be used, OSError if the disk is full or not writable.
     """
-    archive = None
-    if source.is_dir():
-        found = [source, *source.glob("*"), *source.glob("*/*")]
-        entries = [{} for _ in FOLDERS]
-        for home in found:
-            for name, files in zip(FOLDERS, entries, strict=True):
-                if home.name.lower() == name.lower():
-                    files.update({path.name: path for path in home.glob("*") if path.is_file()})
-    else:
-        try:
-            archive = zipfile.ZipFile(source)
-        except FileNotFoundError:
-            raise DataError(
-                f"{source.absolute()}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/"
-            ) from None
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
-        entries = zip_entries(archive)
+    entries, names = entries_of(source)
     if not all(entries):
-        names, hint = archive.namelist() if archive else list(map(str, found)), ""
+        hint = ""
         if any("duts-te" in name.lower() for name in names):
             hint = ": this is the test set, DUTS-TE, for u2mamba_eval.py; training needs DUTS-TR"
         elif zips := [name for name in names if name.lower().endswith(".zip")]:
             hint = f": unpack {zips[0]}, and give that"
-        raise DataError(f"{source.absolute()}: no files in folders {' and '.join(FOLDERS)} in it{hint}")
+        raise DataError(f"{source}: no files in folders {' and '.join(FOLDERS)} in it{hint}")
     paired, unpaired = pair_names(*entries)
     if not paired:
         raise DataError(f"{source}: no image in it has a mask of the same name{unpaired.near_miss}")
@@ -122,23 +109,27 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(exist_ok=True)
     pairs = [Pair(stem, images / image, masks / mask) for stem, image, mask in paired]
-    missing = {pair for pair in pairs if not (pair.image.exists() and pair.mask.exists())}
     bad, written = [], 0
     with tempfile.TemporaryDirectory(dir=root, prefix=".prepare-") as name:
         work = Path(name)
         for number, pair in enumerate(pairs, 1):
             new = Pair(pair.stem, work / f"image{pair.image.suffix}", work / f"mask{pair.mask.suffix}")
-            flipped = images / f"{pair.stem}{MIRROR_SUFFIX}.jpg", masks / f"{pair.stem}{MIRROR_SUFFIX}.png"
+            stem = f"{pair.stem}{MIRROR_SUFFIX}"
+            flipped = Pair(stem, images / f"{stem}.jpg", masks / f"{stem}.png")
             try:
-                if pair in missing:
-                    copy(archive, entries[0][pair.image.name], new.image)
-                    copy(archive, entries[1][pair.mask.name], new.mask)
-                    read_pair(new)
-                    os.replace(new.image, pair.image)
-                    os.replace(new.mask, pair.mask)
-                    written += 2
-                if mirror and not all(path.exists() for path in flipped):
-                    save_flipped(pair, *flipped, work)
+                for to in (pair, flipped) if mirror else (pair,):
+                    if to.image.exists() and to.mask.exists():
+                        continue
+                    if to is pair:
+                        copy(entries[0][pair.image.name], new.image)
+                        copy(entries[1][pair.mask.name], new.mask)
+                        read_pair(new)
+                    else:
+                        image, mask = (Image.fromarray(array[:, ::-1]) for array in read_pair(pair))
+                        image.save(new.image, "JPEG", quality=MIRROR_QUALITY, subsampling=0)
+                        mask.save(new.mask, "PNG")
+                    os.replace(new.image, to.image)
+                    os.replace(new.mask, to.mask)
                     written += 2
             except BadFile as error:  # of a temporary file: named as in the source
                 names = {new.image: f"{FOLDERS[0]}/{pair.image.name}", new.mask: f"{FOLDERS[1]}/{pair.mask.name}"}
@@ -152,14 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code. Raises DataError."""
 
     def path(word: str) -> Path:
-        return Path(os.path.expanduser(word))
+        return Path(os.path.expanduser(word)).absolute()  # for messages
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument("--out", type=path, default=Path("train_data"), help="default: %(default)s")
+    parser.add_argument("--out", type=path, default="train_data", help="default: %(default)s")
     args = parser.parse_args(arguments)
-    args.source, args.out = args.source.absolute(), args.out.absolute()  # for messages
     try:
         count, bad, unpaired = prepare(args.source, args.out, args.mirror)
     except OSError as error:

@@ -1,10 +1,8 @@
 """The stored cache: read where nothing has changed, else rebuilt; never in the way of the run."""
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from tests.dataset.samples import disc, make_folders, open_folders, photo
 from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset import decode, rescale
 from u2mamba.dataset.cache import cache_path
+from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import read_image, read_mask
 from u2mamba.dataset.image_file import BadFile
 from u2mamba.dataset.pairs import is_validation, pair_folders
@@ -62,9 +61,9 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, kind):
     first, *_ = open_folders(images, masks)
     (path,) = tmp_path.glob(f".cache_*.{kind}")
     content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    for damaged in (content[:-1], content[:9], b"", bytes(flipped), content + b"0"):
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    for damaged in (content[:-1], content[:9], b"", flipped, content + b"0"):
         path.write_bytes(damaged)
         rebuilt, log, _ = open_folders(images, masks)
         assert "is damaged" in log and len(log.splitlines()) < 9
@@ -77,28 +76,27 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, kind):
 
 def test_the_key_notices_every_change(tmp_path, monkeypatch):
     images, masks = make_folders(tmp_path, 4)
-    seen = set()
+    first, seen = images / "p001.png", set()
 
     def changed() -> bool:
-        key = cache_path(tmp_path, pair_folders(images, masks, lambda line: None), 32).name
-        new = key not in seen
-        seen.add(key)
-        return new
+        known = len(seen)
+        seen.add(cache_path(tmp_path, pair_folders(images, masks, lambda line: None), 32).name)
+        return len(seen) > known
 
-    assert changed()
-    assert not changed()
-    content = (images / "p001.png").read_bytes()
-    old = (images / "p001.png").stat()
-    (images / "p001.png").write_bytes(content[:-20] + bytes(20))  # the same size
-    os.utime(images / "p001.png", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
-    assert changed()
-    (images / "p001.png").write_bytes(content + b"\0")  # the same time
-    os.utime(images / "p001.png", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
-    assert changed()
-    (masks / "p002.png").rename(masks / "p002.bmp")
-    assert changed()
-    (images / "p003.png").unlink()
-    assert changed()
+    def write(content: bytes, time: int) -> None:
+        first.write_bytes(content)
+        os.utime(first, ns=(time, time))
+
+    content, time = first.read_bytes(), first.stat().st_mtime_ns
+    assert changed() and not changed()
+    for change in (
+        lambda: write(content[:-20] + bytes(20), time + 1),  # the same size
+        lambda: write(content + b"0", time + 1),  # the same time
+        lambda: (masks / "p002.png").rename(masks / "p002.bmp"),
+        (images / "p003.png").unlink,
+    ):
+        change()
+        assert changed()
     for module in (decode, rescale):  # an edited file that decodes or rescales
         edited = tmp_path / "edited.py"
         edited.write_text(Path(module.__file__).read_text().replace("np.uint8", "np.int8"))
@@ -108,7 +106,7 @@ def test_the_key_notices_every_change(tmp_path, monkeypatch):
         assert not changed()
     pairs = pair_folders(images, masks)
     before = cache_path(tmp_path, pairs, 32)
-    pairs[0].image.unlink()  # between finding and the check
+    first.unlink()  # between finding and the check
     assert cache_path(tmp_path, pairs, 32) != before
 
 
@@ -122,12 +120,12 @@ def test_a_permission_that_is_given_is_noticed(tmp_path, monkeypatch):
             raise BadFile(path, "Permission denied")
         return open_image(path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(decode, "open_image", refused)
-        for message in ("stored", "read from"):
-            data, log, _ = open_folders(images, masks)
-            assert data.report.unusable == [("p001.png", "Permission denied")]
-            assert f"cache: {message}" in log
+    monkeypatch.setattr(decode, "open_image", refused)
+    for message in ("stored", "read from"):
+        data, log, _ = open_folders(images, masks)
+        assert data.report.unusable == [("p001.png", "Permission denied")]
+        assert f"cache: {message}" in log
+    monkeypatch.undo()
     data, log, _ = open_folders(images, masks)
     assert len(data.report.usable) == 4
     assert "cache: 1 pairs that were skipped are readable now; rebuilding" in log
@@ -149,7 +147,7 @@ def test_a_cache_that_cannot_be_stored_costs_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert f"cache: not stored on disk: No space left on device ({tmp_path})" in open_folders(images, masks).log
     assert not stored(tmp_path)
 
@@ -162,56 +160,46 @@ print(data.fingerprint, data.train.cache.images.sum().item(), "damaged" in log)
 """
 
 
-def start(images: Path, masks: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", START, images, masks], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
-    )
+def start(*folders: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", START, *folders]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_that_start_together_agree(tmp_path):
-    images, masks = make_folders(tmp_path, 30)
-    outputs = {process.communicate(timeout=120)[0] for process in [start(images, masks) for _ in range(4)]}
+    folders = make_folders(tmp_path, 30)
+    outputs = {process.communicate(timeout=120)[0] for process in [start(*folders) for _ in range(3)]}
     assert len(outputs) == 1 and "False" in outputs.pop()
     assert stored(tmp_path) == ["json", "u8"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path, monkeypatch):
-    images, masks = make_folders(tmp_path, 30)
-    expected = open_folders(images, masks, cache_dir=tmp_path / "other").data.train.cache.images
-    process = start(images, masks)
-    killer = threading.Thread(target=lambda: kill_when_there(process, tmp_path))
-    killer.start()
+def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path):
+    folders = make_folders(tmp_path, 30)
+    expected = open_folders(*folders, cache_dir=tmp_path / "other").data.train.cache.images
+    process = start(*folders)
+    while process.poll() is None and not list(tmp_path.glob(".cache*")):
+        time.sleep(0.001)
+    process.kill()
     process.wait(timeout=120)
-    killer.join()
-    data, log, _ = open_folders(images, masks)
+    data, log, _ = open_folders(*folders)
     assert torch.equal(data.train.cache.images, expected)
     assert "damaged" not in log
     for left in tmp_path.glob(".cache*.tmp"):
         os.utime(left, (time.time() - 7200,) * 2)  # of a process that has gone for long
-    open_folders(images, masks)
+    open_folders(*folders)
     assert not list(tmp_path.glob(".cache*.tmp"))
-
-
-def kill_when_there(process: subprocess.Popen, folder: Path) -> None:
-    while process.poll() is None:
-        if list(folder.glob(".cache*")):
-            process.send_signal(signal.SIGKILL)
-            return
 
 
 def test_a_mask_that_is_corrected_while_the_pairs_are_decoded_is_read_at_the_next_start(tmp_path, monkeypatch):
     images, masks = make_folders(tmp_path, 3)
-    check = cache_module.check_pairs
 
     def check_then_edit(*args):
-        report = check(*args)
+        report = check_pairs(*args)
         Image.fromarray(255 - disc(60, 80)).save(masks / "p001.png")
         return report
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "check_pairs", check_then_edit)
-        open_folders(images, masks)
+    monkeypatch.setattr(cache_module, "check_pairs", check_then_edit)
+    open_folders(images, masks)
+    monkeypatch.undo()
     data, log, _ = open_folders(images, masks)
     assert "filled" in log
     np.testing.assert_array_equal(data.train.cache.masks[1], rescale_mask(255 - disc(60, 80), 32))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.dataset.samples import disc, make_folders, open_folders, photo
+from u2mamba.dataset import check
 from u2mamba.dataset.cache import PairCache
 from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import Pair
@@ -143,13 +144,16 @@ def test_swapped_folders_and_an_empty_validation_split(tmp_path):
     assert len(data.val) == 1 and "no validation pairs" not in said
 
 
-def test_a_pair_that_does_not_fit_into_memory_is_skipped(tmp_path):
-    class Store(PairCache):
-        def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None:
-            if index == 1:
-                raise MemoryError
+def test_a_pair_that_does_not_fit_into_memory_is_skipped(tmp_path, monkeypatch):
+    def rescale(mask: np.ndarray, size: int) -> np.ndarray:
+        if not mask.any():
+            raise MemoryError
+        return rescale_mask(mask, size)
 
-    report = check_pairs(pair_folders(*make_folders(tmp_path, 4)), 32, Store.empty(4, 32))
+    monkeypatch.setattr(check, "rescale_mask", rescale)
+    images, masks = make_folders(tmp_path, 4)
+    Image.new("L", (80, 60)).save(masks / "p001.png")
+    report = check_pairs(pair_folders(images, masks), 32)
     assert report.usable == [0, 2, 3]
     assert report.unusable == [("p001.png", "does not fit into memory")]
 

@@ -9,7 +9,7 @@ import traceback
 
 PACKAGES = (
     "torch._dynamo torch.utils.tensorboard torchvision.utils torchmetrics.functional.image scipy.sparse scipy.ndimage "
-    "torchmetrics.functional.classification skimage.transform skimage.data PIL.Image tyro filelock psutil joblib tqdm "
+    "torchmetrics.functional.classification skimage.transform skimage.data PIL.Image tyro filelock psutil tqdm "
     "py_sod_metrics onnx onnxruntime torch.onnx.symbolic_opset17"
 ).split()
 

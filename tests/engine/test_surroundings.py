@@ -1,5 +1,6 @@
 """The trainer where the machine or the caller is not as usual: in a thread, with odd variables, names and packages."""
 
+import shutil
 import signal
 import sys
 import threading
@@ -57,3 +58,12 @@ def test_a_tensorboard_that_cannot_be_imported_is_one_line(run, tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     code, out = run(save_frq=1000)
     assert code == 0 and out.count("no curves in TensorBoard (TypeError: Descriptors cannot be created directly)") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_paths_that_are_not_utf_8(run, data, tmp_path):
+    folder = tmp_path / "d\udcfcts"
+    shutil.copytree(data, folder)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as every command does
+    assert run(data_dir=str(folder), saved_models=str(folder), save_frq=1000)[0] == 0
+    assert run(data_dir=str(folder), saved_models=str(folder), save_frq=1000, epoch_num=2)[0] == 0  # resumed

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from model import U2NETP
 from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
-from u2mamba.inference import workers
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 from u2mamba_eval import Config, dataset_names, main
 
@@ -132,6 +132,34 @@ def test_both_definitions_of_f_and_of_iou_by_hand():
     assert got["mae"] == pytest.approx((8 / 32 + 16 / 32) / 2)
 
 
+def test_scores_by_object_size(tmp_path, capsys):
+    """Masks of 100 pixels. The map: 0.8 on the first 20 pixels, 0.2 elsewhere, and 0 in the image that is empty."""
+    pixels = {"small": 5, "medium": 10, "medium2": 30, "large": 40, "empty": 0, "full": 100}
+    saliency = np.where(np.arange(100) < 20, 0.8, 0.2)
+    for name, n in pixels.items():
+        save(tmp_path / "masks" / f"{name}.png", ((np.arange(100) < n) * 255).astype(np.uint8).reshape(10, 10))
+        save(tmp_path / "maps" / f"{name}.npy", (saliency * (n > 0)).reshape(10, 10))
+    more = {"json": str(tmp_path / "s.json"), "name": ("set",)}
+    assert evaluate_maps((tmp_path / "maps", tmp_path / "masks"), **more) == 0
+    (got,) = json.loads((tmp_path / "s.json").read_text())
+    expected = {  # n, missed, extra, IoU
+        "small": (1, 5 * 0.2, 15 * 0.8 + 80 * 0.2, 5 / 20),
+        "medium": (2, (10 * 0.2 + 20 * 0.2 + 10 * 0.8) / 2, (10 * 0.8 + 150 * 0.2) / 2, (10 / 20 + 20 / 30) / 2),
+        "large": (1, 20 * 0.2 + 20 * 0.8, 60 * 0.2, 20 / 40),
+        "empty": (1, 0, 0, 1),
+        "full": (1, 20 * 0.2 + 80 * 0.8, 0, 20 / 100),
+    }
+    for name, (n, missed, extra, iou) in expected.items():
+        values = {"n": n, "mae": (missed + extra) / 100, "missed": missed / 100, "extra": extra / 100, "iou": iou}
+        assert got["by_size"][name] == pytest.approx(values, abs=1e-12), name
+    assert "large: over 30 %                     1  0.3200  0.2000  0.1200  0.5000" in capsys.readouterr().out
+    (tmp_path / "masks" / "large.png").unlink()
+    assert evaluate_maps((tmp_path / "maps", tmp_path / "masks"), **more) == 1
+    nothing = {"n": 0} | dict.fromkeys(("mae", "missed", "extra", "iou"))
+    assert json.loads((tmp_path / "s.json").read_text())[0]["by_size"]["large"] == nothing
+    assert "over 30 %" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.75])
 def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
     got = score_map(np.full((6, 9), level), np.zeros((6, 9), bool))
@@ -207,13 +235,16 @@ def test_two_sets_in_one_call(folders, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == ""
     expected = [scores_of(*folders).summary() | {"name": "first"}, scores_of(*again).summary() | {"name": "second"}]
-    assert json.loads((report / "s.json").read_text()) == expected
+    sets = json.loads((report / "s.json").read_text())
+    assert [list(row.pop("by_size")) for row in sets] == [["small", "medium", "large", "empty", "full"]] * 2
+    assert sets == expected
     rows = list(csv.DictReader((report / "s.csv").read_text().splitlines()))
     assert [{k: v if k == "name" else float(v) for k, v in row.items()} for row in rows] == expected
     assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
-    assert {p.name for p in report.iterdir()} == {"s.json", "s.csv", "precision_recall.png", "f_threshold.png"} | {
-        f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")
-    }
+    assert {p.name for p in report.iterdir()} == {
+        "s.json", "s.csv", "precision_recall.png", "f_threshold.png", "error_by_size.png",
+        *(f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")),
+    }  # fmt: skip
     rows = list(csv.DictReader((report / "first_images.csv").read_text().splitlines()))
     assert [row["image"] for row in rows] == [f"{i:05}" for i in range(14)]
     assert np.mean([float(row["mae"]) for row in rows]) == pytest.approx(expected[0]["mae"])
@@ -395,62 +426,51 @@ def test_names_that_are_not_text_are_used(three, tmp_path):
     assert [row.split(",")[0] for row in rows] == ["image", "$\udcff", "00000", "船"]
 
 
-# ------------------------------------------------------------------------------------------------- worker processes
-
-
-def children_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """What a process with two workers starts: them, and joblib's tracker of resources."""
-    while process.poll() is None and len(children := psutil.Process(process.pid).children()) < 3:
-        time.sleep(0.05)
-    assert len(children) >= 3, "it ended before"
-    return children
+# ------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
-    """Ctrl-C reaches all of its processes at once, while they start; the others the first one, while it works."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_evaluation(number, code, tmp_path):
     pred, gt = make_set(tmp_path, 4, (40, 50))
     for i in range(4, 3000):
         for folder in (pred, gt):
             os.link(folder / f"{i % 4:05}.png", folder / f"{i:05}.png")
-    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json", start_new_session=True)
-    workers = children_of(process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        time.sleep(2)
-        process.send_signal(number)
-    process.wait(60)
-    assert not psutil.wait_procs(workers, timeout=20)[1]  # none is left
+    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json")
+    while psutil.Process(process.pid).num_threads() < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert err in ("", "interrupted\n") or code == -9  # joblib's tracker reports what it cleans up
+    assert (process.returncode, err) == (code, "interrupted\n" if code == 130 else "")
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_killed_worker_is_one_line():
-    with pytest.raises(UserError, match="--workers 1"):
-        list(process_map(os._exit, [1, 1], workers=2))
+def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
+    taken = []
+
+    def items():
+        for i in range(20):
+            taken.append(i)
+            yield i
+
+    results = ordered_map(lambda i: i * i, items(), threads=3, ahead=4)
+    assert next(results) == (0, 0) and len(taken) == 5
+    assert list(results) == [(i, i * i) for i in range(1, 20)]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no new thread"), None]
-)
-def test_where_no_processes_can_be_started_this_one_computes(error, monkeypatch, capsys):
-    """A limit of processes or threads; None: no semaphores, where joblib computes in this process without a word."""
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_few_threads_can_be_started_those_compute(allowed, monkeypatch, capsys):
+    begin, begun = threading.Thread.start, []
 
-    def parallel(*_, **__):
-        if error:
-            raise error
-        return lambda calls: (function(*args, **named) for function, args, named in calls)
+    def limited(self):
+        begun.append(self)
+        if len(begun) > allowed:
+            raise RuntimeError("can't start new thread")
+        begin(self)
 
-    monkeypatch.setattr("u2mamba.inference.workers.joblib.Parallel", parallel)
-    workers._started.cache_clear()
-    for _ in range(2):
-        assert list(process_map(abs, [-1, 2], workers=2)) == [(-1, 1), (2, 2)]
-    workers._started.cache_clear()
-    assert capsys.readouterr().out.count("no worker processes can be started") == 1
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert list(ordered_map(abs, range(-9, 0), threads=4)) == [(i, -i) for i in range(-9, 0)]
+    assert capsys.readouterr().out == "fewer than 4 threads can be started (can't start new thread)\n"
 
 
 def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
@@ -463,34 +483,3 @@ main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},), workers=2))
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "images" in done.stdout and not done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the cores of a process")
-def test_one_granted_core_is_one_process(folders, monkeypatch):
-    monkeypatch.setattr("u2mamba.inference.workers._started", None)  # not called
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert main(Config(pred=(str(folders[0]),), gt=(str(folders[1]),))) == 0
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
-    taken = []
-
-    def items():
-        for i in range(100):
-            taken.append(0.02 + i * 1e-6)  # seconds: tasks slow enough that a busy machine looks in time
-            yield taken[-1]
-
-    results = process_map(time.sleep, items(), workers=2)
-    assert next(results) == (0.02, None) and len(taken) < 50
-    assert list(results) == [(seconds, None) for seconds in taken[1:]] and len(taken) == 100
-
-    def failing():
-        yield -1
-        raise UserError("no memory left on the GPU")
-
-    with pytest.raises(UserError, match="no memory left"):
-        list(process_map(abs, failing(), workers=2))

@@ -20,6 +20,7 @@ from u2mamba.dataset.augment import MEAN, STD, normalize
 from u2mamba.dataset.decode import read_image, read_pair
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.inference.predictor import load_model
 from u2mamba.runtime.errors import UserError
 from u2mamba_export import PHOTO_DIR, Config, load_images, main
 
@@ -202,10 +203,27 @@ def test_weights_that_amplify_rounding_are_distinguished_from_a_wrong_file(expor
     assert not (tmp_path / "net.onnx").exists()
 
 
+def test_weights_files_of_fp32_and_of_int8(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)  # not needed
+    source, out = str(exported[0] / "net.pth"), tmp_path / "out.pth"
+    assert main(Config(checkpoint=source, out=str(out), variants=("int8",))) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("out")]
+    assert [row[0] for row in rows] == ["out.pth", "out_int8.pth"]
+    assert float(rows[0][3]) == 0 < float(rows[1][3]) < 0.2
+    assert main(Config(checkpoint=str(tmp_path / "out_int8.pth"), out=str(tmp_path / "again.pth"))) == 0
+    exact, rounded = (U2MAMBAP() for _ in range(2))
+    exact.load_state_dict(torch.load(out, weights_only=True), strict=True)
+    rounded.load_state_dict(torch.load(tmp_path / "again.pth", weights_only=True), strict=True)
+    assert torch.equal(exact.side1.weight, network().side1.weight)
+    assert 0 < (rounded.side1.weight - exact.side1.weight).abs().max() < 0.01 * exact.side1.weight.abs().max()
+    assert load_model(tmp_path / "again.pth").settings["size"] == SIZE
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"out": "net.pt"}, "--out net.pt: must be called something.onnx"),
+        ({"out": "net.pt"}, "--out net.pt: must be called something.onnx, or something.pth"),
+        ({"out": "new.pth", "variants": ("fp16",)}, "--variants fp16: new.pth is a weights file"),
         ({"out": "net.pth/net.onnx"}, "cannot be written"),
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
         ({"gt": "masks"}, "--gt: give the images of these masks too"),

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ import u2mamba_predict
 from model import ARCHS, U2NETP
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import predictor as predictor_module
-from u2mamba.inference.pipeline import ordered_map
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime import files as files_module
 from u2mamba.runtime.errors import UserError
@@ -269,7 +267,7 @@ def test_a_killed_command_continues_where_it_was(overwrite, photos, predict, oth
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     partial = len(list((tmp_path / "out").rglob("*.png")))
-    assert 5 <= partial < 22
+    assert 3 <= partial < 22  # two of the five may not be written yet
     assert predict(photos, checkpoint=other) == 0
     for name in files(tmp_path / "expected"):
         if name.endswith("png"):
@@ -462,17 +460,3 @@ def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
     assert len(written) + 2 == len(files(out))  # no temporary names
     assert 0 < len(written) < 60
     assert all(pixels(p).shape[:2] == (400, 600) for p in written)
-
-
-def test_ordered_map_keeps_order_and_does_not_run_ahead_of_its_reader():
-    begun = []
-
-    def items():
-        for i in range(20):
-            begun.append(i)
-            yield i
-
-    with ThreadPoolExecutor(4) as pool:
-        results = ordered_map(pool, lambda i: i * i, items(), 4)
-        assert next(results) == (0, 0) and len(begun) == 5
-        assert list(results) == [(i, i * i) for i in range(1, 20)]

@@ -90,7 +90,7 @@ def test_the_included_weights_find_the_cup_and_not_the_table():
 def test_prediction_and_export_import_only_what_they_need():
     code = "import sys, u2mamba_predict\nassert 'skimage' not in sys.modules\n"
     code += "import u2mamba_export\nprint(set(sys.argv) & set(sys.modules))"
-    names = ("torchmetrics", "torchvision", "matplotlib", "py_sod_metrics", "joblib", "onnx")
+    names = ("torchmetrics", "torchvision", "matplotlib", "py_sod_metrics", "onnx")
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
 

@@ -1,7 +1,7 @@
 """model/weights.py: files are read safely, carry their settings, and are refused in one line that names them."""
 
+import math
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from model.weights import (
     load_model,
     load_pretrained,
     load_state_dict,
+    quantize,
     read_file,
     read_state_dict,
 )
@@ -85,13 +86,6 @@ def test_an_arch_of_the_users_own_is_built_with_the_options_of_its_signature(pat
     one_line(error, path)
 
 
-def test_a_copy_of_the_folder_works_under_another_name(tmp_path):
-    (tmp_path / "nets").symlink_to(Path(model.__file__).parent, target_is_directory=True)
-    code = "import sys, nets; print(nets.build_model({'arch': 'u2mambap'}).settings, 'model' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "{'arch': 'u2mambap'} False\n", done.stderr
-
-
 def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
     net, path = U2NETP(), tmp_path / "net.safetensors"
     pytest.importorskip("safetensors.torch").save_file(net.state_dict(), path)
@@ -103,6 +97,64 @@ def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install safetensors") as error:
         load_model(path)
     one_line(error, path)
+
+
+# ------------------------------------------------------------------------------------------------------- int8 files
+
+
+def test_an_int8_file_is_read_as_any_other_and_by_no_plain_loader(path):
+    net = build_model({"arch": "u2mambap", "mamba_norm": "gate"})
+    weight = net.stage2.rebnconv1.conv_s1.weight
+    with torch.no_grad():
+        weight[0], weight[1] = 0, 1e-7  # an empty channel, and one below the range of fp16 scales
+        net.stage3.rebnconv1.conv_s1.weight[0] = math.inf  # stays in fp32
+    state = cpu_state_dict(net, size=96)
+    torch.save(quantize(state), path)
+    again = load_model(path)
+    assert again.settings == {"arch": "u2mambap", "mamba_norm": "gate", "size": 96}
+    stored = torch.load(path, weights_only=True)
+    for key, value in again.state_dict().items():
+        if f"{key}.int8" not in stored:
+            assert value.dim() < 2 or value[0].numel() < 32 or key == "stage3.rebnconv1.conv_s1.weight"
+            assert torch.equal(value, state[key])
+        else:
+            step = state[key].flatten(1).abs().amax(1) / 127
+            error = (value - state[key]).flatten(1).abs().amax(1)
+            assert (error <= 0.51 * step.clamp(min=2**-24)).all(), key
+    with pytest.raises(RuntimeError, match="Missing key"):
+        U2MAMBAP(mamba_norm="gate").load_state_dict(stored, strict=True)
+    assert "tensors matched, 0 new" in load_pretrained(U2MAMBAP(mamba_norm="gate"), path)
+
+
+def test_the_large_int8_file_is_small_enough_to_be_included(path):
+    torch.save(quantize(cpu_state_dict(build_model({"arch": "u2mamba", "mamba_norm": "gate"}), 320)), path)
+    assert path.stat().st_size <= 47e6
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("scale", lambda scale: None),
+        ("scale", lambda scale: scale[1:]),
+        ("scale", lambda scale: scale.mul(math.inf)),
+        ("scale", lambda scale: scale.mul(math.nan)),
+        ("scale", lambda scale: -scale),
+        ("scale", lambda scale: scale.float()),
+        ("int8", lambda levels: levels.float()),
+        ("int8", lambda levels: levels[0, 0, 0, 0]),
+    ],
+)
+def test_a_damaged_int8_file(part, change, path):
+    state = quantize(cpu_state_dict(build_model({"arch": "u2netp"})))
+    key = f"side1.weight.{part}"
+    state[key] = change(state[key])
+    if state[key] is None:
+        del state[key]
+    torch.save(state, path)
+    for read in (load_model, lambda path: load_pretrained(U2NETP(), path)):
+        with pytest.raises(CorruptFileError, match=r"side1\.weight\.int8 does not have one finite scale") as error:
+            read(path)
+        one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- bad files
@@ -118,11 +170,12 @@ def test_a_missing_file_and_a_folder(tmp_path):
     one_line(error, tmp_path)
 
 
-@pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.99])
-def test_a_truncated_file(path, part):
+@pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.99, b"no checkpoint", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04"])
+def test_a_truncated_file_and_one_of_another_kind(part, path):
     torch.save({f"w{i}": torch.randn(100) for i in range(30)}, path)
-    content = path.read_bytes()
-    path.write_bytes(content[: part if isinstance(part, int) else int(len(content) * part)])
+    whole = path.read_bytes()
+    keep = int(part * len(whole)) if isinstance(part, float) else part
+    path.write_bytes(keep + bytes(64) if isinstance(keep, bytes) else whole[:keep])
     with pytest.raises(CorruptFileError) as error:
         read_file(path)
     one_line(error, path)
@@ -135,14 +188,6 @@ def test_a_flipped_bit_in_the_weights(path):
     path.write_bytes(content)
     with pytest.raises(CorruptFileError, match="differs from its checksum"):
         read_file(path)
-
-
-@pytest.mark.parametrize("content", [b"not a checkpoint", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(60)])
-def test_a_file_of_another_kind(content, path):
-    path.write_bytes(content)
-    with pytest.raises(CorruptFileError) as error:
-        read_file(path)
-    one_line(error, path)
 
 
 class Malicious:

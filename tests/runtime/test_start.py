@@ -71,3 +71,9 @@ def test_a_prediction_without_stderr_or_the_scripts_folder_on_the_path(tmp_path)
     words = ["u2mamba_predict.py", str(image), "--size", "48", "--device", "cpu", "--out", str(tmp_path / "out")]
     done = start(tmp_path, {}, *words, env={"PYTHONSAFEPATH": "1"}, stderr=None, preexec_fn=lambda: os.close(2))
     assert done.returncode == 0 and (tmp_path / "out" / "map" / "a.png").is_file()
+
+
+def test_a_prediction_that_needs_a_temporary_folder_names_it(tmp_path):
+    none = {"sitecustomize": "import tempfile\ntempfile._get_default_tempdir = lambda: open('no temporary folder')"}
+    done = start(tmp_path, none, "u2mamba_predict.py", "-", "--out", "-", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "temporary folder" in done.stderr, done.stderr

@@ -102,7 +102,7 @@ def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
     """From one fixed field, so that the noise depends on the plan alone; a generator on a GPU would have to wait."""
     size = x.shape[2]
     top, left = (random[:, (NOISE_Y, NOISE_X)] * NOISE_SHIFT).long()[:, :, None].unbind(1)  # (B, 1)
-    rows, columns = (start + _range(x.device, size) for start in (top, left))
+    rows, columns = (start + torch.arange(size, device=x.device) for start in (top, left))
     noise = _noise_field(x.device, size + NOISE_SHIFT)[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
     return (x + noise * (strength * random[:, NOISE]).view(-1, 1, 1, 1)).clamp(0, 1)
 
@@ -146,12 +146,6 @@ def epoch_plan(
 
 
 @functools.lru_cache(maxsize=16)
-def _range(device: torch.device, crop: int) -> Tensor:
-    """0..crop-1 on a device; made once, outside any CUDA graph."""
-    return torch.arange(crop, device=device)
-
-
-@functools.lru_cache(maxsize=16)
 def _scale_and_bias(device: torch.device) -> tuple[Tensor, Tensor]:
     """1/STD and -MEAN/STD on a device; made once, outside any CUDA graph."""
     scale, bias = [1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
@@ -161,7 +155,7 @@ def _scale_and_bias(device: torch.device) -> tuple[Tensor, Tensor]:
 def _crop_gather(images: Tensor, masks: Tensor, rows: Tensor, crop: int) -> tuple[Tensor, Tensor]:
     """The crops (B, crop, crop, 3) and (B, crop, crop) of a plan's rows, whose values stay on the device."""
     index, top, left, flip = rows[:, :4, None].unbind(1)  # (B, 1) each
-    y, x = (start + _range(images.device, crop) for start in (top, left))  # (B, crop)
+    y, x = (start + torch.arange(crop, device=images.device) for start in (top, left))  # (B, crop)
     y = torch.where((flip & VFLIP) > 0, images.shape[1] - 1 - y, y)[:, :, None]
     x = torch.where((flip & HFLIP) > 0, images.shape[2] - 1 - x, x)[:, None, :]
     return images[index[:, :, None], y, x], masks[index[:, :, None], y, x]

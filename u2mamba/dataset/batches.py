@@ -17,6 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,41 +38,35 @@ from u2mamba.runtime.environment import available_memory
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
 STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit
 STREAM_AHEAD = 64  # images that they read ahead, 0.4 MB each
+CPU = torch.device("cpu")
 
 
+@dataclass(eq=False)
 class DataSource:
-    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them.
+    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them."""
 
-    rule: how the masks are read while streaming; None: each by itself.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        size: int,
-        cache: PairCache | None = None,
-        rows: Sequence[int] = (),
-        rule: MaskRule | None = None,
-    ):
-        self.pairs, self.size, self.cache, self.rule = list(pairs), size, cache, rule
-        self.rows = torch.as_tensor(rows, dtype=torch.int64)  # of the cache, one per pair
-        self.device = torch.device("cpu")
+    pairs: Sequence[Pair]
+    size: int
+    cache: PairCache | None = None
+    rows: Tensor | None = None  # of the cache, one per pair, int64
+    rule: MaskRule | None = None  # how the masks are read while streaming; None: each by itself
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def to(self, device: str | torch.device, log: Callable[[str], None] = print) -> DataSource:
+    def to(self, device: str | torch.device) -> DataSource:
         """Makes batches on `device`. The cache, which training and validation share, moves to a GPU if it takes at most
         a quarter of the free memory there: the training step needs the rest."""
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if self.cache is None or self.device.type != "cuda" or self.in_gpu_memory():
             return self
-        need, free = self.cache.nbytes, torch.cuda.mem_get_info(self.device)[0]
+        need, free = PairCache.bytes_for(len(self.cache.images), self.size), torch.cuda.mem_get_info(self.device)[0]
         if need > free / 4:
-            log(f"cache: stays in CPU memory, {format_bytes(need)} exceed 1/4 of {format_bytes(free)} GPU memory")
+            print(f"cache: stays in CPU memory, {format_bytes(need)} exceed 1/4 of {format_bytes(free)} GPU memory")
         else:
             self.cache.images, self.cache.masks = (t.to(self.device) for t in (self.cache.images, self.cache.masks))
-            log(f"cache: {format_bytes(need)} moved to GPU memory")
+            print(f"cache: {format_bytes(need)} moved to GPU memory")
         return self
 
     def in_gpu_memory(self) -> bool:
@@ -214,7 +209,7 @@ def open_data(
     for part in (train, val):
         part = [pair for pair in part if pair in row_of]
         rows = [row_of[pair] for pair in part]
-        sources.append(DataSource(part, size, cache, rows, report.rule))
+        sources.append(DataSource(part, size, cache, torch.tensor(rows, dtype=torch.int64), report.rule))
         content = "".join(f"{pair.stem} {report.checksums[row]}\n" for pair, row in zip(part, rows, strict=True)) + "\n"
         fingerprint = zlib.crc32(content.encode(errors="surrogateescape"), fingerprint)
     log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,9 +22,7 @@ import torch
 from u2mamba.dataset import check, decode, image_file, masks, rescale
 from u2mamba.dataset.check import DataReport, check_pairs
 from u2mamba.dataset.decode import MEAN, BadFile, Pair, open_pair
-from u2mamba.dataset.masks import IDENTITY, MaskRule
-from u2mamba.dataset.pairs import is_file
-from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.dataset.masks import MaskRule
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.files import replacing
 from u2mamba.runtime.source import source_checksum
@@ -53,21 +50,6 @@ class PairCache:
     def bytes_for(count: int, size: int) -> int:
         return count * size * size * (len(MEAN) + 1)
 
-    @property
-    def nbytes(self) -> int:
-        return self.images.nbytes + self.masks.nbytes
-
-    def put(self, index: int, image: np.ndarray, mask: np.ndarray) -> None:
-        """Rescales a pair into row `index`; may be called from several threads."""
-        self.images[index].numpy()[:] = rescale_image(image, self.images.shape[1])
-        self.masks[index].numpy()[:] = rescale_mask(mask, self.images.shape[1])
-
-    def map_mask(self, index: int, lookup: np.ndarray) -> None:
-        """Replaces each value v of a mask by lookup[v]."""
-        if lookup is not IDENTITY:
-            mask = self.masks[index].numpy()
-            mask[:] = lookup[mask]
-
     def keep_rows(self, rows: Sequence[int]) -> PairCache:
         """The pairs of the ascending `rows`, moved together in the same memory."""
         for place, row in enumerate(rows):
@@ -77,56 +59,44 @@ class PairCache:
 
     def save(self, path: Path, report: DataReport) -> None:
         """Writes `path` and, once that is complete, the JSON file that makes it valid. Raises OSError."""
-        arrays = [tensor.numpy().reshape(-1) for tensor in (self.images, self.masks)]
         metadata = {"shape": self.masks.shape, "report": asdict(report)}
-        metadata["checksum"] = _checksum([*arrays, json.dumps(metadata).encode()])
-        _write(path, arrays)
-        _write(path.with_suffix(".json"), [json.dumps(metadata).encode()])
+        metadata["checksum"] = _checksum(metadata, self.images.numpy(), self.masks.numpy())
+        with replacing(path) as file:
+            file.writelines((self.images.numpy(), self.masks.numpy()))
+        with replacing(path.with_suffix(".json")) as file:
+            file.write(json.dumps(metadata).encode())
 
     @classmethod
     def load(cls, path: Path) -> tuple[PairCache, DataReport]:
         """Raises FileNotFoundError, or ValueError and others for damaged files."""
         metadata = json.loads(path.with_suffix(".json").read_bytes())
-        checksum, (count, size, _) = metadata.pop("checksum"), metadata["shape"]
-        pixels = np.fromfile(path, np.uint8)
-        if len(pixels) != cls.bytes_for(count, size):
-            raise ValueError("it has a wrong size")
-        if _checksum([pixels, json.dumps(metadata).encode()]) != checksum:
+        checksum, pixels = metadata.pop("checksum"), np.fromfile(path, np.uint8)
+        if _checksum(metadata, pixels) != checksum:
             raise ValueError("its checksum does not match")
-        images, masks = np.split(pixels, [-count * size * size])
+        count, size, _ = metadata["shape"]
+        images, masks = torch.from_numpy(pixels).split([count * size * size * len(MEAN), count * size * size])
         report = DataReport(**metadata["report"])
         report.unusable, report.values = [tuple(entry) for entry in report.unusable], tuple(report.values)
         report.rule = MaskRule(*report.rule)
-        return cls(
-            *map(torch.from_numpy, (images.reshape(count, size, size, -1), masks.reshape(count, size, size)))
-        ), report
+        return cls(images.view(count, size, size, len(MEAN)), masks.view(count, size, size)), report
 
 
-def _checksum(parts: Iterable[np.ndarray | bytes]) -> int:
-    checksum = 0
-    for part in parts:
+def _checksum(metadata: dict, *pixels: np.ndarray) -> int:
+    checksum = zlib.crc32(json.dumps(metadata).encode())
+    for part in pixels:
         checksum = zlib.crc32(part, checksum)
     return checksum
-
-
-def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> None:
-    """The file appears under its name when all of it is on the disk. Raises OSError."""
-    with replacing(path) as file:
-        for part in parts:
-            file.write(part)
 
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     """The file for these pairs: `.cache_<size>_<folders>_<key>.u8`."""
     key = zlib.crc32(repr([source_checksum(Path(module.__file__)) for module in CODE]).encode())
     files = [path for pair in pairs for path in (pair.image, pair.mask)]
-    folders, stats = sorted({path.parent for path in files}), {}
-    for parent in folders:
-        with os.scandir(parent) as entries:  # on Windows a folder's listing holds sizes and times
-            stats[parent] = {entry.name: entry.stat() for entry in entries if is_file(entry)}
+    folders = sorted({path.parent for path in files})
     for path in files:
-        stat = stats[path.parent].get(path.name)  # None if the file was removed after it was found
-        line = f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n" if stat else f"{path.name} removed\n"
+        line = f"{path.name} removed\n"
+        with contextlib.suppress(OSError):
+            line = f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n"
         key = zlib.crc32(line.encode(errors="surrogateescape"), key)
     # the names of the folders only, so that a data folder that was moved finds its cache
     where = "|".join(f.name if f.parent == folder else str(f) for f in folders).encode(errors="surrogateescape")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from u2mamba.dataset.decode import BadFile, Pair, open_pair
-from u2mamba.dataset.masks import GRAY, OBJECT, MaskKind, MaskRule, decide, table
+from u2mamba.dataset.masks import GRAY, IDENTITY, OBJECT, MaskKind, MaskRule, decide, table
 from u2mamba.dataset.pairs import truncate_list
-from u2mamba.dataset.rescale import rescale_mask
+from u2mamba.dataset.rescale import rescale_image, rescale_mask
 
 if TYPE_CHECKING:
     from u2mamba.dataset.cache import PairCache
@@ -109,7 +109,8 @@ def check_pairs(
             with open_pair(pair, as_stored) as (image, mask, resized, untagged):
                 small = rescale_mask(mask.values, size)
                 if store:
-                    store.put(index, image, small)
+                    store.images[index].numpy()[:] = rescale_image(image, size)
+                    store.masks[index].numpy()[:] = small
                 edges = np.concatenate([mask.values[[0, -1]].ravel(), mask.values[:, [0, -1]].ravel()])
                 black = not image.any()
             checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
@@ -118,10 +119,8 @@ def check_pairs(
             )
         except BadFile as error:
             return error
-        except OSError as error:
-            return BadFile(pair.image, error.strerror or str(error))
-        except MemoryError:
-            return BadFile(pair.image, "does not fit into memory")
+        except (OSError, MemoryError) as error:
+            return BadFile(pair.image, getattr(error, "strerror", None) or "does not fit into memory")
 
     visits: dict[int, _Visit] = {}
     report, bad = DataReport(), {}
@@ -148,7 +147,9 @@ def check_pairs(
         if store:
             if visited.untagged == "unknown" and report.rule.as_stored:
                 visit(index, as_stored=True)
-            store.map_mask(index, lookup)
+            if lookup is not IDENTITY:
+                mask = store.masks[index].numpy()
+                mask[:] = lookup[mask]
         report.usable.append(index)
         report.checksums.append(visited.checksum)
         levels = np.flatnonzero(kind.counts)

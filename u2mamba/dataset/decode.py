@@ -13,12 +13,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose as Turn
 
 from u2mamba.dataset.image_file import (
     DECODE_BUDGET,
     FULL_RANGES,
     BadFile,
-    DataError,
     errors_as_bad_file,
     load_pixels,
     open_image,
@@ -32,17 +32,10 @@ T = TypeVar("T")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
 COLORED = 16  # a pixel's channels differ by more: chroma of a lossy file does not count
-
-
-def apply_orientation(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, ...) as stored -> upright, for the values 1-8 of EXIF tag 0x0112."""
-    if orientation >= 5:  # stored with rows and columns exchanged
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return array
+UPRIGHT = {  # EXIF orientation -> what turns an image as stored upright
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
 
 
 def _orientation(file: Image.Image) -> int:
@@ -137,12 +130,10 @@ def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image
         loaded = load_pixels(path, image, rawmode)
         # Pillow turns TIFFs itself while loading them, and removes the tag
         turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
-        result = convert(loaded)
-        array, *kind = result if isinstance(result, tuple) else (result,)
-        if array.ndim == 3 and array.shape[2] != len(MEAN):
-            raise DataError(f"{path}: {array.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
-        array = np.ascontiguousarray(apply_orientation(array, turn))
-        return (array, *kind) if kind else array, orientation
+        result = convert(loaded.transpose(UPRIGHT[turn]) if turn != 1 else loaded)
+        if convert is to_rgb and result.shape[2] != len(MEAN):
+            raise ValueError(f"{result.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
+        return result, orientation
 
 
 def _read(path: str | os.PathLike, convert: Callable[[Image.Image], T]) -> T:
@@ -198,8 +189,7 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise BadFile(path, f"not a NumPy array ({str(error).splitlines()[0]})") from None
-        if array.ndim > 2:
-            array = array.squeeze()
+        array = array if array.ndim == 2 else array.squeeze()
         if array.ndim != 2 or not array.size or (array.dtype.kind not in "fb" and array.dtype != np.uint8):
             raise BadFile(path, f"holds {array.dtype} of shape {array.shape}; a map is (H, W), floating point or uint8")
         array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
@@ -253,7 +243,7 @@ def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
             if orientation >= 5 and size[0] != size[1]:
                 untagged = "stored" if values.shape == size[::-1] else "seen"
             if untagged == "stored" or (untagged == "unknown" and as_stored):
-                values = np.ascontiguousarray(apply_orientation(values, orientation))
+                values = np.asarray(Image.fromarray(values).transpose(UPRIGHT[orientation]))
         (height, width), (rows, columns) = size, values.shape
         if abs(columns * height / (rows * width) - 1) > ASPECT_TOLERANCE:
             raise BadFile(pair.mask, f"mask is {columns}x{rows}, its image {width}x{height}")

@@ -47,10 +47,6 @@ BLURRED = ["coffee.png", "astronaut.png", "chelsea.png", "rocket.jpg", "retina.j
 SHAPES = ["blob", "star", "polygon", "ring", "ellipse", "horse"]  # each as frequent as one of OBJECTS
 
 
-class DemoError(UserError):
-    """The set cannot be generated; the message is one line with the reason and the remedy."""
-
-
 def smooth(mask: Image.Image, factor: int) -> Image.Image:
     """A mask drawn `factor` times as large -> corners rounded by blur and threshold, a soft edge of 1-2 px."""
     mask = mask.filter(ImageFilter.GaussianBlur(4))
@@ -120,7 +116,7 @@ class Composer:
                     self.photo[name] = image.convert("L" if name in GRAY else "RGB")
             except (OSError, SyntaxError) as error:
                 fix = "pip install --force-reinstall scikit-image"
-                raise DemoError(f"{PHOTOGRAPHS / name}, a part of scikit-image, cannot be read: {fix}") from error
+                raise UserError(f"{PHOTOGRAPHS / name}, a part of scikit-image, cannot be read: {fix}") from error
         self.cut = [cut_out(self.photo[item["photo"]], item["outline"]) for item in OBJECTS]
         horse = ImageOps.invert(self.photo["horse.png"].convert("L"))
         self.horse = horse.crop(horse.getbbox())
@@ -240,7 +236,7 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
 
     The same `n` and `seed` give the same files, up to a gray level between versions of Pillow. A complete set is left
     alone; an incomplete or different one is replaced, unless other files are in it. The files appear at once, by a
-    rename, so that several processes may call this. Raises DemoError if the set cannot be generated or written.
+    rename, so that several processes may call this. Raises UserError if the set cannot be generated or written.
     """
     out_dir = Path(out_dir)
     final, stamp = out_dir / FOLDER, {"version": VERSION, "count": n, "seed": seed}
@@ -249,7 +245,7 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     files = sorted(path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file())
     ours = re.compile(r"demo\.json|im_aug/demo_\d{4,}\.jpg|gt_aug/demo_\d{4,}\.png" if "demo.json" in files else "$.")
     if others := [name for name in files if not ours.fullmatch(name) and not re.search(r"(^|/)\.", name)]:
-        raise DemoError(f"{final} holds {len(others)} other files ({others[0]}): move them away, or set data_dir")
+        raise UserError(f"{final} holds {len(others)} other files ({others[0]}): move them away, or set data_dir")
     composer = Composer()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -268,5 +264,5 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
                 new.rename(final)
     except OSError as error:
         if not is_complete(final, stamp):
-            raise DemoError(f"cannot write the demo set ({error}): {out_dir} must be writable, 20 MB free") from error
+            raise UserError(f"cannot write the demo set ({error}): {out_dir} must be writable, 20 MB free") from error
     return out_dir

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import unicodedata
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,49 +70,38 @@ def pair_names(
 
     Stems are compared in Unicode's composed form, so that names written by macOS sort and split like any others.
     """
-    others: list[str] = []
+    duplicates, others = [], []
 
-    def by_stem(names: Iterable[str], types: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-        candidates: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    def by_stem(names: Iterable[str], types: tuple[str, ...]) -> dict[str, str]:
+        ranked, best = [], {}
         for name in names:
             stem, extension = os.path.splitext(name)
             if extension.lower() in types:
-                candidates[unicodedata.normalize("NFC", stem)].append((types.index(extension.lower()), name))
+                ranked.append((types.index(extension.lower()), name, unicodedata.normalize("NFC", stem)))
             else:
                 others.append(name)
-        best = {stem: min(several)[1] for stem, several in candidates.items()}
-        return best, [
-            f"{name} ({best[stem]} is used)" for stem, several in candidates.items() for _, name in sorted(several)[1:]
-        ]
+        for _, name, stem in sorted(ranked):
+            if best.setdefault(stem, name) != name:
+                duplicates.append(f"{name} ({best[stem]} is used)")
+        return best
 
-    image_of, image_duplicates = by_stem(images, image_types)
-    mask_of, mask_duplicates = by_stem(masks, MASK_TYPES)
-    return [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())], Unpaired(
-        sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys()),
-        sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys()),
-        sorted(image_duplicates + mask_duplicates),
-        sorted(others),
-    )
+    image_of, mask_of = by_stem(images, image_types), by_stem(masks, MASK_TYPES)
+    left_images = sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys())
+    left_masks = sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys())
+    pairs = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
+    return pairs, Unpaired(left_images, left_masks, sorted(duplicates), sorted(others))
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the regular files in a folder (or links to one), and of its other entries with what they are, without
     hidden ones. Raises OSError."""
-    with os.scandir(folder) as entries:
-        regular = {entry.name: is_file(entry) for entry in entries if not entry.name.startswith(".")}
-    return [name for name in regular if regular[name]], [
-        f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})"
-        for name in sorted(regular)
-        if not regular[name]
-    ]
-
-
-def is_file(entry: os.DirEntry) -> bool:
-    """Whether a folder's entry is a regular file or a link to one; a link that leads in a circle is not."""
-    try:
-        return entry.is_file()
-    except OSError:
-        return False
+    files, others = [], []
+    for name in sorted(os.listdir(folder)):
+        if os.path.isfile(folder / name) and not name.startswith("."):
+            files.append(name)
+        elif not name.startswith("."):
+            others.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
+    return files, others
 
 
 def pair_folders(

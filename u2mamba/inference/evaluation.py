@@ -1,7 +1,7 @@
-"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in worker processes.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
 
-Results are summed in the order of the names, so they do not depend on the number of workers. Nothing here imports
-torch, which every worker would have to load.
+Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
+torch, which the evaluation of saved maps does without.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
@@ -15,7 +15,6 @@ dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,13 +34,17 @@ from u2mamba.dataset.decode import (
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
 from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
+SIZES = {  # of an image's object
+    "small": "under 10 % of the image", "medium": "10 to 30 %", "large": "over 30 %", "empty": "no object",
+    "full": "all of the image",
+}  # fmt: skip
 
 
 class Item(NamedTuple):
@@ -57,12 +60,14 @@ class ImageScores(NamedTuple):
     """What one image contributes."""
 
     mae: float
+    missed: float  # the part of the MAE where the map is too low: mean of max(mask - map, 0)
+    extra: float  # the part where it is too high
+    area: float  # the object's share of the pixels
     wf: float
     sm: float
     intersection: int  # pixels of map > 0.5 and mask
     union: int
     curves: np.ndarray | None  # (4, 256): precision, recall, F and E at thresholds 255, ..., 0
-    empty: bool  # the mask has no object
     constant: bool  # the map has a single value
     resized: bool  # the map had another size than the mask
     faint: bool  # no value of the map exceeds 1 of 255
@@ -71,6 +76,18 @@ class ImageScores(NamedTuple):
     def iou(self) -> float:
         """Jaccard index; an empty prediction for an empty mask counts 1."""
         return self.intersection / self.union if self.union else 1.0
+
+    @property
+    def size(self) -> str:
+        """The object's size, of SIZES."""
+        if self.area in (0, 1):
+            return "full" if self.area else "empty"
+        return "small" if self.area < 0.1 else "large" if self.area > 0.3 else "medium"
+
+    @property
+    def empty(self) -> bool:
+        """The mask has no object."""
+        return self.area == 0
 
 
 class _Smeasure(psm.Smeasure):
@@ -92,12 +109,14 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
     counts = iou.binary_results
     return ImageScores(
         mae=float(mae.get_results()["mae"]),
+        missed=float(np.maximum(mask - saliency, 0).mean()),
+        extra=float(np.maximum(saliency - mask, 0).mean()),
+        area=float(mask.mean()),
         wf=float(wf.get_results()["wfm"]),
         sm=float(sm.get_results()["sm"]),
         intersection=int(counts["tp"]),
         union=int(counts["tp"] + counts["fp"] + counts["fn"]),
         curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"].clip(0, 1)]),
-        empty=not mask.any(),
         constant=bool(saliency.min() == saliency.max()),
         resized=resized,
         faint=bool(saliency.max() <= 1 / 255),
@@ -125,8 +144,7 @@ def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
         except (BadFile, MemoryError):
             return None, ""
 
-    with ThreadPoolExecutor(threads) as pool:
-        kinds, drawn = zip(*pool.map(survey, items), strict=True)
+    kinds, drawn = zip(*(found for _, found in ordered_map(survey, items, threads)), strict=True)
     return decide([kind for kind in kinds if kind], "stored" in drawn and "seen" not in drawn)
 
 
@@ -161,8 +179,9 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
 def evaluate(
     items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
 ) -> Iterator[tuple[Item, ImageScores | BadFile]]:
-    """(item, its scores or why it has none), in the order of `items`; workers: as of `process_map`."""
-    return process_map(functools.partial(score_item, normalize=normalize, rule=rule), items, workers)
+    """(item, its scores or why it has none), in the order of `items`, by `workers` threads."""
+    task = functools.partial(score_item, normalize=normalize, rule=rule)
+    return ordered_map(task, items, workers, ahead=2 * workers)
 
 
 class DatasetMetrics:
@@ -205,6 +224,16 @@ class DatasetMetrics:
             np.mean([s.iou for s in scores]), sum(s.intersection for s in scores) / union if union else 1.0,
         )  # fmt: skip
         return {"name": self.name, "n": len(scores)} | dict(zip(METRICS, map(float, values), strict=True))
+
+    def by_size(self) -> dict[str, dict[str, Any]]:
+        """For each of SIZES {"n", "mae", "missed", "extra", "iou"}: means over its images, None where it has none."""
+        keys = ("mae", "missed", "extra", "iou")
+        groups = {size: [s for _, s in self.images if s.size == size] for size in SIZES}
+        return {
+            size: {"n": len(group)}
+            | {key: float(np.mean([getattr(s, key) for s in group])) if group else None for key in keys}
+            for size, group in groups.items()
+        }
 
 
 def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) -> tuple[list[Item], Unpaired]:

@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG bytes: curves, and a contact sheet of the images with the lowest scores."""
+"""Plots of an evaluation, as PNG bytes: curves, error by object size, a contact sheet of the worst images."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -34,6 +34,22 @@ def f_against_threshold(curves: Curves) -> bytes:
     return _png(figure, axes)
 
 
+def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
+    """data set -> `DatasetMetrics.by_size()`: a bar per data set and size that has images, missed below extra."""
+    shown = [size for size in next(iter(sizes.values())) if any(values[size]["n"] for values in sizes.values())]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(ylabel="MAE")
+    width = 0.8 / len(sizes)
+    for index, (name, values) in enumerate(sizes.items()):
+        x = np.arange(len(shown)) + (index - (len(sizes) - 1) / 2) * width
+        missed, extra = ([values[size][part] or 0 for size in shown] for part in ("missed", "extra"))
+        bars = axes.bar(x, missed, width, label=f"{_label(name)}, missed", edgecolor="white")
+        color = (*bars[0].get_facecolor()[:3], 0.4)
+        axes.bar(x, extra, width, missed, label=f"{_label(name)}, extra", color=color, edgecolor="white")
+    axes.set_xticks(range(len(shown)), shown)
+    return _png(figure, axes)
+
+
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int = 2) -> bytes:
     """Rows of (text, images), the images side by side below their text, in `columns` columns.
 
@@ -64,7 +80,7 @@ def _label(name: str) -> str:
 
 def _png(figure: Figure, axes) -> bytes:
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
