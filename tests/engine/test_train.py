@@ -151,7 +151,8 @@ def test_unusable_input_is_one_line_and_code_2(more, says, data, tmp_path):
     if more == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is one")
     done = train(data, tmp_path, *more) if more[0].startswith("-") else run(data, *more)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 or "demo" in says  # which lists ways to get data
     assert not list(tmp_path.rglob("*.pth"))
 
 
