@@ -277,7 +277,7 @@ def check_scan(*shape, softplus=True, sums=1e-5, backend="reference", **options)
     ],
 )
 def test_scan(monkeypatch, shape, tile, programs, options):
-    monkeypatch.setattr(scan, "TABLE", ((float("inf"), scan.Tiles(tile, tile, tile)),))
+    monkeypatch.setattr(scan, "TABLE", ((float("inf"), tile, tile),))
     monkeypatch.setattr(scan, "PROGRAMS", programs)
     check_scan(*shape, **options)
 
@@ -286,7 +286,7 @@ def test_scan(monkeypatch, shape, tile, programs, options):
 def test_scan_of_slices_and_transposed_tensors(monkeypatch):
     """They are not copied; nor is the expanded gradient of a sum."""
     tile = (2, 16, 1)
-    monkeypatch.setattr(scan, "TABLE", ((float("inf"), scan.Tiles(tile, tile, tile)),))
+    monkeypatch.setattr(scan, "TABLE", ((float("inf"), tile, tile),))
     u, delta, A, B, C, D, z, bias = scan_inputs(2, 2, 2, 20)
     wide = torch.cat([u, z], 1)  # (b, 2 d, L), as in_proj computes it
     inputs = [wide[:, :2], delta.mT.contiguous().mT, A, B, C, D, wide[:, 2:], bias]
