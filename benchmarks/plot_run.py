@@ -18,7 +18,7 @@ PANELS = {  # title: {label: column of log.csv}
     "IoU": {"training": "IoU", "validation": "val_IoU"},
     "validation": {"MAE": "val_MAE", "maxF": "val_maxF"},
     "learning rate": {"lr": "lr"},
-    "images per second": {"img/s": "img_s"},
+    "images per second": {"images/s": "images_s"},
     "fraction of time waiting for data": {"wait": "wait"},
 }
 
