@@ -74,7 +74,7 @@ class Config:
     csv: str = ""  # file for the scores: a row per data set
     out: str = ""  # folder for curves, scores per image, and a contact sheet of the worst maps
     normalize: bool = False  # min-max normalize each map first
-    workers: Annotated[int, Range(0, 1024)] = 0  # processes for the metrics; 0: one per core
+    workers: Annotated[int, Range(0, 1024)] = 0  # threads for the metrics; 0: one per core
     # with --checkpoint
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(1, 4096)] = 8  # images per forward pass
@@ -116,31 +116,6 @@ def check(cfg: Config) -> None:
     for file in files:
         if file.is_dir():
             raise UserError(f"{file} is a folder: give the name of a file")
-
-
-def open_network(cfg: Config) -> tuple[Any, int]:
-    """The `Predictor` of --checkpoint and its input size in pixels; prints what it is and runs on."""
-    from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path  # imports torch: seconds
-    from u2mamba.runtime.environment import choose_device, choose_precision
-
-    device, device_line = choose_device(cfg.device, cfg.gpu)
-    precision, precision_line = choose_precision(cfg.precision, device)
-    net = load_model(cfg.checkpoint)
-    size, parameters = input_size(net, cfg.size), sum(p.numel() for p in net.parameters())
-    print(
-        f"{weights_path(cfg.checkpoint)}: {type(net).__name__}, {parameters:,} parameters; {device_line}; "
-        f"{precision_line}{'; flip test-time augmentation' * cfg.tta}; {size}x{size}",
-        flush=True,
-    )
-    predict = Predictor(net, device, precision, tta=cfg.tta)
-    if device.type == "cuda":  # for the kernel of Mamba's scan
-        try:
-            from u2mamba.fast import install
-
-            print("\n".join(install(predict.net)), flush=True)
-        except ImportError as error:
-            print(f"selective scan: plain PyTorch ({error})", flush=True)
-    return predict, size
 
 
 def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:
@@ -220,9 +195,13 @@ def main(cfg: Config) -> int:
         folders = (Path(paths[index]) if paths else None for paths in (cfg.pred, cfg.image))
         datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders)))
     if cfg.checkpoint:
-        predict, size = open_network(cfg)
-        from u2mamba.inference import pipeline
-    speed = pipeline.measure_speed(predict, datasets[0][1], size, cfg.batch) if cfg.speed else {}
+        from u2mamba.inference import pipeline, predictor  # imports torch: seconds
+        from u2mamba_predict import prepare
+
+        net = predictor.load_model(cfg.checkpoint)
+        size = predictor.input_size(net, cfg.size)
+        predict = prepare(net, size, cfg, cfg.gpu)
+    speed = pipeline.measure_speed(predict, size, cfg.batch) if cfg.speed else {}
     workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}  # worst: data set -> items, the worst first, and how their masks are read
     for metrics, items, unpaired in datasets:

@@ -6,7 +6,6 @@ Published: SalObjDataset with RescaleT(320), RandomCrop(288) and ToTensorLab(0) 
 others make the same augmented batches of 12 as float32. All are warmed up before the clock runs.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 
-from benchmarks.hardware import lines, median_and_spread
+from benchmarks.hardware import cli, lines, median_and_spread
 from data_loader import RandomCrop, RescaleT, SalObjDataset, ToTensorLab
 from u2mamba.dataset.augment import epoch_plan
 from u2mamba.dataset.batches import DataSource, batches, open_data
-from u2mamba.dataset.pairs import DataError, pair_folders, train_val_split
+from u2mamba.dataset.pairs import pair_folders, train_val_split
 
 BATCH = 12
 PUBLISHED_BATCHES = 10  # at 20 images/s a pass over all pairs would take most of the time
@@ -49,20 +47,11 @@ def images_per_second(make: Callable, max_batches: int, runs: int) -> list[float
     return rates
 
 
-def main(cfg: Config) -> int:
-    """Prints the table; returns the exit code."""
+def main(cfg: Config) -> None:
     print("\n".join(lines(torch.device("cpu"))))
     folders = [Path(cfg.data, name) for name in ("im_aug", "gt_aug")]
     with tempfile.TemporaryDirectory() as cache:  # so that the cache is filled, and nothing is left behind
-        try:
-            train, val = train_val_split(pair_folders(*folders))
-            source = open_data(train, val, cache_dir=cache).train
-            started = time.perf_counter()
-            open_data(train, val, cache_dir=cache, log=lambda _: None)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        print(f"start with the cache on disk: {time.perf_counter() - started:.2f} s")
+        source = open_data(*train_val_split(pair_folders(*folders)), cache_dir=cache).train
     published = Compose([RescaleT(320), RandomCrop(288), ToTensorLab(0)])
     dataset = SalObjDataset([p.image for p in source.pairs], [p.mask for p in source.pairs], published)
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=1, persistent_workers=True)
@@ -79,8 +68,7 @@ def main(cfg: Config) -> int:
         middle, spread = median_and_spread(images_per_second(make, max_batches, cfg.runs))
         base = base or middle
         print(f"{name:<24} {middle:>9.1f} {spread:>7.1f} {middle / base:>6.1f}×", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__, use_underscores=True)))
+    cli(main, Config, __doc__)

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from benchmarks.hardware import cli
 from model import U2MAMBA
 from model.u2net import RSU_CONFIG
-from u2mamba.runtime.config import read_settings
 
 BLUE, GREEN, ORANGE = "#dce9f5", "#e4efdc", "#f0883e"  # encoder, decoder, Mamba layers
 WIDTH, HEIGHT = 1.7, 0.5  # of a box; rows are 1 apart
@@ -95,4 +95,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(read_settings(Config()))
+    cli(main, Config, __doc__)

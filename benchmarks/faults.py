@@ -11,6 +11,7 @@ import csv
 import io
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -23,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
-from benchmarks.hardware import lines
+from benchmarks.hardware import cli, lines
 from u2mamba.dataset.demo import make_demo
 
 ROOT = Path(__file__).parents[1]
@@ -71,31 +71,25 @@ def command(folder: Path, epochs: int) -> list[str]:
     return [*script, *words.split(), "--data_dir", str(folder.parent / "data"), "--saved_models", str(folder)]
 
 
-def iteration_of(line: str) -> int:
-    """The iteration that a printed line reports, 0 for other lines."""
-    return int(line.split("ite: ")[1].split("]")[0]) if "ite: " in line else 0
-
-
 def killed_run(folder: Path, epochs: int, kills: int, seed: int) -> Counter[str]:
     """Kills the run in `folder` that many times and leaves it unfinished; counts what it found after each kill."""
     chance, run, counts = random.Random(seed), folder / "run", Counter(unreadable=0, most_repeated=0)
     for _ in range(kills):
         process = subprocess.Popen(command(folder, epochs), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        steps, printed = chance.randint(0, MAX_AHEAD), 0
-        while steps and (line := process.stdout.readline()):
-            if iteration_of(line):
-                printed, steps = iteration_of(line), steps - 1
-        time.sleep(chance.random() * (0.6 if printed else 6))
+        steps, printed = chance.randint(0, MAX_AHEAD), ""
+        while printed.count("ite: ") < steps and (line := process.stdout.readline()):
+            printed += line
+        time.sleep(chance.random() * (0.6 if steps else 6))
         process.kill()
-        rest, _ = process.communicate()
+        printed += process.communicate()[0]
         if process.returncode != -signal.SIGKILL:
             raise RuntimeError(f"the run ended before the kill, with exit code {process.returncode}")
-        printed = max(printed, *map(iteration_of, rest.splitlines()), 0)
         contents = {path.name: _read(path) for path in run.glob("*.pth")}
-        kept = contents["last.pth"]["state"]["iteration"] if contents.get("last.pth") else 0
-        counts.update(kills=1, before_the_first_iteration=not printed, checkpoints=len(contents))
-        counts.update(while_saving=any(run.glob(".*.tmp")), unreadable=list(contents.values()).count(None))
-        counts["most_repeated"] = max(counts["most_repeated"], printed - kept)  # iterations
+        counts.update(checkpoints=len(contents), unreadable=list(contents.values()).count(None))
+        counts.update(kills_while_saving=any(run.glob(".*.tmp")))
+        last = max(map(int, re.findall(r"ite: (\d+)]", printed)), default=0)
+        repeated = last - (contents["last.pth"]["state"]["iteration"] if contents.get("last.pth") else 0)
+        counts["most_repeated"] = max(counts["most_repeated"], repeated)  # iterations
     return counts
 
 
@@ -111,26 +105,21 @@ def finish(folder: Path, epochs: int) -> None:
     subprocess.run(command(folder, epochs), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """Names of the tensors and files that differ between two finished runs."""
-    (state_a, names_a, log_a), (state_b, names_b, log_b) = (_end_of(folder / "run") for folder in (a, b))
-    different = [k for k in state_a if not torch.equal(state_a[k], state_b.get(k, torch.empty(0)))]
-    return different + ["weight files"] * (names_a != names_b) + ["log.csv"] * (log_a != log_b)
+def difference(a: Path, b: Path) -> str:
+    """The first difference between two finished runs, in weights, optimizer state, log or files; "" without any."""
+    (state_a, *others_a), (state_b, *others_b) = (_end_of(folder / "run") for folder in (a, b))
+    try:
+        torch.testing.assert_close(state_a, state_b, rtol=0, atol=0)
+    except AssertionError as error:
+        return str(error)
+    return "" if others_a == others_b else f"{others_a} and {others_b}"
 
 
-def _end_of(run: Path) -> tuple[dict[str, torch.Tensor], list[str], list[list[str]]]:
+def _end_of(run: Path) -> tuple[dict[str, Any], list[str], list[list[str]]]:
     last = torch.load(run / "last.pth", weights_only=True)
     with (run / "log.csv").open(newline="") as file:
         log = [[row[column] for column in COLUMNS] for row in csv.DictReader(file)]
-    return dict(_tensors([last["model"], last["step"]])), sorted(path.name for path in run.glob("run_*.pth")), log
-
-
-def _tensors(content: Any, name: str = ""):
-    if isinstance(content, torch.Tensor):
-        yield name, content
-    elif isinstance(content, (dict, list)):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _tensors(value, f"{name}.{key}")
+    return {key: last[key] for key in ("model", "step")}, sorted(path.name for path in run.glob("run_*.pth")), log
 
 
 def main(cfg: Config) -> None:
@@ -143,8 +132,8 @@ def main(cfg: Config) -> None:
         finish(broken, epochs)
         finish(whole, epochs)
         iterations = epochs * (PAIRS // BATCH)
-        print(f"{iterations} iterations; differences from an undisturbed run: {differences(whole, broken) or 'none'}")
+        print(f"{iterations} iterations; difference from an undisturbed run: {difference(whole, broken) or 'none'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    cli(main, Config, __doc__)

@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 
 import u2mamba_predict
-from u2mamba.runtime.errors import one_line_errors
+from benchmarks.hardware import cli
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 WIDTH, GAP = 900, 8  # pixels of the figure, and between the parts of a sheet
@@ -28,16 +27,14 @@ class Config:
     out: str = "docs/results.jpg"
 
 
-def main(cfg: Config) -> int:
-    """Writes the figure; returns the exit code of `u2mamba_predict.py`."""
+def main(cfg: Config) -> None:
     folder = Path(find_spec("skimage").origin).parent / "data"
     inputs = tuple(str(folder / name) for name in PHOTOGRAPHS)
     rows: list[list[np.ndarray]] = [[] for _ in PHOTOGRAPHS]  # of each photograph, a sheet from each network
     for checkpoint in ("small", *cfg.checkpoint):
         with tempfile.TemporaryDirectory() as out:
             wanted = u2mamba_predict.Config(inputs, checkpoint, out, mode=("sheet",), precision="fp32", device="cpu")
-            if code := u2mamba_predict.main(wanted):
-                return code
+            u2mamba_predict.main(wanted)
             for row, name in zip(rows, PHOTOGRAPHS, strict=True):
                 sheet = np.asarray(Image.open(Path(out, "sheet", name).with_suffix(".jpg")))
                 third = (sheet.shape[1] + GAP) // 3  # the photograph and the gap after it: once is enough
@@ -47,9 +44,7 @@ def main(cfg: Config) -> int:
     figure = np.vstack([np.pad(w, ((0, 4), (0, 0), (0, 0)), constant_values=255) for w in wide])
     Image.fromarray(figure).save(cfg.out, quality=88)
     print(f"{cfg.out}: photograph, then map and cut-out by each network, of {', '.join(PHOTOGRAPHS)}")
-    return 0
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        raise SystemExit(main(tyro.cli(Config, description=__doc__, use_underscores=True)))
+    cli(main, Config, __doc__)

@@ -1,5 +1,6 @@
-"""What every benchmark shares: a description of the hardware, and timing."""
+"""What every benchmark shares: its command line, a description of the hardware, and timing."""
 
+import contextlib
 import os
 import platform
 import statistics
@@ -8,23 +9,28 @@ import time
 from collections.abc import Callable
 
 import torch
+import tyro
+
+from u2mamba.runtime.environment import provenance
+from u2mamba.runtime.errors import one_line_errors
+
+
+def cli(main: Callable, config: type, doc: str, *more: object) -> None:
+    """Runs `main` with the `config` of the command line."""
+    with one_line_errors():
+        sys.exit(main(tyro.cli(config, description=doc, use_underscores=True), *more))
 
 
 def lines(device: torch.device) -> list[str]:
-    """Hardware and versions, to print above a table."""
+    """Processor, then device, versions and commit, to print above a table."""
     cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            cpu = next((row.split(":")[1].strip() for row in file if row.startswith("model name")), cpu)
-    except OSError:  # macOS and Windows have no such file
-        pass
-    where = f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads)"
-    versions = f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}"
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        where += f", {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-        versions += f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    return [where, versions]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # macOS and Windows have none
+        cpu = next((row.split(":")[1].strip() for row in file if row.startswith("model name")), cpu)
+    versions = {"Python": platform.python_version()} | provenance(device)
+    return [
+        f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads)",
+        ", ".join(f"{name} {value}" for name, value in versions.items()),
+    ]
 
 
 def time_calls(

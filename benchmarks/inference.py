@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.hardware import in_turn, lines, median_and_spread
+from benchmarks.hardware import cli, in_turn, lines, median_and_spread
 from model import ARCHS
 from u2mamba.dataset.augment import normalize
 from u2mamba.inference.predictor import Predictor
@@ -102,4 +101,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    cli(main, Config, __doc__)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from u2mamba.runtime.errors import UserError, one_line_errors
+from benchmarks.hardware import cli
+from u2mamba.runtime.errors import UserError
 
 PANELS = {  # title: {label: column of log.csv}
     "loss, mean since the last checkpoint": {"d0": "tar"} | {f"d{i}": f"d{i}" for i in range(1, 7)},
@@ -67,5 +68,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    cli(main, Config, __doc__)

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 
-from benchmarks.hardware import lines
+from benchmarks.hardware import cli, lines
 from data_loader import open_data, pair_folders, train_val_split, validation_batches
 from model.mamba import MambaLayer
 from u2mamba.engine.validation import iou_per_image
 from u2mamba.inference.predictor import load_model
 from u2mamba.runtime.environment import choose_device, choose_precision
-from u2mamba.runtime.errors import one_line_errors
 
 
 @dataclass
@@ -79,5 +77,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(tyro.cli(Config, description=__doc__, use_underscores=True))
+    cli(main, Config, __doc__)

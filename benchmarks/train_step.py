@@ -11,10 +11,9 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-import tyro
 from torch import nn
 
-from benchmarks.hardware import lines, median_and_spread, time_calls
+from benchmarks.hardware import cli, lines, median_and_spread, time_calls
 from model import build_model
 from model.mamba import Mamba
 from model.selective_scan import choose_backend
@@ -84,4 +83,4 @@ def main(cfg: Config, dist: DistContext) -> None:
 
 if __name__ == "__main__":
     with init_distributed() as context:
-        main(tyro.cli(Config, description=__doc__, use_underscores=True), context)
+        cli(main, Config, __doc__, context)

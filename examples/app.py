@@ -21,6 +21,7 @@ from PIL import Image, ImageColor
 
 import u2mamba_predict
 from u2mamba.inference.predictor import PRETRAINED, PRETRAINED_DIR, input_size, load_model
+from u2mamba.inference.render import predict_file
 from u2mamba.runtime.config import Range, read_settings
 from u2mamba.runtime.errors import EXIT_OK, UserError, one_line_errors
 
@@ -55,11 +56,9 @@ def build_page(cfg: Config, folder: str):
         if photo is None:
             return None, None, None
         try:
-            files = u2mamba_predict.predict_file(Path(photo), *prepared(checkpoint), options)
+            files = predict_file(Path(photo), *prepared(checkpoint), options)
         except UserError as error:
-            raise gr.Error(
-                getattr(error, "reason", str(error)), title=Path(photo).name, print_exception=False
-            ) from None
+            raise gr.Error(str(error).replace(f"{Path(photo).parent}/", ""), print_exception=False) from None
         result = Path(tempfile.mkdtemp(dir=folder))
         for mode, content in files.items():
             Path(result, f"{mode}.png").write_bytes(content)
@@ -76,21 +75,22 @@ def build_page(cfg: Config, folder: str):
     with gr.Blocks(title="U²-Mamba cut-outs", delete_cache=(600, KEEP_SECONDS), analytics_enabled=False) as page:
         gr.Markdown("# Cut out an object\nDrop a photo. It stays on this machine.")
         with gr.Row():
-            photo = gr.File(label="Photo (JPEG, PNG, WebP, BMP, TIFF or GIF)", type="filepath", height=140)
+            photo = gr.File(label="Photo (JPEG, PNG, WebP, BMP, TIFF or GIF)", type="filepath", height=170)
             with gr.Column():
                 names = [name for name, file in PRETRAINED.items() if (PRETRAINED_DIR / file).is_file()]
                 checkpoint = gr.Radio(names, value=names[0], label="Weights")
                 color = gr.ColorPicker("#ff00ff", label="Background")
         with gr.Row():
-            saliency = gr.Image(label="Saliency map", format="png", interactive=False, buttons=[])
-            cutout = gr.Image(label="Cut-out", format="png", interactive=False, buttons=[])
-        png = gr.File(label="Download (PNG with transparency)", interactive=False, elem_id="download")
+            shown = {"format": "png", "height": 360, "interactive": False, "buttons": []}
+            saliency, cutout = gr.Image(label="Saliency map", **shown), gr.Image(label="Cut-out", **shown)
+        png = gr.File(label="Download (PNG with transparency)", interactive=False, height=110, elem_id="download")
         gr.on(
             [photo.change, checkpoint.change],
             cut_out,
             [photo, checkpoint, color],
             [saliency, cutout, png],
             concurrency_limit=1,
+            show_progress_on=[saliency, cutout],
         )
         color.change(on_background, [png, color], cutout, show_progress="hidden")
     return page.queue(max_size=MAX_WAITING)

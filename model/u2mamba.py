@@ -35,11 +35,9 @@ class U2MAMBA(U2NET):
         if mamba_at not in ("none", "bottleneck", "encoder"):
             raise ValueError(f'mamba_at must be "none", "bottleneck" or "encoder", not {mamba_at!r}')
 
-        def levels(stage: str, height: int) -> tuple[int, ...]:
-            if mamba_at == "none":
-                return ()
+        def levels(stage: str, height: int) -> range:
             everywhere = mamba_at == "encoder" and not stage.endswith("d")
-            return tuple(range(1, height + 1)) if everywhere else (height,)
+            return range(1 if everywhere else height, height + 1) if mamba_at != "none" else range(0)
 
         sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         super().__init__(in_ch, out_ch, partial(MambaLayer, **sizes, backend=backend, norm_at=mamba_norm), levels)

@@ -6,7 +6,7 @@ Source: Qin et al., "U²-Net: Going deeper with nested U-structure for salient o
 Glossary: RSU(L, in, mid, out) is a residual U-block of height L; d1..d6 are the side outputs, d0 their fusion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class RSU(nn.Module):
         mid_ch: int,
         out_ch: int,
         mamba: Callable[[int], nn.Module] | None = None,
-        mamba_levels: tuple[int, ...] = (),
+        mamba_levels: Iterable[int] = (),
     ):
         super().__init__()
         self.height, self.dilated = height, dilated
@@ -77,7 +77,7 @@ class RSU(nn.Module):
         setattr(self, f"rebnconv{height}", REBNCONV(mid_ch, mid_ch, 2 ** (height - 1) if dilated else 2))
         for level, dilation in reversed(dilations.items()):
             setattr(self, f"rebnconv{level}d", REBNCONV(2 * mid_ch, out_ch if level == 1 else mid_ch, dilation))
-        for level in mamba_levels if mamba else ():
+        for level in mamba_levels:
             setattr(self, f"mamba{level}", mamba(mid_ch))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -160,6 +160,10 @@ def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return settings
 
 
+def _arch(net: nn.Module) -> str:
+    return getattr(net, "settings", {}).get("arch", type(net).__name__)
+
+
 def _mamba_norm(keys: Mapping[str, Tensor]) -> str:
     return "gate" if any(key.endswith(".mamba.norm.weight") for key in keys) else "none"
 
@@ -184,16 +188,13 @@ def load_model(path: str | Path, **options: Any) -> nn.Module:
 def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
     net = uncompiled(net)
-    own = net.state_dict()
-    state = {k: v for k, v in own.items() if k.endswith(OPTIONAL)} | dict(state)
-    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
-    if wrong:
-        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
+    report = _compare(net, state)
+    if wrong := [k for k in report.new if not k.endswith(OPTIONAL)] + report.unfit:
         raise ValueError(
-            f"{path}: does not fit arch {arch!r}: {len(wrong)} of {len(own)} tensors differ, first {wrong[0]}; "
-            "it is of another network, or of a changed one"
+            f"{path}: does not fit arch {_arch(net)!r}: {len(wrong)} of {len(net.state_dict())} tensors differ, first "
+            f"{wrong[0]}; it is of another network, or of a changed one"
         )
-    net.load_state_dict(state)
+    net.load_state_dict(state, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------------ warm start
@@ -241,9 +242,8 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
     net, (state, settings) = uncompiled(net), read_state_dict(path)
     report = _compare(net, state)
     if 2 * len(report.unfit) > len(state):
-        arch = getattr(net, "settings", {}).get("arch", type(net).__name__)
         raise ValueError(
-            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {arch!r}, first "
+            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {_arch(net)!r}, first "
             f'{report.unfit[0]}; {FITS}; --pretrained "" starts without'
         )
     try:
@@ -258,10 +258,8 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
 
 def _compare(net: nn.Module, state: Mapping[str, Tensor]) -> WeightReport:
     own = net.state_dict()
-    fits = {k for k, v in own.items() if k in state and state[k].shape == v.shape}
-    return WeightReport(
-        [k for k in own if k in fits], [k for k in own if k not in state], [k for k in state if k not in fits]
-    )
+    fits = {k: None for k, v in own.items() if k in state and state[k].shape == v.shape}
+    return WeightReport([*fits], [k for k in own if k not in state], [k for k in state if k not in fits])
 
 
 @torch.no_grad()
@@ -269,8 +267,7 @@ def _copy(net: nn.Module, state: Mapping[str, Tensor], report: WeightReport) -> 
     own, matched = net.state_dict(), set(report.matched)
     if any(".mamba" in k for k in matched) and (norm := _mamba_norm(state)) != _mamba_norm(own):
         raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": set it so')
-    for key in report.matched:
-        own[key].copy_(state[key])
+    net.load_state_dict({key: state[key] for key in report.matched}, strict=False)
     for name, module in net.named_modules():
         if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in matched:
             module.out_proj.weight.zero_()

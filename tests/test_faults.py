@@ -17,18 +17,16 @@ def test_a_run_that_is_killed_and_stopped_ends_like_an_undisturbed_one(tmp_path)
     make_demo(tmp_path / "data", n=faults.PAIRS)
     counts = faults.killed_run(tmp_path / "broken", epochs=3, kills=2, seed=1)
     assert counts["checkpoints"] and not counts["unreadable"] and counts["most_repeated"] <= faults.SAVE_FRQ
-    process, run = (
-        subprocess.Popen(faults.command(tmp_path / "broken", epochs=3), cwd=faults.ROOT),
-        tmp_path / "broken/run",
-    )
+    process = subprocess.Popen(faults.command(tmp_path / "broken", epochs=3), cwd=faults.ROOT)
+    run = tmp_path / "broken/run"
     while process.poll() is None and not any(run.glob(".last*.tmp")):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
     for name in ("broken", "whole"):
         faults.finish(tmp_path / name, epochs=3)
-    assert faults.differences(tmp_path / "whole", tmp_path / "broken") == [] and not list(run.glob(".*.tmp"))
+    assert not faults.difference(tmp_path / "whole", tmp_path / "broken") and not list(run.glob(".*.tmp"))
     content = torch.load(run / "last.pth", weights_only=True)
     content["model"]["side1.weight"].view(torch.int32)[0, 0, 0, 0] ^= 1
     torch.save(content, run / "last.pth")
-    assert faults.differences(tmp_path / "whole", tmp_path / "broken") == [".0.side1.weight"]  # one bit is seen
+    assert "side1.weight" in faults.difference(tmp_path / "whole", tmp_path / "broken")  # one bit is seen

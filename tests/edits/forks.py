@@ -10,7 +10,7 @@ import traceback
 PACKAGES = (
     "torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "torchmetrics.functional.image",
     "torchmetrics.functional.classification", "scipy.sparse", "scipy.ndimage", "skimage.transform", "skimage.data",
-    "PIL.Image", "tyro", "filelock", "psutil", "joblib", "tqdm", "py_sod_metrics", "onnx", "onnxruntime",
+    "PIL.Image", "tyro", "filelock", "psutil", "tqdm", "py_sod_metrics", "onnx", "onnxruntime",
     "torch.onnx.symbolic_opset17",
 )  # fmt: skip
 

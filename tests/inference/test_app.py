@@ -88,10 +88,14 @@ def test_the_downloaded_png_is_that_of_the_command(server, browser, tmp_path):
     assert {h for h in hosts if h} <= {server[1].split("/")[2]}
 
 
-def test_a_file_that_is_no_image_gets_a_message(browser, tmp_path):
-    (tmp_path / "notes.jpg").write_text("not an image")
+@pytest.mark.parametrize(
+    ("size", "says"), [(99, "notes.jpg: not an image (JPEG"), (200_000_000, "maximum allowed size")]
+)
+def test_a_file_that_cannot_be_used_gets_a_message(size, says, browser, tmp_path):
+    with (tmp_path / "notes.jpg").open("wb") as file:
+        file.truncate(size)
     upload(browser, tmp_path / "notes.jpg")
-    assert wait_for(browser, ".toast-body", "not an image (JPEG")
+    assert wait_for(browser, ".toast-body", says)
 
 
 def test_twenty_uploads_at_once(server, tmp_path):

@@ -1,12 +1,17 @@
 """u2mamba_eval.py: PySODMetrics' scores for any number of workers, its files, and bad input."""
 
 import csv
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +24,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from model import U2NETP
-from tests.inference.pysodmetrics import make_set, pysodmetrics_alone
+from tests.inference.pysodmetrics import make_set
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import workers
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
+from u2mamba.runtime import files
 from u2mamba.runtime.errors import UserError
 from u2mamba_eval import Config, dataset_names, main
 
@@ -78,15 +84,6 @@ def scores_of(pred: Path, gt: Path, **more) -> DatasetMetrics:
 # ---------------------------------------------------------------------------------------------------- numbers
 
 
-def test_scores_are_those_of_pysodmetrics(folders):
-    one = scores_of(*folders).summary()
-    assert one["n"] == 14 and list(one) == ["name", "n", *METRICS]
-    for key, value in pysodmetrics_alone(*folders).items():
-        assert one[key] == pytest.approx(value, abs=1e-9), key
-    assert 0.3 < one["maxf_a"] < 0.99  # maps neither perfect nor useless, where the definitions differ
-    assert abs(one["maxf_a"] - one["maxf_b"]) > 1e-3
-
-
 def test_golden_scores():
     """Scores of PySODMetrics 1.6.2 for maps and masks of integers: a later version that differs shows here."""
     y, x = np.mgrid[:60, :80]
@@ -96,6 +93,7 @@ def test_golden_scores():
         saliency = np.clip(300 - distance // (i + 1) + (7 * x + 13 * y) % 64, 0, 255)
         scores.add(str(i), score_map(saliency / 255, distance < 150 + 40 * i))
     expected = json.loads(GOLDEN.read_text())
+    assert list(scores.summary()) == ["name", "n", *METRICS]
     assert scores.summary() == {k: pytest.approx(v, abs=1e-9) for k, v in expected.items()}
 
 
@@ -198,29 +196,21 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.npy", np.array([[[[0, 0.2], [1, 0.5]]]], np.float32), [[0, 0.2], [1, 0.5]]),
         ("a.npy", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.npy", np.array([[0, 1 + 1e-7], [1, -1e-8]]), [[0, 1], [1, 0]]),
+        ("a.npy", np.array([[0, np.nan]]), "holds NaN or infinite values"),
+        ("a.npy", np.array([[0, 255.0]]), "holds values from 0 to 255"),
+        ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
+        ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
+        ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
     ],
 )
 def test_maps_of_any_depth(name, array, expected, tmp_path):
-    got = read_map(save(tmp_path / name, array))
-    assert got.dtype == np.float64
-    assert got == pytest.approx(np.array(expected), abs=1e-7 if array.dtype == np.float32 else 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("array", "says"),
-    [
-        (np.array([[0, np.nan]]), "holds NaN or infinite values"),
-        (np.array([[0, 255.0]]), "holds values from 0 to 255"),
-        (np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
-        (np.zeros((3, 3), np.int64), "holds int64"),
-        (np.zeros((0, 3)), "of shape (0, 3)"),
-    ],
-)
-def test_arrays_that_are_no_maps(array, says, tmp_path):
-    path = save(tmp_path / "a.npy", array)
-    with pytest.raises(BadFile) as error:
-        read_map(path)
-    assert says in str(error.value) and str(path) in str(error.value)
+    path = save(tmp_path / name, array)
+    if isinstance(expected, str):
+        with pytest.raises(BadFile, match=re.escape(expected)):
+            read_map(path)
+    else:
+        assert read_map(path).dtype == np.float64
+        assert read_map(path) == pytest.approx(np.array(expected), abs=1e-7 if array.dtype == np.float32 else 1e-12)
 
 
 # -------------------------------------------------------------------------------------------------- the script
@@ -295,22 +285,34 @@ def test_a_checkpoint_is_scored_on_fp32_maps_at_the_masks_size(tta, photos, tmp_
 # --------------------------------------------------------------------------------------------------- bad input
 
 
-def test_files_without_a_partner_are_named_and_the_exit_code_is_1(three, capsys):
-    (three[0] / "00001.png").unlink()
-    (three[1] / "00002.png").unlink()
-    assert evaluate_maps(three) == 1
+def test_files_that_cannot_be_used_are_named_and_the_exit_code_is_1(folders, tmp_path, capsys, monkeypatch):
+    """Odd maps and masks are used, and named too; as many threads work as cores are granted."""
+    maps, masks = (shutil.copytree(folder, tmp_path / folder.name) for folder in folders)
+    save(maps / "00000.png", np.full((72, 96), 90, np.uint8))
+    save(maps / "00001.png", np.asarray(Image.open(maps / "00001.png").resize((48, 48))))
+    save(masks / "00002.png", np.zeros((72, 96), np.uint8))
+    cfg = Config(pred=(str(maps),), gt=(str(masks),), json=str(tmp_path / "s.json"))
+    assert main(cfg) == 0
+    (maps / "00003.png").unlink()
+    (masks / "00004.png").unlink()
+    for bad in (maps / "00005.png", masks / "00006.png"):
+        bad.write_bytes(b"not an image")
+    pools = []
+    monkeypatch.setattr("u2mamba_eval.granted_cores", lambda: 3)
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n))
+    assert main(cfg) == 1 and pools == [3, 3]
     out = capsys.readouterr().out
-    assert "1 skipped maps without a mask: 00002.png" in out
-    assert "1 skipped masks without a map: 00001.png" in out
-
-
-@pytest.mark.parametrize("kind", [0, 1], ids=["map", "mask"])
-def test_files_that_cannot_be_used_are_named_and_the_exit_code_is_1(kind, three, tmp_path, capsys):
-    bad = three[kind] / "00001.png"
-    bad.write_bytes(b"not an image")
-    assert evaluate_maps(three, json=str(tmp_path / "s.json")) == 1
-    assert f"1 skipped files that cannot be used: {bad}: " in capsys.readouterr().out
-    assert json.loads((tmp_path / "s.json").read_text())[0]["n"] == 2
+    for line in (
+        "1 skipped maps without a mask: 00004.png",
+        "1 skipped masks without a map: 00003.png",
+        f"2 skipped files that cannot be used: {maps / '00005.png'}: not an image",
+        "1 maps that were resized to their mask: 00001",
+        "1 maps with a single value (used): 00000",
+        "1 masks without an object (used): 00002",
+    ):
+        assert line in out
+    (row,) = json.loads((tmp_path / "s.json").read_text())
+    assert row["n"] == 10 and all(np.isfinite(row[key]) for key in METRICS)
 
 
 def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
@@ -325,19 +327,6 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
     save(Path(masks, "astronaut.png"), np.zeros((40, 40), np.uint8))
     with pytest.raises(UserError, match=r"no image could be evaluated; .*png: "):
         main(cfg)
-
-
-def test_odd_maps_are_used_and_counted(three, tmp_path, capsys):
-    save(three[0] / "00000.png", np.full((72, 96), 90, np.uint8))
-    save(three[0] / "00001.png", np.asarray(Image.open(three[0] / "00001.png").resize((48, 48))))
-    save(three[1] / "00002.png", np.zeros((72, 96), np.uint8))
-    assert evaluate_maps(three, csv=str(tmp_path / "s.csv")) == 0
-    out = capsys.readouterr().out
-    assert "1 maps that were resized to their mask: 00001" in out
-    assert "1 maps with a single value (used): 00000" in out
-    assert "1 masks without an object (used): 00002" in out
-    row = next(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
-    assert all(np.isfinite(float(v)) for k, v in row.items() if k != "name")
 
 
 @pytest.mark.parametrize(
@@ -395,18 +384,16 @@ def test_a_mask_drawn_on_the_photo_as_stored_is_rotated_with_it(three, tmp_path)
     assert iou[1] > iou[0] + 0.1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
-def test_a_full_disk_costs_one_line_and_leaves_no_part_of_a_file(three, tmp_path):
-    import resource
+def test_a_full_disk_leaves_the_printed_scores_and_no_part_of_a_file(three, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    report = tmp_path / "report"
-    words = ("--pred", three[0], "--gt", three[1], "--workers", 1, "--json", report / "s.json")
-    process = start(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert err.startswith(f"error: {report / 's.json'} could not be written") and err.count("\n") == 1
-    assert "S-measure" in out  # the scores are not lost
-    assert list(report.iterdir()) == []
+    check = files.check_folder
+    monkeypatch.setattr("u2mamba_eval.check_folder", lambda f: (check(f), monkeypatch.setattr(os, "replace", refuse)))
+    with pytest.raises(UserError, match=r"s\.json could not be written \(No space left on device\)"):
+        evaluate_maps(three, json=str(tmp_path / "report" / "s.json"))
+    assert "S-measure" in capsys.readouterr().out
+    assert list((tmp_path / "report").iterdir()) == []
 
 
 def test_names_of_data_sets():
@@ -426,62 +413,51 @@ def test_names_that_are_not_text_are_used(three, tmp_path):
     assert [row.split(",")[0] for row in rows] == ["image", "$\udcff", "00000", "船"]
 
 
-# ------------------------------------------------------------------------------------------------- worker processes
-
-
-def children_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """What a process with two workers starts: them, and joblib's tracker of resources."""
-    while process.poll() is None and len(children := psutil.Process(process.pid).children()) < 3:
-        time.sleep(0.05)
-    assert len(children) >= 3, "it ended before"
-    return children
+# ------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_evaluation_leaves_no_process(number, code, tmp_path):
-    """Ctrl-C reaches all of its processes at once, while they start; the others the first one, while it works."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_evaluation(number, code, tmp_path):
     pred, gt = make_set(tmp_path, 4, (40, 50))
     for i in range(4, 3000):
         for folder in (pred, gt):
             os.link(folder / f"{i % 4:05}.png", folder / f"{i:05}.png")
-    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json", start_new_session=True)
-    workers = children_of(process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        time.sleep(2)
-        process.send_signal(number)
-    process.wait(60)
-    assert not psutil.wait_procs(workers, timeout=20)[1]  # none is left
+    process = start("--pred", pred, "--gt", gt, "--workers", 2, "--json", tmp_path / "s.json")
+    while psutil.Process(process.pid).num_threads() < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert err in ("", "interrupted\n") or code == -9  # joblib's tracker reports what it cleans up
+    assert (process.returncode, err) == (code, "interrupted\n" if code == 130 else "")
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_killed_worker_is_one_line():
-    with pytest.raises(UserError, match="--workers 1"):
-        list(process_map(os._exit, [1, 1], workers=2))
+def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
+    taken = []
+
+    def items():
+        for i in range(20):
+            taken.append(i)
+            yield i
+
+    results = ordered_map(lambda i: i * i, items(), threads=3, ahead=4)
+    assert next(results) == (0, 0) and len(taken) == 5
+    assert list(results) == [(i, i * i) for i in range(1, 20)]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(11, "Resource temporarily unavailable"), RuntimeError("no new thread"), None]
-)
-def test_where_no_processes_can_be_started_this_one_computes(error, monkeypatch, capsys):
-    """A limit of processes or threads; None: no semaphores, where joblib computes in this process without a word."""
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_where_few_threads_can_be_started_those_compute(allowed, monkeypatch, capsys):
+    begin, begun = threading.Thread.start, []
 
-    def parallel(*_, **__):
-        if error:
-            raise error
-        return lambda calls: (function(*args, **named) for function, args, named in calls)
+    def limited(self):
+        begun.append(self)
+        if len(begun) > allowed:
+            raise RuntimeError("can't start new thread")
+        begin(self)
 
-    monkeypatch.setattr("u2mamba.inference.workers.joblib.Parallel", parallel)
-    workers._started.cache_clear()
-    for _ in range(2):
-        assert list(process_map(abs, [-1, 2], workers=2)) == [(-1, 1), (2, 2)]
-    workers._started.cache_clear()
-    assert capsys.readouterr().out.count("no worker processes can be started") == 1
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert list(ordered_map(abs, range(-9, 0), threads=4)) == [(i, -i) for i in range(-9, 0)]
+    assert capsys.readouterr().out == "fewer than 4 threads can be started (can't start new thread)\n"
 
 
 def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
@@ -494,34 +470,3 @@ main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},), workers=2))
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "images" in done.stdout and not done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="sets the cores of a process")
-def test_one_granted_core_is_one_process(folders, monkeypatch):
-    monkeypatch.setattr("u2mamba.inference.workers._started", None)  # not called
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        assert main(Config(pred=(str(folders[0]),), gt=(str(folders[1]),))) == 0
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def test_results_come_in_order_and_items_are_taken_as_they_are_needed():
-    taken = []
-
-    def items():
-        for i in range(100):
-            taken.append(0.02 + i * 1e-6)  # seconds: tasks slow enough that a busy machine looks in time
-            yield taken[-1]
-
-    results = process_map(time.sleep, items(), workers=2)
-    assert next(results) == (0.02, None) and len(taken) < 50
-    assert list(results) == [(seconds, None) for seconds in taken[1:]] and len(taken) == 100
-
-    def failing():
-        yield -1
-        raise UserError("no memory left on the GPU")
-
-    with pytest.raises(UserError, match="no memory left"):
-        list(process_map(abs, failing(), workers=2))

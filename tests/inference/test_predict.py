@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ import u2mamba_predict
 from model import ARCHS, U2NETP
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import predictor as predictor_module
-from u2mamba.inference.pipeline import ordered_map
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime import files as files_module
 from u2mamba.runtime.errors import UserError
@@ -140,27 +138,6 @@ def test_maps_are_upright(orientation, tmp_path, predict):
         assert np.array_equal(*(pixels(tmp_path / "out" / mode / f"{n}.png") for n in ("upright", "stored")))
 
 
-def test_flip_augmentation_commutes_with_a_flip(tmp_path, predict):
-    photo(0, 48, 48).save(tmp_path / "a.png")
-    photo(0, 48, 48).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "b.png")
-    difference = []
-    for tta in (False, True):
-        assert predict(tmp_path / "a.png", tmp_path / "b.png", tta=tta, overwrite=True) == 0
-        a, b = (pixels(tmp_path / "out/map" / n).astype(int) for n in ("a.png", "b.png"))
-        difference.append(np.abs(a - b[:, ::-1]).max())
-    assert difference[0] > 5 and difference[1] <= 1
-
-
-def test_batches_do_not_change_maps(tmp_path, predict):
-    for i in range(7):
-        photo(i).save(tmp_path / f"{i}.png")
-    for batch in (1, 3):
-        assert predict(tmp_path / "*.png", batch=batch, out=str(tmp_path / str(batch))) == 0
-    for i in range(7):
-        one, three = (pixels(tmp_path / n / "map" / f"{i}.png").astype(int) for n in "13")
-        assert np.abs(one - three).max() <= 1
-
-
 # ------------------------------------------------------------------------------------- where, and what not again
 
 
@@ -269,19 +246,12 @@ def test_a_killed_command_continues_where_it_was(overwrite, photos, predict, oth
     killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     partial = len(list((tmp_path / "out").rglob("*.png")))
-    assert 5 <= partial < 22
+    assert 3 <= partial < 22  # two of the five may not be written yet
     assert predict(photos, checkpoint=other) == 0
     for name in files(tmp_path / "expected"):
         if name.endswith("png"):
             a, b = (pixels(tmp_path / folder / name).astype(int) for folder in ("out", "expected"))
             assert np.abs(a - b).max() <= 1
-
-
-def test_files_of_other_types_are_named(photos, predict, capsys):
-    for name in ("c.heic", "d.gif", ".DS_Store"):
-        (photos / name).write_bytes(b"x")
-    assert predict(photos) == 0
-    assert "skipped 2 files of other types: c.heic, d.gif" in capsys.readouterr().out
 
 
 def test_a_folder_called_like_a_mode_is_read_and_only_outputs_are_passed_over(photos, predict, tmp_path, capsys):
@@ -295,13 +265,6 @@ def test_a_folder_called_like_a_mode_is_read_and_only_outputs_are_passed_over(ph
     assert [n for n in files(tmp_path / "out") if n.endswith("png")] == [
         "map/a.png", "map/below/b.png", "map/mask/teddy.png"
     ]  # fmt: skip
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes among files")
-def test_a_pipe_among_the_images_is_skipped(photos, predict, capsys):
-    os.mkfifo(photos / "p.jpg")
-    assert predict(photos) == 1
-    assert "p.jpg: not a regular file" in capsys.readouterr().err
 
 
 def test_patterns_and_the_same_file_twice(photos, predict, tmp_path, capsys):
@@ -329,11 +292,18 @@ def test_files_that_are_not_images_are_named_and_counted(photos, predict, tmp_pa
     (photos / "broken.jpg").write_bytes(b"not an image")
     cut = (photos / "below" / "b.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(cut[: len(cut) // 2])
-    (photos / "notes.txt").write_text("passed by")
+    for name in ("notes.txt", "c.heic", ".DS_Store"):
+        (photos / name).write_text("passed by")
+    bad = 2
+    if hasattr(os, "mkfifo"):  # Windows has no named pipes among files
+        os.mkfifo(photos / "p.jpg")
+        bad = 3
     assert predict(photos, mode=tuple(MODES)) == 1
     said = capsys.readouterr()
     assert "broken.jpg: not an image" in said.err and "cut.jpg: " in said.err and "notes" not in said.err
-    assert "done: 2 images" in said.out and "2 skipped" in said.out
+    assert "p.jpg: not a regular file" in said.err or bad == 2
+    assert "done: 2 images" in said.out and f"{bad} skipped" in said.out
+    assert "skipped 2 files of other types: c.heic, notes.txt" in said.out
     assert len(files(tmp_path / "out")) == 3 * len(MODES)
     assert predict(photos / "broken.jpg", photos / "notes.txt") == 2
 
@@ -375,13 +345,6 @@ def test_unusable_input_is_one_line(more, says, photos, predict, tmp_path, monke
         predict(*more.pop("inputs", ("photos",)), **more)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not files(tmp_path / "out") if (tmp_path / "out").exists() else True
-
-
-def test_included_weights_are_found(photos, predict, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predictor_module, "PRETRAINED_DIR", tmp_path)
-    torch.save(weights(arch="u2mambap"), tmp_path / "u2mambap.pth")
-    assert predict(photos, checkpoint="small") == 0
-    assert "u2mambap.pth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, None), (errno.ENAMETOOLONG, 1)])
@@ -462,17 +425,3 @@ def test_stopped_by_a_signal(number, code, checkpoint, tmp_path):
     assert len(written) + 2 == len(files(out))  # no temporary names
     assert 0 < len(written) < 60
     assert all(pixels(p).shape[:2] == (400, 600) for p in written)
-
-
-def test_ordered_map_keeps_order_and_does_not_run_ahead_of_its_reader():
-    begun = []
-
-    def items():
-        for i in range(20):
-            begun.append(i)
-            yield i
-
-    with ThreadPoolExecutor(4) as pool:
-        results = ordered_map(pool, lambda i: i * i, items(), 4)
-        assert next(results) == (0, 0) and len(begun) == 5
-        assert list(results) == [(i, i * i) for i in range(1, 20)]

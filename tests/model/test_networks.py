@@ -16,8 +16,6 @@ from model.u2net import RSU, saliency_map
 @pytest.mark.parametrize(
     ("network", "count"),
     [
-        (U2NET, 44_009_869),
-        (U2NETP, 1_131_181),
         (U2MAMBA, 45_657_037),
         (lambda: U2MAMBA(mamba_at="encoder"), 48_877_773),
         (lambda: U2MAMBA(mamba_at="none"), 44_009_869),
@@ -69,14 +67,6 @@ def test_outputs_have_the_size_of_the_image_and_are_probabilities(size):
 def test_too_small_or_misshapen_images_are_refused_with_their_shape(shape):
     with pytest.raises(ValueError, match=str(shape[-1])):
         small()(torch.rand(*shape))
-
-
-def test_batched_equals_single():
-    with torch.no_grad():
-        x = torch.rand(3, 3, 64, 64)
-        net = small()
-        single = torch.cat([net(image[None])[0] for image in x])
-        assert (net(x)[0] - single).abs().max() < 1e-5  # fp32 convolutions sum in another order for another batch
 
 
 def test_an_rsu_equals_its_definition_written_out():

@@ -127,7 +127,8 @@ class TrainStep:
         gradient = self.averager(self.statistics, values)  # from here on every process computes the same
         norm = torch.linalg.vector_norm(gradient)
         if self.grad_clip:
-            gradient.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            # NaN to 1: it would stay in the padding between the gradients
+            gradient.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0))
         nonfinite = ~torch.isfinite(torch.cat((values[1:], norm.float().view(1))))
         finite = ~nonfinite.any()
         if self.optimizer.defaults.get("fused"):

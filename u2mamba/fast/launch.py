@@ -36,9 +36,7 @@ def jit(*no_specialize: str):
     """`triton.jit` that is not specialized for values of the arguments named; does nothing without Triton."""
     if triton is None:
         return lambda kernel: kernel
-    if INTERPRETED:
-        return triton.jit(do_not_specialize=list(no_specialize))
-    return lambda kernel: _Kernel(kernel, do_not_specialize=list(no_specialize))
+    return functools.partial(triton.jit if INTERPRETED else _Kernel, do_not_specialize=list(no_specialize))
 
 
 @contextlib.contextmanager

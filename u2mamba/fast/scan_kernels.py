@@ -48,30 +48,24 @@ def _load(p, b, row, s_b, s_d, s_t, t, ok, LV, K: constexpr, V: constexpr, MASK:
             at = t + first
             if MASK and ok is None:
                 at = tl.minimum(at, LV - 1)  # cheaper than a mask in the loop over the states
-                out = out + (tl.load(p + (row + at * s_t)).to(tl.float32),)
-            elif MASK:
-                out = out + (tl.load(p + (row + at * s_t), mask=ok & (at < LV), other=0.0).to(tl.float32),)
-            else:
-                out = out + (tl.load(p + (row + at * s_t)).to(tl.float32),)
+            inside = ok & (at < LV) if MASK and ok is not None else None
+            at = row + at * s_t
         else:
             at = (t + first)[:, None] + tl.arange(0, V)[None, :]
-            if MASK and ok is None:
-                parts = (tl.load(p + (row[:, None] + at), mask=at < LV * V, other=0.0),)
-            elif MASK:
-                parts = (tl.load(p + (row[:, None] + at), mask=ok[:, None] & (at < LV * V), other=0.0),)
-            else:
-                parts = (tl.load(p + (row[:, None] + at)),)
-            for s in tl.static_range(3):
-                if V >> s > 1:  # parting odd and even steps only renames registers
-                    even = ()
-                    odd = ()
-                    for i in tl.static_range(1 << s):
-                        one, two = tl.split(tl.reshape(parts[i], [32, (V >> s) // 2, 2]))
-                        even = even + (one,)
-                        odd = odd + (two,)
-                    parts = even + odd
-            for i in tl.static_range(V):
-                out = out + (tl.reshape(parts[i], [32]).to(tl.float32),)
+            inside = (at < LV * V if ok is None else ok[:, None] & (at < LV * V)) if MASK else None
+            at = row[:, None] + at
+        parts = (tl.load(p + at, mask=inside, other=None if inside is None else 0.0),)
+        for s in tl.static_range(3):
+            if V >> s > 1:  # parting odd and even steps only renames registers
+                even = ()
+                odd = ()
+                for i in tl.static_range(1 << s):
+                    one, two = tl.split(tl.reshape(parts[i], [32, (V >> s) // 2, 2]))
+                    even = even + (one,)
+                    odd = odd + (two,)
+                parts = even + odd
+        for i in tl.static_range(V):
+            out = out + (tl.reshape(parts[i], [32]).to(tl.float32),)
     return out
 
 
@@ -90,10 +84,8 @@ def _store(p, row, x, t, ok, LV, K: constexpr, V: constexpr, MASK: constexpr):
                     joined = joined + (tl.reshape(pair, [32, 2 << s]),)
                 parts = joined
         at = (t + first)[:, None] + tl.arange(0, V)[None, :]
-        if MASK:
-            tl.store(p + (row[:, None] * (LV * V) + at), parts[0], mask=ok[:, None] & (at < LV * V))
-        else:
-            tl.store(p + (row[:, None] * (LV * V) + at), parts[0])
+        inside = ok[:, None] & (at < LV * V) if MASK else None
+        tl.store(p + (row[:, None] * (LV * V) + at), parts[0], mask=inside)
 
 
 @jit

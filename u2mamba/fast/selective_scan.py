@@ -10,7 +10,6 @@ recomputes the others: n / chunk fp32 numbers per element, 6 % of u, delta, z an
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,25 +18,17 @@ from u2mamba.fast import scan_grads, scan_kernels
 from u2mamba.fast.launch import on_device, require
 from u2mamba.fast.scan_kernels import triton
 
-
-class Tiles(NamedTuple):
-    """Sizes (K, LANES, R) of each kernel, explained in `scan_kernels`; the chunk, K * LANES, is common."""
-
-    states: tuple[int, int, int]
-    scan: tuple[int, int, int]
-    backward: tuple[int, int, int]
-
-
 # Backward programs to keep busy, about four warps for each of the 528 schedulers of an H100. With more blocks of rows,
 # a program goes through several and adds up their dB and dC: each part of these costs memory and time.
 PROGRAMS = 2048
 STATES_UNROLL = 32  # chunks whose states are loaded at once
 SUM_ROWS, SUM_TILE = 32, 4096  # of the launch that adds up dB and dC: parts at once, numbers of a program at once
-TABLE = (  # longest L -> tiles, as measured on an H100. Few rows: each is kernels to compile, at the first start, and
-    # `_scan_backward` takes 2 s with a K of 3 or 4, 20 s with 16, for which the short lengths have too little to gain
-    (96, Tiles((6, 16, 2), (6, 16, 2), (3, 32, 1))),  # 81 tokens: the innermost level at 288x288
-    (2048, Tiles((16, 2, 1), (16, 2, 1), (4, 8, 1))),  # short chunks: more programs
-    (math.inf, Tiles(*[(16, 4, 1)] * 3)),
+TABLE = (  # longest L, and sizes (K, LANES, R), explained in `scan_kernels`, of the forward kernels and of
+    # `_scan_backward`, as measured on an H100; the chunk, K * LANES, is common. Few rows: each is kernels to compile at
+    # the first start, `_scan_backward` in 2 s with a K of 3 or 4, in 20 s with 16: too much for what short lengths gain
+    (96, (6, 16, 2), (3, 32, 1)),  # 81 tokens: the innermost level at 288x288
+    (2048, (16, 2, 1), (4, 8, 1)),  # short chunks: more programs
+    (math.inf, (16, 4, 1), (16, 4, 1)),
 )
 
 
@@ -88,16 +79,16 @@ def _states(tile, shape, strided, A: Tensor, bias: Tensor, ends: Tensor, delta_s
 def _prepare(u: Tensor, A: Tensor, D: Tensor | None, bias: Tensor | None):
     """The shape (b, d, n, L), tiles, number of chunks, A in fp32, D and bias (A for one that is None, and unused)."""
     shape = (u.shape[0], *A.shape, u.shape[2])
-    tiles = next(tiles for longest, tiles in TABLE if longest >= shape[3])
+    tiles = next(tiles for longest, *tiles in TABLE if longest >= shape[3])
     A = A.float().contiguous()
     vectors = (A if v is None else v.contiguous() for v in (D, bias))
-    return shape, tiles, -(-shape[3] // (tiles.scan[0] * tiles.scan[1])), A, *vectors
+    return shape, tiles, -(-shape[3] // (tiles[0][0] * tiles[0][1])), A, *vectors
 
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus):
-        shape, tiles, chunks, A32, skip, shift = _prepare(u, A, D, bias)
+        shape, (tile, _), chunks, A32, skip, shift = _prepare(u, A, D, bias)
         b, d, n, L = shape
         kept = b if chunks > 1 else 0
         y = torch.empty((b, d, L), dtype=u.dtype, device=u.device)
@@ -108,10 +99,10 @@ class _SelectiveScan(torch.autograd.Function):
         gate = u if z is None else z
         with on_device(u):
             if kept:
-                _states(tiles.states, shape, (u, B, delta, u), A32, shift, starts, delta_sums, False, GATE=False,
+                _states(tile, shape, (u, B, delta, u), A32, shift, starts, delta_sums, False, GATE=False,
                         **ctx.flags)  # fmt: skip
             pointers = (u, delta, A32, B, C, skip, gate, shift, y, starts)
-            _launch(scan_kernels._scan, tiles.scan, shape, pointers, (u, delta, B, C, gate),
+            _launch(scan_kernels._scan, tile, shape, pointers, (u, delta, B, C, gate),
                     GATE=z is not None, SKIP=D is not None, STARTS=kept > 0, **ctx.flags)  # fmt: skip
         return y
 
@@ -119,9 +110,9 @@ class _SelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         u, delta, A, B, C, D, z, bias, starts, delta_sums = ctx.saved_tensors
-        shape, tiles, chunks, A32, skip, shift = _prepare(u, A, D, bias)
+        shape, (tile, tile_back), chunks, A32, skip, shift = _prepare(u, A, D, bias)
         b, d, n, L = shape
-        blocks = -(-d // (tiles.backward[2] * 32 // tiles.backward[1]))
+        blocks = -(-d // (tile_back[2] * 32 // tile_back[1]))
         groups = min(blocks, max(1, b * chunks * blocks // PROGRAMS))
         splits = -(-blocks // groups)
         flags = ctx.flags | {"GATE": z is not None}
@@ -135,9 +126,9 @@ class _SelectiveScan(torch.autograd.Function):
             part = torch.empty((splits, 2, b, n, L), dtype=torch.float32, device=u.device)
         with on_device(u):
             if chunks > 1:
-                _states(tiles.states, shape, (dy, C, delta, gate), A32, shift, sums, delta_sums, True, **flags)
+                _states(tile, shape, (dy, C, delta, gate), A32, shift, sums, delta_sums, True, **flags)
             pointers = (dy, u, delta, A32, B, C, skip, gate, shift, starts, sums, du, ddelta, dz, part, dBC)
-            _launch(scan_grads._scan_backward, tiles.backward, shape, pointers, (dy, u, delta, B, C, gate), groups,
+            _launch(scan_grads._scan_backward, tile_back, shape, pointers, (dy, u, delta, B, C, gate), groups,
                     groups=groups, SKIP=D is not None, STARTS=chunks > 1, SPLIT=splits > 1, **flags)  # fmt: skip
             if splits > 1:
                 size, rows = dBC.numel(), min(SUM_ROWS, triton.next_power_of_2(splits))

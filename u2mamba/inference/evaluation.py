@@ -1,7 +1,7 @@
-"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in worker processes.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
 
-Results are summed in the order of the names, so they do not depend on the number of workers. Nothing here imports
-torch, which every worker would have to load.
+Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
+torch, which the evaluation of saved maps does without.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
@@ -15,7 +15,6 @@ dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from u2mamba.dataset.decode import (
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
 from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.workers import process_map
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
@@ -124,12 +123,6 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
     )
 
 
-def normalize_map(saliency: np.ndarray) -> np.ndarray:
-    """Min-max normalization, the default of PySODMetrics and of U²-Net's code; a constant map stays unchanged."""
-    low, high = saliency.min(), saliency.max()
-    return (saliency - low) / (high - low) if high > low else saliency
-
-
 def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
     """How the masks of a set are read, decided from all of them. Raises DataError for label maps.
 
@@ -145,8 +138,7 @@ def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
         except (BadFile, MemoryError):
             return None, ""
 
-    with ThreadPoolExecutor(threads) as pool:
-        kinds, drawn = zip(*pool.map(survey, items), strict=True)
+    kinds, drawn = zip(*(found for _, found in ordered_map(survey, items, threads)), strict=True)
     return decide([kind for kind in kinds if kind], "stored" in drawn and "seen" not in drawn)
 
 
@@ -166,12 +158,18 @@ def read_item(item: Item, rule: MaskRule | None = None) -> tuple[np.ndarray, np.
 
 
 def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None) -> ImageScores | BadFile:
-    """Scores an item's map at its mask's size; returns the BadFile where a file cannot be used."""
+    """Scores an item's map at its mask's size; returns the BadFile where a file cannot be used.
+
+    normalize: by minimum and maximum, PySODMetrics' and U²-Net's default; a constant map stays unchanged.
+    """
     try:
         mask, saliency = read_item(item, rule)
         resized = saliency.shape != mask.shape and isinstance(item.map, Path)
         saliency = resize_map(saliency, mask.shape).astype(np.float64)
-        return score_map(normalize_map(saliency) if normalize else saliency, mask > 128, resized)
+        low, high = saliency.min(), saliency.max()
+        if normalize and low < high:
+            saliency = (saliency - low) / (high - low)
+        return score_map(saliency, mask > 128, resized)
     except BadFile as error:
         return error
     except MemoryError:
@@ -181,8 +179,9 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
 def evaluate(
     items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
 ) -> Iterator[tuple[Item, ImageScores | BadFile]]:
-    """(item, its scores or why it has none), in the order of `items`; workers: as of `process_map`."""
-    return process_map(functools.partial(score_item, normalize=normalize, rule=rule), items, workers)
+    """(item, its scores or why it has none), in the order of `items`, by `workers` threads."""
+    task = functools.partial(score_item, normalize=normalize, rule=rule)
+    return ordered_map(task, items, workers, ahead=2 * workers)
 
 
 class DatasetMetrics:
@@ -246,8 +245,11 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     folder = pred or image
     if folder.resolve() == gt.resolve():
         raise UserError(f"{gt} is the folder of masks and of {'maps' if pred else 'images'}: give two")
-    names, others = _file_names(folder)
-    masks, more = _file_names(gt)
+    try:
+        (names, others), (masks, more), (photos, _) = map(list_folder, (folder, gt, image or gt))
+    except OSError as error:
+        absolute = Path(error.filename).absolute()
+        raise UserError(f"{absolute}: {error.strerror}; give a folder of images, maps or masks") from None
     pairs, unpaired = pair_names(names, masks, MAP_TYPES if pred else IMAGE_TYPES)
     unpaired.others.extend(others + more)
     if not pairs:
@@ -255,16 +257,7 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
             f"{folder} has {len(unpaired.images)} {'maps' if pred else 'images'}, {gt} {len(unpaired.masks)} masks, "
             f"and no two have the same name (without the extension){unpaired.near_miss}"
         )
-    photos = {}
-    if image:
-        photos = {stem: image / name for stem, name, _ in pair_names(_file_names(image)[0], masks)[0]}
+    photo = {stem: image / name for stem, name, _ in pair_names(photos, masks)[0]} if image else {}
     return [
-        Item(stem, photos.get(stem), gt / mask, pred / name if pred else None) for stem, name, mask in pairs
+        Item(stem, photo.get(stem), gt / mask, pred / name if pred else None) for stem, name, mask in pairs
     ], unpaired
-
-
-def _file_names(folder: Path) -> tuple[list[str], list[str]]:
-    try:
-        return list_folder(folder)
-    except OSError as error:
-        raise UserError(f"{folder.absolute()}: {error.strerror}; give a folder of images, maps or masks") from None

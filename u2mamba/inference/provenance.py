@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ SETTINGS_FILE = "settings.json"
 ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, as hexadecimal digits."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
-
-
 class Provenance:
-    """The record of one folder of outputs.
+    """The record of one folder of outputs; `outputs`: those that it lists, as paths below it.
 
     Outputs are recorded before they are written, since a killed process could not do so afterward: from then on, a
     complete file at a recorded path is done.
@@ -34,11 +28,11 @@ class Provenance:
     def _read(self) -> None:
         try:
             content = json.loads(self.path.read_bytes())
-            self._variants, self._outputs = list(content["settings"]), dict(content["outputs"])
-            for entry in self._outputs.values():  # raises for anything but a record
+            self._variants, self.outputs = list(content["settings"]), dict(content["outputs"])
+            for entry in self.outputs.values():  # raises for anything but a record
                 self._variants[entry["settings"]].keys(), entry["bytes"], entry["modified"]
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
-            self._variants, self._outputs = [], {}
+            self._variants, self.outputs = [], {}
 
     def is_done(self, output: Path, image: Path) -> bool:
         """Whether `output` was predicted from `image` with these settings.
@@ -47,7 +41,7 @@ class Provenance:
         """
         if not os.path.lexists(output):
             return False
-        entry = self._outputs.get(output.relative_to(self.folder).as_posix())
+        entry = self.outputs.get(output.relative_to(self.folder).as_posix())
         before = self._variants[entry["settings"]] if entry else {}
         changed = [f"{k} {before.get(k)}" for k, v in self.settings.items() if k != "weights" and before.get(k) != v]
         if not entry or not output.is_file():
@@ -69,13 +63,8 @@ class Provenance:
             with contextlib.suppress(OSError):
                 output.unlink()
             entry = {"input": str(image), **_state(image), "settings": self._variants.index(self.settings)}
-            self._outputs[output.relative_to(self.folder).as_posix()] = entry
-        atomic_write(self.path, json.dumps({"settings": self._variants, "outputs": self._outputs}, indent=1).encode())
-
-
-def recorded_outputs(folder: Path) -> set[str]:
-    """The outputs that the record in `folder` lists, as paths below it; empty for any other folder."""
-    return set(Provenance(folder, {})._outputs)
+            self.outputs[output.relative_to(self.folder).as_posix()] = entry
+        atomic_write(self.path, json.dumps({"settings": self._variants, "outputs": self.outputs}, indent=1).encode())
 
 
 def _state(path: Path) -> dict[str, int]:

@@ -1,116 +1,42 @@
-"""Worker processes (joblib's) that end with the process that started them, however it ends."""
+"""Work on files in threads, in order: NumPy, SciPy and Pillow hold Python's lock for little of the time.
 
-import contextlib
-import functools
-import os
-import signal
-import threading
-import warnings
+Nothing here imports torch, which an evaluation of saved maps does without.
+"""
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import joblib
-import psutil
+from u2mamba.runtime.cores import granted_cores
 
-from u2mamba.runtime.errors import UserError
-
+THREADS = min(16, granted_cores())  # that read and write files
 T = TypeVar("T")
-MAX_WORKERS = 60  # Windows cannot wait for more processes
 
 
-def _init_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
-    threading.Thread(target=_exit_with_parent, args=(psutil.Process(os.getppid()),), daemon=True).start()
+def ordered_map(
+    task: Callable[[T], Any], items: Iterable[T], threads: int = THREADS, ahead: int = THREADS
+) -> Iterator[tuple[T, Any]]:
+    """(item, task(item)) in the order of `items`; at most `ahead` of them are started before they are asked for.
 
-
-OPTIONS = {  # of joblib.Parallel
-    "backend": "loky", "return_as": "generator", "batch_size": 1, "max_nbytes": None, "initializer": _init_worker,
-}  # fmt: skip
-
-
-def process_map(task: Callable[[T], Any], items: Iterable[T], workers: int) -> Iterator[tuple[T, Any]]:
-    """(item, task(item)) in the order of `items`, by `workers` processes (1, or where none can be started: this one).
-
-    A thread of joblib's reads `items`, two per worker in advance. Raises UserError when a worker
-    was killed. Close the generator where it is not exhausted.
+    Where the system allows fewer threads, those that there are do the work, or this one. A generator that is closed
+    waits for the tasks that run.
     """
-    workers = min(workers, MAX_WORKERS)
-    if workers == 1 or not _started(workers):
-        yield from ((item, task(item)) for item in items)
-        return
-    waiting: deque[T] = deque()
-
-    def calls() -> Iterator[tuple]:
+    pool, waiting, limited = ThreadPoolExecutor(threads), deque(), False
+    try:
         for item in items:
-            waiting.append(item)
-            yield joblib.delayed(task)(item)
-
-    results = iter(())
-    hook, threading.excepthook = threading.excepthook, _ignore_cancelled_task
-    try:
-        with _sigint_blocked():
-            results = joblib.Parallel(workers, **OPTIONS)(calls())
-        for result in results:
-            yield waiting.popleft(), result
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps because memory ran out: try --workers 1") from None
+            try:
+                future = pool.submit(task, item)
+            except RuntimeError as error:  # no thread can be started: a limit of the system
+                if not limited:
+                    print(f"fewer than {threads} threads can be started ({error})", flush=True)
+                future, limited = Future(), True
+                future.set_result(task(item))
+            waiting.append((item, future))
+            if len(waiting) > ahead:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        for item, future in waiting:
+            yield item, future.result()
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # joblib's about results that are not used
-            getattr(results, "close", int)()
-        threading.excepthook = hook
-
-
-@functools.cache
-def _started(workers: int) -> bool:
-    """Starts the processes, which joblib keeps for the next call; prints a line where that fails."""
-    try:
-        with _sigint_blocked(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # joblib's about what the line of the caller says
-            ids = list(joblib.Parallel(workers, **OPTIONS)(joblib.delayed(os.getpid)() for _ in range(workers)))
-    except Exception as error:  # a limit of processes or threads, no semaphores, no folder for temporary files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    else:
-        if os.getpid() not in ids:
-            return True
-        reason = "no semaphores, as without /dev/shm"
-    print(f"one process: no worker processes can be started ({reason})", flush=True)
-    return False
-
-
-def _ignore_cancelled_task(args: threading.ExceptHookArgs) -> None:
-    """joblib's manager thread may fail to find a task that a Ctrl-C has just cancelled."""
-    if not (args.exc_type is KeyError and args.thread and args.thread.name == "ExecutorManagerThread"):
-        threading.__excepthook__(args)
-
-
-def _exit_with_parent(parent: psutil.Process) -> None:
-    """A worker whose parent was killed would wait for tasks: it holds the other end of its own queue."""
-    parent.wait()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Processes started inside never receive Ctrl-C, imports included (except on Windows); the caller does."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
-    mask = None
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # joblib would start it, and before Python 3.13 that unblocks SIGINT
-        # new processes inherit the mask; if SIGINT were ignored instead, a Ctrl-C would be lost
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        pool.shutdown(cancel_futures=True)

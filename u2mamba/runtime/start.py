@@ -9,13 +9,12 @@ import importlib.util
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 COMMON = ("torch", "numpy", "skimage", "PIL", "tyro", "psutil", "tqdm")
 REQUIRED = {  # script -> packages that it cannot do without
     "u2mamba_train.py": (*COMMON, "filelock", "torchvision", "torchmetrics"),
-    "u2mamba_eval.py": (*COMMON, "joblib", "matplotlib", "py_sod_metrics"),
+    "u2mamba_eval.py": (*COMMON, "matplotlib", "py_sod_metrics"),
     "u2mamba_predict.py": COMMON,
     "u2mamba_export.py": COMMON,
     "prepare_duts.py": ("numpy", "PIL"),
@@ -43,7 +42,6 @@ def find_problem(packages: tuple[str, ...]) -> str:
     return ""
 
 
-warnings.filterwarnings("ignore", ".*joblib will operate in serial mode")  # inference/workers.py says so
 for name in ("stdout", "stderr"):
     if getattr(sys, name) is None:  # a service, pythonw, 2>&-
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
