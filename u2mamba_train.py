@@ -226,18 +226,18 @@ def run(cfg: Config, dist: DistContext) -> int:
         grad_clip=cfg.grad_clip, ema_decay=cfg.ema_decay, grad_accum_steps=cfg.grad_accum_steps,
     )  # fmt: skip
     if cfg.overfit:
-        return overfit(step, data.train, cfg.overfit, cfg.batch_size_train, env, dist, folder)
+        return overfit(step, data.train, cfg.overfit, cfg.batch_size_train, folder)
 
     # ------- 6. training --------
 
-    checkpoints = Checkpointer(folder, cfg, step, dist, data.fingerprint)
+    checkpoints = Checkpointer(folder, cfg, step, data.fingerprint)
     schedule = Schedule(cfg, len(data.train), dist.size)
     state = checkpoints.restore()
     if state.finished:
         return EXIT_OK
     if pretrained and not state.iteration:
         print(warm_start(net, pretrained, cfg.rescale))
-    try_batch(step, shown, BEST_BY, dist)
+    try_batch(step, shown, BEST_BY)
     checkpoints.begin(state)  # all processes have the main one's weights from here on
     schedule.start_from(state)
     logger = TrainLogger(folder, [pair.image.name for pair in data.train.pairs], schedule, state, dist.is_main)
@@ -275,7 +275,7 @@ def run(cfg: Config, dist: DistContext) -> int:
                 if state.iteration % cfg.save_frq == 0 or checkpoints.is_due():
                     checkpoints.save_last(state)
                 dist.raise_if_stopped(stop)  # in all processes at the same iteration
-                if batch.ends_epoch:
+                if schedule.epoch_is_over(state):
                     end_epoch()
                     if checkpoints.is_cheap():
                         checkpoints.save_last(state)
@@ -287,7 +287,7 @@ def run(cfg: Config, dist: DistContext) -> int:
             return reason.exit_code
         if state.iteration % cfg.save_frq:  # else it was just done
             save_weights()  # before last.pth says that the run is finished
-        checkpoints.save_finished(state)
+        checkpoints.save_last(state, finished=True)
     return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)
 
 

@@ -1,4 +1,4 @@
-"""Foreground colors of cut-outs: how much of the old background stays in soft edges.
+"""Foreground colors of cut-outs: how much of the old background stays in soft edges, and what they cost.
 
     python -m benchmarks.cutout                     tables of docs/inference.md
     python -m benchmarks.cutout --count 100 --checkpoint saved_models/fast_4gpu/best.pth
@@ -10,7 +10,10 @@ new background against the true colors and alpha on it, over the same pixels; it
 --pairs: maps of the validation split at the images' own size, as they are and after a guided filter.
 """
 
+import functools
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import py_sod_metrics as psm
@@ -18,13 +21,15 @@ import torch
 from PIL import Image
 from scipy.ndimage import binary_erosion, distance_transform_edt, uniform_filter
 
-from benchmarks.hardware import cli
+import u2mamba_predict
+from benchmarks.hardware import cli, in_turn
 from u2mamba.dataset.decode import read_pair
 from u2mamba.dataset.demo import OBJECTS, SHAPES, Composer
 from u2mamba.dataset.pairs import pair_folders, train_val_split
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference import Predictor, load_model
 from u2mamba.inference.foreground import foreground_colors
+from u2mamba.inference.render import predict_file
 
 GUIDED = ((2, 1e-4), (4, 1e-4), (4, 1e-2))  # radius in pixels, eps
 TOLERANCE = 2  # pixels: of boundary F
@@ -36,6 +41,7 @@ class Config:
     count: int = 24  # composites, or pairs
     checkpoint: str = "small"
     width: int = 640  # pixels; height: three quarters
+    runs: int = 5  # of a cut-out of 12 megapixels
     pairs: tuple[str, str] = ("", "")  # folders of images and masks
 
 
@@ -70,6 +76,17 @@ def errors(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, map_: np.nd
         differences += [blend(cutout, map_, b) - blend(colors, alpha, b) for b in BACKGROUNDS.values()]
         rows.append([np.abs(d[soft]).mean(1).sum() for d in differences])
     return np.array(rows)
+
+
+def cost(predict: Predictor, runs: int) -> str:
+    """Seconds of a cut-out of a 12-megapixel photo, from file to file, with foreground colors and without."""
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder, "photo.jpg")
+        Image.fromarray(composite(Composer(), 0, 640)[0]).resize((4000, 3000)).save(photo, quality=92)
+        settings = [u2mamba_predict.Config(mode=("cutout",), foreground=on) for on in (False, True)]
+        calls = {cfg.foreground: functools.partial(predict_file, photo, predict, 320, cfg) for cfg in settings}
+        without, with_ = (min(seconds) for seconds in in_turn(calls, torch.device("cpu"), runs).values())
+    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s with foreground colors (+{with_ / without - 1:.0%})"
 
 
 def guided_filter(image: np.ndarray, map_: np.ndarray, radius: int, eps: float) -> np.ndarray:
@@ -136,6 +153,7 @@ def main(cfg: Config) -> None:
         before, after = total / pixels[name]
         for k, what in enumerate(("colors", *(f"composite on {b}" for b in BACKGROUNDS))):
             print(f"{name:18} {what:22} {before[k]:6.2f} -> {after[k]:6.2f}  {after[k] / before[k]:4.0%}")
+    print(cost(predict, cfg.runs))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import sys
 import traceback
 
 PACKAGES = (
-    "torch._dynamo", "torch.utils.tensorboard", "torchvision.utils", "torchmetrics.functional.image",
-    "torchmetrics.functional.classification", "scipy.sparse", "scipy.ndimage", "skimage.transform", "skimage.data",
-    "PIL.Image", "tyro", "filelock", "psutil", "tqdm", "py_sod_metrics", "onnx", "onnxruntime",
-    "torch.onnx.symbolic_opset17",
-)  # fmt: skip
+    "torch._dynamo torch.utils.tensorboard torchvision.utils torchmetrics.functional.image scipy.sparse scipy.ndimage "
+    "torchmetrics.functional.classification skimage.transform skimage.data PIL.Image tyro filelock psutil tqdm "
+    "py_sod_metrics onnx onnxruntime torch.onnx.symbolic_opset17"
+).split()
 
 
 def run(folder: str, script: str, words: list[str]) -> int:

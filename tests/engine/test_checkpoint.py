@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import gc
 import os
 import re
 import shutil
@@ -17,9 +16,8 @@ from model import U2NETP
 from model.weights import read_file
 from tests.engine.tiny import Net, last, same, weights
 from u2mamba.dataset import batches
-from u2mamba.engine import checkpoint, run_folder
-from u2mamba.engine.checkpoint import Checkpointer, CheckpointError
-from u2mamba.engine.distributed import DistContext
+from u2mamba.engine import run_folder
+from u2mamba.engine.checkpoint import Checkpointer
 from u2mamba.engine.schedule import TrainState
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
@@ -35,7 +33,7 @@ def saver(tmp_path):
     net = Net()
     net.settings = {"arch": "tiny"}
     step = TrainStep(net, torch.optim.Adam(net.parameters(), fused=True), None, Environment(torch.device("cpu")))
-    return Checkpointer(tmp_path, script.Config(), step, DistContext(), fingerprint=1)
+    return Checkpointer(tmp_path, script.Config(), step, fingerprint=1)
 
 
 def iteration(path):
@@ -50,22 +48,6 @@ def flip(path):
 
 
 # ------- writing
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pth"
-    checkpoint.save({"a": torch.ones(3)}, path)
-
-    def fail(content, file):
-        file.write(b"half")
-        raise OSError(28, "full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="full"):
-        checkpoint.save({"a": torch.zeros(3)}, path)
-    monkeypatch.undo()
-    assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
 def test_the_file_before_stays_and_a_failed_write_touches_neither(saver, tmp_path, monkeypatch, capsys):
@@ -112,14 +94,12 @@ def test_a_damaged_last_pth_never_takes_the_place_of_the_good_one(saver, tmp_pat
     assert (iteration(saver.last), iteration(saver.before)) == (2, 1)
 
 
-def test_the_published_name_of_a_weights_file():
-    assert run_folder.weights_name("u2net", 2000, 1.25, 0.1) == "u2net_bce_itr_2000_train_1.250000_tar_0.100000.pth"
-
-
 def test_old_weights_files_are_deleted_and_the_rest_stays(run, tmp_path):
     run(save_frq=1, seed=1)
-    run(save_frq=1, resume="never", keep_checkpoints=2, epoch_num=2)
     folder = tmp_path / "tiny"
+    (left := folder / ".last-abc.tmp").write_bytes(b"of a killed writer")
+    run(save_frq=1, resume="never", keep_checkpoints=2, epoch_num=2)
+    assert not left.exists()
     assert [i for i, _ in run_folder.weights_files(folder)] == [11, 12]
     assert len(list(folder.glob("tiny_bce_itr_*_1.pth"))) == 6  # the archived run's
     for name in ("last.pth", "last_before.pth", "best.pth", "last_1.pth", "best_1.pth"):
@@ -133,30 +113,9 @@ def test_a_later_file_of_an_earlier_try_does_not_cost_the_new_one(tmp_path):
     assert [i for i, _ in run_folder.weights_files(tmp_path)] == [3500, 4000]
 
 
-def test_nothing_is_deleted_when_the_new_file_was_refused(run, tmp_path, monkeypatch):
-    write = checkpoint.save
-
-    def refuse_late(content, path, *more):
-        if "itr_6" in path.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(content, path, *more)
-
-    monkeypatch.setattr(checkpoint, "save", refuse_late)
-    run(keep_checkpoints=1)
-    assert [i for i, _ in run_folder.weights_files(tmp_path / "tiny")] == [4]
-
-
-def test_what_a_killed_writer_left_is_removed(run, tmp_path):
-    (tmp_path / "tiny").mkdir()
-    left = tmp_path / "tiny" / ".last-abc.tmp"
-    left.write_bytes(b"half")
-    run()
-    assert not left.exists()
-
-
 def test_the_last_weights_file_is_there_before_the_run_is_called_finished(run, tmp_path, monkeypatch):
-    def killed(checkpoints, state):
-        if state.finished:
+    def killed(checkpoints, state, finished=False):
+        if finished:
             assert [i for i, _ in run_folder.weights_files(tmp_path / "tiny")][-1] == state.iteration == 6
             raise MemoryError("killed here")
 
@@ -194,7 +153,6 @@ def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
     (_, fourth), (_, sixth) = run_folder.weights_files(folder)[1:]
     flip(sixth)
     weights_before = torch.load(fourth, weights_only=True)
-    best = (folder / "best.pth").read_bytes()
     code, out = run(epoch_num=2, lr=0.0, resume="force")
     assert code == 0
     for name in ("last.pth", "last_before.pth", sixth.name):
@@ -203,7 +161,6 @@ def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
     assert f"resuming from {fourth}: epoch 1, iteration 4" in out
     assert "[epoch: 1/2, batch: 20/23, ite: 5]" in out and "ite: 12]" in out
     assert same(weights(folder)["conv.weight"], weights_before["conv.weight"])
-    assert len(best) > 0
 
 
 def test_when_nothing_is_whole_one_line_says_so_and_nothing_is_touched(run, tmp_path):
@@ -212,7 +169,7 @@ def test_when_nothing_is_whole_one_line_says_so_and_nothing_is_touched(run, tmp_
     for path in folder.glob("*.pth"):
         flip(path)
     before = {p: p.read_bytes() for p in folder.glob("*.pth")}
-    with pytest.raises(CheckpointError, match=r"last\.pth: is damaged, and no other checkpoint"):
+    with pytest.raises(UserError, match=r"last\.pth: is damaged, and no other checkpoint"):
         run(epoch_num=2)
     assert {p: p.read_bytes() for p in folder.glob("*.pth")} == before
 
@@ -220,31 +177,16 @@ def test_when_nothing_is_whole_one_line_says_so_and_nothing_is_touched(run, tmp_
 def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_path):
     run()
     torch.save({"model": os.remove}, tmp_path / "tiny" / "last.pth")
-    with pytest.raises(CheckpointError, match=r"last\.pth: refused, it holds code \((posix|nt)\.remove\)"):
+    with pytest.raises(UserError, match=r"last\.pth: refused, it holds code \((posix|nt)\.remove\)"):
         run(epoch_num=2)
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (U2NETP().state_dict(), "does not hold a run to resume"),
-        ({"config": {}, "progress": {}, "step": {}, "model": {}, "random": 0}, "a run of an earlier version"),
-    ],
-)
-def test_a_file_that_holds_no_run_of_ours_is_refused(content, says, run, tmp_path):
+@pytest.mark.parametrize("content", [U2NETP().state_dict(), {"config": {}, "progress": {}, "step": {}, "model": {}}, 1])
+def test_a_file_that_holds_no_run_of_ours_is_refused(content, run, tmp_path):
     (tmp_path / "tiny").mkdir()
     torch.save(content, tmp_path / "tiny" / "last.pth")
-    with pytest.raises(CheckpointError, match=rf"last\.pth: .*{says}.*--resume never"):
+    with pytest.raises(UserError, match=r"last\.pth: does not hold a run of this version to resume .*--resume never"):
         run()
-
-
-def test_a_second_run_in_the_same_process_finds_the_folder_free(run):
-    gc.disable()  # which frees what a run holds at some later time
-    try:
-        run()
-        assert run(epoch_num=2)[0] == 0
-    finally:
-        gc.enable()
 
 
 def test_a_renamed_folder_is_resumed(run, tmp_path):
@@ -276,20 +218,11 @@ def test_a_setting_that_the_run_did_not_know_counts_as_its_default_and_one_that_
             assert "holds a finished run" in run()[1]
 
 
-def test_changed_code_is_named(run, tmp_path, monkeypatch):
-    run()
-    monkeypatch.setattr(checkpoint, "source_checksums", lambda root: {"model/u2net.py": 1})
-    with pytest.raises(UserError, match=r"a finished run, and the code has changed since: .*model/u2net\.py.*never"):
-        run()
-    code, out = run(epoch_num=2)
-    assert code == 0 and "the code has changed since this run was saved: " in out
-    assert "code has changed" not in run(epoch_num=3)[1]
-
-
 def test_where_a_run_was_made_is_recorded(run, tmp_path):
     run()
     made = last(tmp_path / "tiny")["run"]["made"]
-    assert made["torch"] == torch.__version__ and {"version", "commit", "device"} <= made.keys()
+    assert made["torch"] == torch.__version__ and made["device"] == "cpu" and made["version"]
+    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", made["commit"])
     assert f'"commit": "{made["commit"]}"' in (tmp_path / "tiny" / "config.json").read_text()
 
 
@@ -314,19 +247,20 @@ def test_a_full_disk_costs_warnings_and_not_the_run(run, tmp_path):
     """No file may grow beyond 1 KiB from iteration 3 to 5, which is what a full disk looks like to the writer."""
     import resource
 
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    limit = {3: 1024, 6: resource.RLIM_INFINITY}
-    at = {i: lambda size=size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard)) for i, size in limit.items()}
+    folder, kept, (_, hard) = tmp_path / "tiny", [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        kept.append([i for i, _ in run_folder.weights_files(folder)])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
     try:
-        code, out = run(at=at)
+        code, out = run(at={3: partial(limit, 1024), 6: partial(limit, resource.RLIM_INFINITY)}, keep_checkpoints=1)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
-    folder = tmp_path / "tiny"
-    assert code == 0
+        limit(resource.RLIM_INFINITY)
+    assert code == 0 and kept == [[2], [2], [6]]  # 4 was refused, and cost no older one
     assert f"warning: {folder / 'last.pth'} could not be written (File too large); training continues" in out
     assert "inline_container" not in out
     assert iteration(folder / "last.pth") == 6
-    assert [i for i, _ in run_folder.weights_files(folder)] == [2, 6]  # 4 was refused
     assert not list(folder.glob(".*"))
 
 
@@ -342,18 +276,6 @@ def test_a_folder_that_goes_away_costs_the_files_and_is_reported_at_the_end(run,
     out = capsys.readouterr().out
     assert "ite: 6]" in out and "last.pth could not be written (File exists)" in out
     assert iteration(tmp_path / "aside" / "last.pth") == 2
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_made_read_only(run, tmp_path, capsys):
-    folder = tmp_path / "tiny"
-    try:
-        with pytest.raises(UserError, match=r"last\.pth could not be written"):
-            run(at={3: lambda: folder.chmod(0o500)})
-    finally:
-        folder.chmod(0o700)
-    assert "Permission denied" in capsys.readouterr().out
-    assert iteration(folder / "last.pth") == 2
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock here")])

@@ -16,8 +16,6 @@ from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
 from u2mamba.runtime.errors import UserError
 
-ENV = Environment(torch.device("cpu"))
-
 
 def test_overfit_learns_one_pair_and_writes_one_picture(run, tmp_path):
     code, out = run(overfit=1, lr=2e-3, rescale=64, arch="u2mambap")
@@ -39,8 +37,8 @@ def source(data, tmp_path):
 def check(source, folder, count, lr=1e-3, dist=DistContext()):  # noqa: B008 - immutable
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
-    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, ENV)
-    return overfit(step, source, count, 2, ENV, dist, folder)
+    step = TrainStep(net, optimizer, script.multi_bce_loss_fusion, Environment(torch.device("cpu")), dist)
+    return overfit(step, source, count, 2, folder)
 
 
 def test_overfit_says_that_it_failed(source, tmp_path, monkeypatch):

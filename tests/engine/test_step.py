@@ -272,6 +272,18 @@ def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
     assert edited.read().steps == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
+def test_after_another_optimizer_the_moments_start_from_zero(options, capsys):
+    net, edited = Net(), Net()
+    half = make(net, optimizer=torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9) if not options else None)
+    half(*batch(0))
+    step = make(edited, optimizer=torch.optim.Adam(edited.parameters(), lr=1e-2, fused=True, **options))
+    step.load_state_dict(half.state_dict())
+    assert "the optimizer or its groups have changed: its moments start from zero" in capsys.readouterr().out
+    step(*batch(1))
+    assert not same(edited, weights(Net()))
+
+
 def test_the_optimizer_resumes_in_another_memory_format():
     nets = [Net().to(memory_format=torch.channels_last if i == 2 else torch.contiguous_format) for i in range(3)]
     train_and_resume(*(make(net) for net in nets))

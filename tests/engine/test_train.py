@@ -2,19 +2,17 @@
 
 import csv
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from model import U2MAMBAP, U2NETP
-from tests.engine.tiny import assert_same_weights, run, start, train, weights
+from tests.engine.tiny import assert_same_weights, copy_pairs, run, start, train, weights
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +78,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_not(finished, data, tm
     assert not torch.equal(a["side1.weight"], b["side1.weight"])
 
 
-def test_a_run_is_not_resumed_with_other_pairs(finished, data, tmp_path):
-    """As many, one of another name: refused. The same names in another folder: told."""
-    other = shutil.copytree(data, tmp_path / "other")
-    moved = train(other, finished[0].parent)
-    assert moved.returncode == 0 and f"the same pairs in another folder: data_dir = {str(other)!r}" in moved.stdout
-    for folder in ("images", "masks"):
-        (other / folder / "d10.png").rename(other / folder / "e10.png")
-    done = train(other, finished[0].parent)
-    assert done.returncode == 2 and "other training or validation pairs" in done.stderr
-
-
 def test_a_finished_run_says_so_and_changes_nothing(finished, data):
     before, files = weights(finished[0]), sorted(p.name for p in finished[0].iterdir())
     done = train(data, finished[0].parent)
@@ -153,19 +140,23 @@ def test_other_settings_are_not_mixed_into_a_run(finished, data, tmp_path):
         (["--arch", "u3net"], "arch = 'u3net'"),
         (["--mirror", "0.5"], "--mirror: now --hflip_prob"),
         (["--model_name", "../up"], "model_name = '../up'"),
+        (["--model_name", ".."], "model_name = '..'"),
         (["--saved_models", "images/d10.png"], "cannot be written"),
+        (["--early_crop", "16"], "early_crop = 16"),
+        (["--scale_min", "0.5"], "scale_min = 0.5"),
+        (["--grad_accum_steps", "5"], "grad_accum_steps = 5"),
     ],
 )
 def test_unusable_input_is_one_line_and_code_2(more, says, data, tmp_path):
     if more == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is one")
     done = train(data, tmp_path, *more) if more[0].startswith("-") else run(data, *more)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 or "demo" in says  # which lists ways to get data
     assert not list(tmp_path.rglob("*.pth"))
 
 
-@pytest.mark.parametrize("content", ["truncated", "other network", "not a run", "odd state", "odd step"])
+@pytest.mark.parametrize("content", ["truncated", "other network", "odd state", "odd step"])
 def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, data, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -173,8 +164,6 @@ def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, dat
     good = (finished[0] / "last.pth").read_bytes()
     if content == "truncated":
         last.write_bytes(good[: len(good) // 2])
-    elif content == "not a run":
-        torch.save({"a": torch.ones(1)}, last)
     else:
         run = torch.load(finished[0] / "last.pth", weights_only=True)
         odd = {"other network": {"model": U2NETP().state_dict()}, "odd state": {"state": {"epoch": "x"}}}
@@ -187,21 +176,15 @@ def test_a_last_pth_that_cannot_be_used_is_named_and_kept(content, finished, dat
 
 
 def test_fewer_pairs_than_a_batch_and_no_held_out_pair(data, tmp_path):
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for i in (11, 12):
-            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
-    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
+    copy_pairs(data, tmp_path, (11, 12))
+    done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1", "--drop_last")
     assert done.returncode == 0, done.stderr
     assert "batch: 2/2, ite: 1]" in done.stdout
     assert (tmp_path / "saved" / "tiny" / "preview.png").exists()
 
 
 def test_damaged_files_are_set_aside_and_the_exit_code_tells(data, tmp_path):
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for i in range(10, 16):
-            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
+    copy_pairs(data, tmp_path, range(10, 16))
     (tmp_path / "images" / "d11.png").write_bytes(b"not an image")
     (tmp_path / "masks" / "d12.png").unlink()
     done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
@@ -225,18 +208,6 @@ def test_averaged_mixed_precision_run_with_cosine_goes_on_exactly(data, tmp_path
     assert_same_weights(*best)
 
 
-def test_starting_over_archives_the_old_run(data, tmp_path):
-    train(data, tmp_path, "--epoch_num", "1")
-    folder = tmp_path / "tiny"
-    old = {name: (folder / name).read_bytes() for name in ("last.pth", "best.pth", "log.csv")}
-    done = train(data, tmp_path, "--epoch_num", "1", "--resume", "never", "--seed", "7")
-    assert done.returncode == 0 and "_1" in done.stdout
-    for name, content in old.items():
-        aside = folder / f"{Path(name).stem}_1{Path(name).suffix}"
-        assert aside.read_bytes() == content
-        assert (folder / name).read_bytes() != content
-
-
 def test_two_runs_do_not_share_a_folder(data, tmp_path):
     first = start(data, tmp_path, "--epoch_num", "200")
     try:
@@ -252,10 +223,8 @@ def test_two_runs_do_not_share_a_folder(data, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
 def test_names_that_are_not_text_are_used(data, tmp_path):
+    copy_pairs(data, tmp_path, range(10, 14))
     for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for i in range(10, 14):
-            (tmp_path / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
         (tmp_path / kind / "\udcff.png").write_bytes((data / kind / "d14.png").read_bytes())
     done = train(tmp_path, tmp_path / "saved", "--epoch_num", "1")
     assert done.returncode == 0, done.stderr
@@ -268,11 +237,6 @@ def test_drop_last_leave_out_the_pairs_that_do_not_fill_one(data, tmp_path):
     assert "batch: 20/23, ite: 5]" in done.stdout and "done: 10 iterations" in done.stdout
 
 
-def test_drop_last_of_fewer_pairs_than_a_batch_takes_them_all(data, tmp_path):
-    done = train(data, tmp_path, "--drop_last", "--batch_size_train", "32")
-    assert "batch: 23/23, ite: 1]" in done.stdout, done.stderr
-
-
 def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
     """As `python u2mamba_train.py 2>&1 | tee log` and Ctrl-C, which ends tee as well."""
     more = ("--epoch_num", "500", "--save_frq", "100000", "--val_frq", "1000")
@@ -283,19 +247,3 @@ def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (130, 143)  # by what came first
     assert torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["state"]["iteration"] >= 2
-
-
-@pytest.mark.parametrize(
-    "more, said",
-    [
-        (["--model_name", ".."], "model_name = '..'"),
-        (["--early_crop", "16"], "early_crop = 16"),
-        (["--crop", "32"], "crop = 32"),
-        (["--scale_min", "0.5"], "scale_min = 0.5"),
-        (["--grad_accum_steps", "5"], "grad_accum_steps = 5"),
-    ],
-)
-def test_settings_that_would_fail_later_are_refused(data, tmp_path, more, said):
-    done = train(data, tmp_path, *more)
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.count("\n") == 1

@@ -69,9 +69,9 @@ def test_missing_pretrained_weights_are_named_before_the_data_are_read(run, tmp_
 
 def test_deterministic_is_asked_of_pytorch_and_changes_nothing_on_the_cpu(run, tmp_path):
     try:
-        run(**SMALL | {"model_name": "plain"})
+        run(model_name="plain")
         assert not torch.are_deterministic_algorithms_enabled()
-        run(**SMALL | {"model_name": "exact", "deterministic": True})
+        run(model_name="exact", deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
     finally:

@@ -96,6 +96,32 @@ def test_the_fast_step_against_the_plain_one():
     assert step.net.stage2.rebnconvin.conv_s1.weight.grad.abs().max() > 0
 
 
+class Switch(nn.Module):
+    """The second layer is used once it is switched on, by its copy, as the fused operations do."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.layers, self.used = install.FusedOps(), nn.ModuleList(nn.Linear(3, 3) for _ in range(2)), 1
+
+    def forward(self, x, logits=True):
+        weights = [self.ops.bf16_weights.get(layer.weight, layer.weight) for layer in self.layers[: self.used]]
+        return (sum(F.conv2d(x, weight.float()[..., None, None]) for weight in weights),)
+
+
+def test_a_weight_that_the_first_step_did_not_use_is_trained_by_a_later_one():
+    images, net, copied = torch.randn(2, 3, 8, 8), *(Switch() for _ in range(2))
+    copied.load_state_dict(net.state_dict())
+    for kind, each in ((TrainStep, net), (fast.TrainStep, copied)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.0, fused=True)
+        step = kind(each, optimizer, lambda d, y: d[0].square().mean(), Environment(torch.device("cpu")))
+        step(images, images[:, :1])
+        assert each.layers[1].weight.grad is None
+        each.used = 2
+        step(images, images[:, :1])
+    for layer, other in zip(net.layers, copied.layers, strict=True):
+        assert torch.allclose(layer.weight.grad, other.weight.grad, rtol=0.1, atol=0.02) and other.weight.grad.any()
+
+
 @pytest.mark.skipif(not (GPU or INTERPRET), reason="no GPU; test_interpreter runs it")
 def test_an_operation_that_was_edited_or_fails_stays_plain(monkeypatch):
     def relu6(conv, norm, x, residual=None):

@@ -1,9 +1,13 @@
-"""u2mamba/inference/foreground.py: the colors of cut-outs on composites whose foreground is known."""
+"""Foreground colors on composites whose foreground is known, and cut-outs of images that leave nothing to estimate."""
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from tests.inference.test_predict import weights
 from u2mamba.inference.foreground import foreground_colors
+from u2mamba_predict import MODES, Config, main
 
 
 def disk(height: int, width: int, edge: float) -> np.ndarray:
@@ -33,3 +37,23 @@ def test_any_map_gives_colors_of_the_image(value, shape):
     image = np.full((*shape, 3), (10, 130, 250), np.uint8)
     result = foreground_colors(image, np.full(shape, value, np.uint8))
     assert np.abs(result.astype(int) - image).max() <= 1  # of a single color nothing else can be estimated
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_constant_maps_of_small_transparent_and_large_images(value, tmp_path, capsys):
+    """A cut-out has the image's colors and at most its alpha; what is too large is refused before it is decoded."""
+    state = weights() | {"outconv.weight": torch.zeros(1, 6, 1, 1), "outconv.bias": torch.tensor([value - 127.5])}
+    torch.save(state, tmp_path / "net.pth")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (1, 1), (10, 130, 250)).save(tmp_path / "photos/pixel.png")
+    Image.new("RGBA", (9, 5), (255, 255, 255, 70)).save(tmp_path / "photos/transparent.png")
+    Image.new("1", (8193, 8192)).save(tmp_path / "photos/large.png")
+    cfg = Config((str(tmp_path / "photos"),), str(tmp_path / "net.pth"), str(tmp_path / "out"), tuple(MODES), 48)
+    assert main(cfg) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(f"its map is {value} of 255 everywhere" in line for line in lines) == 2
+    assert sum("large.png: declares 8193x8192 pixels" in line for line in lines) == 1
+    assert len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) == 3 * len(MODES)  # with settings.json
+    for name, pixel in (("pixel", (10, 130, 250, value)), ("transparent", (255, 255, 255, min(value, 70)))):
+        with Image.open(tmp_path / f"out/cutout/{name}.png") as cutout:
+            assert (np.asarray(cutout) == pixel).all()

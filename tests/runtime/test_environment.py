@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,11 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_loader import Batch
-from u2mamba.engine.validation import preview, validate
 from u2mamba.runtime import cores
 from u2mamba.runtime import environment as choices
-from u2mamba.runtime.errors import StopSignal, UserError
+from u2mamba.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -60,20 +57,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert (pages < 5 * 2**26 // os.sysconf("SC_PAGE_SIZE") / 20) == kept
 
 
-def test_memory_is_kept_from_the_second_time_on_and_let_go_when_it_becomes_short(monkeypatch):
-    memory, calls, free = choices.HeapRetention(CPU), [], iter([0, 2**40, 0, 0])
-    monkeypatch.setattr(choices, "available_memory", lambda: next(free))
-    memory.mallopt = lambda *what: calls.append(what)
-    calls_of_each = []
-    for _ in range(5):
-        with memory:
-            calls_of_each.append(tuple(calls))
-            calls.clear()
-    trim, blocks = choices.M_TRIM_THRESHOLD, choices.M_MMAP_MAX
-    normal = ((blocks, 65536), (choices.M_MMAP_THRESHOLD, choices.MMAP_BLOCK))
-    assert calls_of_each == [(), (), ((trim, -1), (blocks, 0)), (*normal, (trim, choices.MMAP_BLOCK)), ()]
-
-
 @glibc_only
 def test_kept_memory_does_not_make_other_work_grow():
     """Large tensors come and go, and each leaves a small one: by 2 GiB, were large blocks kept there too."""
@@ -101,23 +84,6 @@ def test_bf16_falls_back_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     precision, line = choices.choose_precision("bf16", torch.device("cuda", 0))
     assert precision == "fp32" and "8.0" in line
-
-
-def test_validation_leaves_the_search_of_convolutions_as_it_was(monkeypatch):
-    seen = []
-
-    def net(x):
-        seen.append(torch.backends.cudnn.benchmark)
-        return [x[:, :1].sigmoid()]
-
-    class Net(torch.nn.Conv2d):
-        forward = staticmethod(net)
-
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    batch = Batch(torch.randn(2, 3, 8, 8), torch.ones(2, 1, 8, 8), None, 0.0)
-    assert validate(Net(1, 1, 1), [batch], StopSignal())["IoU"] >= 0
-    preview(Net(1, 1, 1), batch.x, batch.y)
-    assert seen == [False, False] and torch.backends.cudnn.benchmark
 
 
 def test_the_environment_of_a_run_on_a_cpu(capsys, monkeypatch):
@@ -159,9 +125,3 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert choices.available_memory() == 31000
     (tmp_path / "max").write_text("max\n")
     assert choices.available_memory() > 2**27
-
-
-def test_provenance_names_the_commit_and_pytorch():
-    made = choices.provenance(CPU)
-    assert made["torch"] == torch.__version__ and made["device"] == "cpu" and made["version"]
-    assert re.fullmatch(r"[0-9a-f]{40}( with changes)?|unknown", made["commit"])

@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from u2mamba.runtime.errors import Stopped, StopSignal, UserError, one_line_errors
+from u2mamba.runtime.errors import StopSignal, UserError, one_line_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,20 +84,3 @@ def test_a_second_ctrl_c_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), StopSignal():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-
-
-def test_outside_the_main_thread_no_handler_is_set():
-    seen = []
-
-    def work():
-        with StopSignal() as stop:
-            seen.append(stop.exit_code)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [0]
-
-
-def test_stopped_carries_the_exit_code():
-    assert Stopped(143).exit_code == 143

@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.weights import CorruptFileError, cpu_state_dict, load_pretrained, load_state_dict, read_file
-from u2mamba.engine.distributed import DistContext
+from model.weights import METADATA_KEY, CorruptFileError, cpu_state_dict, load_pretrained, load_state_dict, read_file
 from u2mamba.engine.run_folder import CONFIG_FILE, archive_run, prune, weights_files, weights_name
 from u2mamba.engine.schedule import TrainState
 from u2mamba.engine.step import TrainStep
@@ -38,34 +37,37 @@ RESUME_IGNORED_KEYS = {  # settings that do not change what a run computes
 PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings that the processes of a run may have otherwise
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or does not fit."""
+def save(content: Any, path: Path, before: Path | None = None) -> None:
+    """Writes `content` to a temporary file, then renames it; the file that was there becomes `before`. Raises OSError.
 
-
-def save(content: Any, path: Path, before_rename: Callable[[], None] = lambda: None) -> None:
-    """Writes `content` to a temporary file, then renames it. Raises OSError."""
-    with replacing(path, before_rename=before_rename) as file:
+    Killed between the two renames, a run resumes from `before`.
+    """
+    with replacing(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch's zip writer hides the error of the disk
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
+        if before:
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, before)
 
 
 class Checkpointer:
     """Saves and resumes the run in `folder`. fingerprint: a checksum of names and contents of its pairs."""
 
-    def __init__(self, folder: Path, cfg: Any, step: TrainStep, dist: DistContext, fingerprint: int):
-        self.folder, self.cfg, self.step, self.dist = folder, cfg, step, dist
+    def __init__(self, folder: Path, cfg: Any, step: TrainStep, fingerprint: int):
+        self.folder, self.cfg, self.step, self.dist = folder, cfg, step, step.dist
         self.last, self.before = folder / "last.pth", folder / "last_before.pth"
-        self.settings = to_dict(cfg) | {"processes": dist.size}
+        self.settings = to_dict(cfg) | {"processes": self.dist.size}
         self.run = {
             "settings": self.settings, "defaults": to_dict(type(cfg)()), "data": fingerprint,
             "code": source_checksums(ROOT), "made": provenance(step.device),
         }  # fmt: skip
         if self.run["code"].get("data_loader.py", PUBLISHED_LOADER) != PUBLISHED_LOADER:
             print("warning: data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py")
-        dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
+        self.dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
         self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
         self.saved = True  # whether the last writing of last.pth succeeded
         self._written, self._took = time.monotonic(), 0.0  # end and seconds of the last writing of last.pth
@@ -83,13 +85,11 @@ class Checkpointer:
             return TrainState()
         try:
             state = TrainState(**saved["state"])
-            if any(
-                type(v) is not type(default) for v, default in zip(astuple(state), astuple(TrainState()), strict=True)
-            ):
+            if [*map(type, astuple(state))] != [*map(type, astuple(TrainState()))]:
                 raise TypeError(f"state is {state}")
             # a larger epoch_num continues a finished run, one that was stopped early as well
             state.finished &= self.cfg.epoch_num <= saved["run"]["settings"]["epoch_num"]
-            self._check_settings(saved, state, path)
+            self._check_settings(saved["run"], state, path)
             load_state_dict(self.step.net, saved["model"], path)
             if saved["step"] is not None:  # else it is a weights file
                 self.step.load_state_dict(saved["step"])
@@ -98,7 +98,7 @@ class Checkpointer:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise CheckpointError(f"{path}: does not hold a run to resume ({reason}); {FIX_HINT}") from None
+            raise UserError(f"{path}: does not hold a run of this version to resume ({reason}); {FIX_HINT}") from None
         if state.finished:
             print(f"{self.folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
         else:
@@ -113,78 +113,66 @@ class Checkpointer:
         if self.dist.is_main:
             if not state.iteration:
                 archive_run(self.folder)
-            content = {**self.settings, **{k: v for k, v in self.run.items() if k not in ("settings", "defaults")}}
+            content = self.settings | {k: self.run[k] for k in ("data", "code", "made")}
             try:
                 atomic_write(self.folder / CONFIG_FILE, json.dumps(content, indent=1).encode())
             except UserError as error:
                 print(f"warning: {error}; training continues")
 
-    def _find_latest(self) -> tuple[dict[str, Any] | None, Path]:
+    def _find_latest(self) -> tuple[Any, Path]:
         """The content and path of the first whole file of last.pth, last_before.pth and the weights files, newest
         first; (None, ...) where there is no run, or resume is "never"."""
         files = [path for path in (self.last, self.before) if path.exists()]
         if self.cfg.resume == "never" or not files:
             return None, self.last
-        for path in files:
+        for path in (*files, *(path for _, path in reversed(weights_files(self.folder)))):
             try:
                 content = read_file(path)
             except CorruptFileError as error:
                 print(f"warning: {error}")
                 continue
             except ValueError as error:
-                raise CheckpointError(f"{error}; {FIX_HINT}") from None
-            if isinstance(content, dict) and "progress" in content:
-                raise CheckpointError(f"{path}: holds a run of an earlier version, which cannot be resumed; {FIX_HINT}")
-            if not isinstance(content, dict) or not {"run", "state", "step", "model", "random"} <= content.keys():
-                raise CheckpointError(f"{path}: does not hold a run to resume; {FIX_HINT}")
+                raise UserError(f"{error}; {FIX_HINT}") from None
+            if path not in files:
+                print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
+                content = getattr(content, "_metadata", {}).get(METADATA_KEY, {}) | {"step": None, "model": content}
             return content, path
-        for _, path in reversed(weights_files(self.folder)):
-            try:
-                weights = read_file(path)
-                made = weights._metadata["u2mamba"]
-                content = {"run": made["run"], "state": made["state"], "step": None, "model": weights}
-            except (ValueError, AttributeError, KeyError, TypeError) as error:
-                print(f"warning: {error}")
-                continue
-            print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
-            return content, path
-        raise CheckpointError(f"{files[0]}: is damaged, and no other checkpoint in {self.folder} is whole; {FIX_HINT}")
+        raise UserError(f"{files[0]}: is damaged, and no other checkpoint in {self.folder} is whole; {FIX_HINT}")
 
-    def _check_settings(self, saved: Mapping[str, Any], state: TrainState, path: Path) -> None:
-        before, after, old_defaults = saved["run"]["settings"], self.settings, saved["run"]["defaults"]
-        known = self.run["defaults"] | before  # a setting that the run did not know counts as its default
-        gone = {k for k in before if k not in after and before[k] == old_defaults.get(k)}
+    def _check_settings(self, run: Mapping[str, Any], state: TrainState, path: Path) -> None:
+        before, after, auto = run["settings"], self.settings, self.cfg.resume == "auto"
+        gone = {k for k in before if k not in after and before[k] == run["defaults"].get(k)}
         extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
         ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
-        other = differences(known, after, ignored)
-        if saved["run"]["data"] != self.run["data"]:
+        # a setting that the run did not know counts as its default
+        other = differences(self.run["defaults"] | before, after, ignored)
+        if run["data"] != self.run["data"]:
             other.append("other training or validation pairs (names, sizes or contents)")
         folders = [k for k in ("data_dir", "tra_image_dir", "tra_label_dir") if before.get(k) != after.get(k)]
         if folders and not other:
             print(f"the same pairs in another folder: {', '.join(f'{k} = {after[k]!r}' for k in folders)}")
-        if other and self.cfg.resume == "auto":
+        if other and auto:
             raise UserError(
                 f"{path} was made with other settings ({'; '.join(other)}): set them back, choose another "
                 "--model_name, or use --resume force (resume with the new ones, at the learning rate that a run of "
                 f"{self.cfg.epoch_num} epochs has there) or --resume never (start over)"
             )
-        old, new = saved["run"]["code"], self.run["code"]
-        if code := ", ".join(file for file in {**old, **new} if old.get(file) != new.get(file)):
-            if state.finished and self.cfg.resume == "auto":
+        old, new = run["code"], self.run["code"]
+        if code := ", ".join(file for file in old | new if old.get(file) != new.get(file)):
+            if state.finished and auto:
                 raise UserError(
                     f"{path} holds a finished run, and the code has changed since: {code}; "
                     "--resume never trains from scratch"
                 )
             print(f"the code has changed since this run was saved: {code}")
-        if before["processes"] != self.dist.size:
-            print(
-                f"processes: {before['processes']} before, now {self.dist.size}: other batches, the same learning rate"
-            )
+        if (processes := before["processes"]) != self.dist.size:
+            print(f"processes: {processes} before, now {self.dist.size}: other batches, the same learning rate")
 
     # ------- save
 
-    def save_last(self, state: TrainState) -> None:
-        """Writes last.pth, in the main process."""
+    def save_last(self, state: TrainState, finished: bool = False) -> None:
+        """Writes last.pth, in the main process. finished: the run has ended, after its last epoch or by a `break`."""
+        state.finished = finished
         if not self.dist.is_main:
             return
         started = time.monotonic()
@@ -192,30 +180,11 @@ class Checkpointer:
             "run": self.run, "state": asdict(state), "model": cpu_state_dict(self.step.net, self.cfg.rescale),
             "step": self.step.state_dict(), "random": torch.get_rng_state(),
         }  # fmt: skip
-
-        def keep_before() -> None:
-            if self.last_is_whole and self.last.exists():
-                os.replace(self.last, self.before)
-
-        try:
-            save(content, self.last, keep_before)
-            self.saved = True
-        except OSError as error:
-            if (
-                error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-                and self.last_is_whole
-                and self.last.exists()
-            ):
-                self.before.unlink(missing_ok=True)  # the newer file needs the space more
-            self.saved = self._save_or_warn(content, self.last)
+        before = self.before if self.last_is_whole and self.last.exists() else None
+        self.saved = self._save_or_warn(content, self.last, before)
         self.last_is_whole |= self.saved
         self._written = time.monotonic()
         self._took = self._written - started
-
-    def save_finished(self, state: TrainState) -> None:
-        """last.pth of a run that has ended, after its last epoch or by a `break`."""
-        state.finished = True
-        self.save_last(state)
 
     def is_due(self) -> bool:
         """Whether the last last.pth is old enough for another."""
@@ -237,16 +206,19 @@ class Checkpointer:
 
     def _weights(self, net: nn.Module, state: TrainState) -> dict[str, torch.Tensor]:
         weights = cpu_state_dict(net, self.cfg.rescale)
-        weights._metadata["u2mamba"] |= {"state": asdict(state), "run": self.run}
+        weights._metadata[METADATA_KEY] |= {"state": asdict(state), "run": self.run}
         return weights
 
-    def _save_or_warn(self, content: Any, path: Path) -> bool:
+    def _save_or_warn(self, content: Any, path: Path, before: Path | None = None) -> bool:
         try:
-            save(content, path)
+            save(content, path, before)
+            return True
         except OSError as error:
+            if before and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+                before.unlink(missing_ok=True)  # the newer file needs the space more
+                return self._save_or_warn(content, path)
             print(f"warning: {path} could not be written ({error.strerror or error}); training continues", flush=True)
             return False
-        return True
 
     def resume_hint(self) -> str:
         """What a run that stops now says."""
@@ -256,9 +228,7 @@ class Checkpointer:
     def report_end(self, state: TrainState, skipped: int) -> int:
         """Prints how the run ended -> exit code. Raises UserError where its last.pth could not be written."""
         if not self.saved:
-            raise UserError(
-                f"the run is over, but {self.last} could not be written; what was saved is in {self.folder}"
-            )
+            raise UserError(f"the run is over, but {self.last} could not be written; saved files are in {self.folder}")
         took = timedelta(seconds=round(state.seconds))
         files = f", {skipped} files skipped (exit code {EXIT_SKIPPED})" if skipped else ""
         print(f"done: {state.iteration} iterations in {took}, checkpoints in {self.folder}{files}")
@@ -266,8 +236,8 @@ class Checkpointer:
 
 
 def warm_start(net: nn.Module, path: Path, size: int) -> str:
-    """`load_pretrained`, with a CheckpointError for a file that cannot be used."""
+    """`load_pretrained`, with a UserError for a file that cannot be used."""
     try:
         return load_pretrained(net, path, size)
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        raise UserError(str(error)) from None

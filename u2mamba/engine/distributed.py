@@ -1,10 +1,7 @@
 """Several processes, one per GPU: torchrun starts them; here they meet, share the pairs and agree.
 
-The gradients are averaged in the step itself (engine/gradients.py), not by DistributedDataParallel: DDP reduces a
-gradient when autograd has accumulated it, and the fast step's gradients arrive in another way (bf16 weight copies, a
-second stream), inside a captured CUDA graph.
-
-Messages between the CPUs (gloo) are for what the host decides: when to stop, which settings, what last.pth holds.
+Messages between the CPUs (gloo) are for what the host decides: when to stop, which settings, what last.pth holds. The
+gradients are averaged in the step itself (engine/gradients.py).
 """
 
 import contextlib
@@ -16,7 +13,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +24,6 @@ from u2mamba.runtime.errors import EXIT_USAGE, Stopped, StopSignal, UserError, o
 
 # of a collective; long because the main process decodes the dataset first. A crashed process is detected at once
 TIMEOUT = datetime.timedelta(minutes=30)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,8 @@ class DistContext:
     def shard(self, rows: Tensor) -> Tensor:
         """This process's rows of an epoch's plan: every size-th.
 
-        The batches of all processes are then one stretch of the plan, so that a position in it means the same to any
-        number of processes. Up to size - 1 rows at the end are left out: every process has as many pairs in each step,
-        and the mean of the means is the mean.
+        The batches of all processes are then one stretch of the plan: a position in it means the same to any number of
+        processes. Up to size - 1 rows at the end are left out, so that each has as many pairs in each step.
         """
         return rows[self.rank : len(rows) - len(rows) % self.size : self.size]
 
@@ -84,7 +78,7 @@ class DistContext:
         if not self.local_rank:
             self.all_reduce_max(0)
 
-    def broadcast_object(self, make: Callable[[], T]) -> T:
+    def broadcast_object(self, make: Callable[[], Any]) -> Any:
         """What `make` returns in the main process, in all of them."""
         if self.size == 1:
             return make()
@@ -93,8 +87,7 @@ class DistContext:
         return box[0]
 
     def check_same(self, settings: dict[str, Any], ignore: set[str]) -> None:
-        """Raises UserError where this process has other settings, or found other pairs, than the main one: two machines
-        with different commands would otherwise wait for each other, or train on nonsense."""
+        """Raises UserError where this process has other settings, or found other pairs, than the main one."""
         if other := differences(self.broadcast_object(lambda: settings), settings, ignore):
             raise UserError(f"the processes differ (main -> this one): {'; '.join(other)}; start them all alike")
 
@@ -117,7 +110,7 @@ def init_distributed() -> Iterator[DistContext]:
     """The processes that torchrun describes in the environment variables, or one process.
 
     Of several, only the main one prints; an error is printed once, by the process that met it first. The process ends
-    with this block. It leaves by os._exit, because shutting NCCL down waits for captured graphs
+    with this block, by os._exit, because shutting NCCL down waits for captured graphs
     (github.com/pytorch/pytorch/issues/115388) and, after an error, for processes that wait for this one.
     """
     if (world := os.environ.get("WORLD_SIZE", "").strip()) in ("", "1"):
@@ -152,9 +145,8 @@ def init_distributed() -> Iterator[DistContext]:
 def _store_of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
     """`store` without what the processes before a restart by torchrun left in it, such as their addresses.
 
-    PyTorch keeps the store over restarts (github.com/pytorch/pytorch/issues/135712), and torchrun's count of them
-    differs between machines. So the main process makes up a name for the attempt, and the others use it once it has
-    answered them.
+    PyTorch keeps it (github.com/pytorch/pytorch/issues/135712), and torchrun's count of restarts differs between
+    machines. So the main process names the attempt, and the others use the name once it has answered them.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -175,22 +167,22 @@ def _store_of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Stor
 
 @contextlib.contextmanager
 def _rank0_logging(store: dist.Store, context: DistContext) -> Iterator[None]:
-    with contextlib.ExitStack() as silence:
-        if not context.is_main:
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        except (UserError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, dist.DistError) or "gloo" in text:
-                text = (
-                    "another process of this run has ended; the same command resumes from last.pth "
-                    "(torchrun --max-restarts does so by itself)"
-                )
-            elif not isinstance(error, UserError):
-                raise
-            if store.add("failed", 1) > 1:
-                sys.exit(EXIT_USAGE)
-            raise UserError(text if context.is_main else f"process {context.rank}: {text}") from None
+    stderr = sys.stderr
+    if not context.is_main:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in text:
+            text = (
+                "another process of this run has ended; the same command resumes from last.pth "
+                "(torchrun --max-restarts does so by itself)"
+            )
+        elif not isinstance(error, UserError):
+            raise
+        if store.add("failed", 1) > 1:
+            sys.exit(EXIT_USAGE)
+        raise UserError(text if context.is_main else f"process {context.rank}: {text}") from None
+    finally:
+        sys.stderr = stderr

@@ -1,9 +1,8 @@
 """The gradients of a step in one contiguous buffer, averaged over the processes.
 
-Why this is not PyTorch's DistributedDataParallel: DDP reduces a parameter's gradient when autograd has accumulated it.
-The fast step's gradients come another way, through bf16 copies of the weights and a second stream, so DDP would reduce
-nothing, or too early. Here one all-reduce follows the backward pass, captured in the CUDA graph with the rest of the
-step. On two H100 the 183 MB of U2MAMBA's gradients take 0.65 ms.
+Not by PyTorch's DistributedDataParallel, which reduces a gradient when autograd has accumulated it: the fast step's
+come another way, through bf16 copies of the weights and a second stream. Here one all-reduce follows the backward pass,
+captured in the CUDA graph with the rest of the step. On two H100 the 183 MB of U2MAMBA's gradients take 0.65 ms.
 """
 
 import torch
@@ -31,7 +30,7 @@ class GradientAverager:
         outside = [p for p in self.parameters if p.grad is not None and p not in self.views]
         if not self.views or (outside and self.dist.size == 1):
             self._build(others)
-        elif outside:  # the processes could not agree on it without waiting for each other
+        else:  # several processes could not agree on it without waiting for each other
             for parameter in outside:
                 parameter.grad = None
         made = [(view, p.grad) for p, view in self.views.items() if p.grad is not None and p.grad is not view]

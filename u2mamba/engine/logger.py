@@ -1,23 +1,24 @@
 """What a run prints and records: lines, log.csv, TensorBoard, preview.png."""
 
+import codecs
+import contextlib
 import csv
 import datetime
-import io
 import os
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from u2mamba.dataset.augment import INDEX
-from u2mamba.engine.schedule import Schedule, TrainBatch, TrainState
+from u2mamba.dataset.batches import Batch
+from u2mamba.engine.schedule import Schedule, TrainState
 from u2mamba.engine.step import HISTORY, RunningMeans
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import replacing
@@ -32,20 +33,18 @@ class NonFiniteError(UserError):
 
 class TrainLogger:
     """Prints and records. names: of the training pairs, for messages about single batches. state: where the run starts;
-    rows of the log.csv of later iterations, left by a killed run, are dropped. writes: False in all processes but the
-    main one."""
+    rows of later iterations, which a killed run left in log.csv, are dropped. writes: in the main process only."""
 
     def __init__(self, folder: Path, names: Sequence[str], schedule: Schedule, state: TrainState, writes: bool = True):
         self.folder, self.names, self.schedule, self.state, self.writes = folder, names, schedule, state, writes
         self._start = time.monotonic() - state.seconds
         self._columns: list[str] = []
-        self._warned: set[str] = set()
-        self._mark = (time.monotonic(), state.iteration)  # time and iteration of the last printed line
+        self._warned: set[str] = set()  # layers, and "disk"
         self._first_line = True
-        self._images = self._waited = 0.0
         self._rows: deque[Tensor] = deque(maxlen=HISTORY)  # of the last batches, the newest first
-        if writes:
-            self._write_csv(_read_csv(folder / "log.csv", state) if state.iteration else [])
+        self._restart_clock()
+        if writes and state.iteration:
+            self._write_csv(_read_csv(folder / "log.csv", state))
         self._board = self._tensorboard() if writes else None
 
     @property
@@ -61,7 +60,7 @@ class TrainLogger:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)
 
-    def update(self, batch: TrainBatch) -> None:
+    def update(self, batch: Batch) -> None:
         """Counts an iteration."""
         self.state.seconds = self.seconds
         self._rows.appendleft(batch.rows)
@@ -110,10 +109,8 @@ class TrainLogger:
 
     def log_image(self, sheet: Tensor) -> None:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
-        try:
+        with self._one_warning():
             write_image(sheet, self.folder / "preview.png")
-        except OSError as error:
-            self._warn_once(error)
         self._to_board("add_image", "validation/image, mask, d0", sheet, self.state.iteration)
 
     def __enter__(self) -> "TrainLogger":
@@ -126,7 +123,7 @@ class TrainLogger:
         return f"[epoch: {self.state.epoch + 1}/{self.schedule.cfg.epoch_num}"
 
     def _restart_clock(self) -> None:
-        self._mark, self._images, self._waited = (time.monotonic(), self.state.iteration), 0.0, 0.0
+        self._mark, self._images, self._waited = (time.monotonic(), self.state.iteration), 0, 0.0
 
     def _name_nonfinite_batches(self, means: RunningMeans) -> None:
         recent = {ago: outputs for ago, outputs in means.nonfinite.items() if ago < len(self._rows)}
@@ -138,81 +135,66 @@ class TrainLogger:
 
     def _warn_large_activations(self, net: nn.Module) -> None:
         """One line, once per layer, where a batch norm's input is too large for the layers before it to learn."""
-        deviations = {
-            name: module.running_var.max().sqrt()
-            for name, module in net.named_modules()
-            if getattr(module, "running_var", None) is not None
-        }
-        values = torch.stack(list(deviations.values())).tolist() if deviations else []
-        large = {
-            n: v for n, v in zip(deviations, values, strict=True) if v > ACTIVATION_LIMIT and n not in self._warned
-        }
-        if large:
+        variances = {key.removesuffix(".running_var"): v for key, v in net.state_dict().items() if "running_var" in key}
+        deviations = {name: float(v.max()) ** 0.5 for name, v in variances.items() if name not in self._warned}
+        if large := {name: v for name, v in deviations.items() if v > ACTIVATION_LIMIT}:
+            self._warned |= large.keys()
             names = ", ".join(f"{name} ({value:.0e})" for name, value in large.items())
             without_norm = any(getattr(module, "norm_at", "") == "none" for module in net.modules())
             self.log(
                 f"warning: activations explode (standard deviation) at {names}; earlier layers no longer receive "
                 f"useful gradients: lower lr or clip the gradient{', or set mamba_norm = gate' if without_norm else ''}"
             )
-        self._warned |= large.keys()
 
     def _record(self, group: str, row: dict[str, Any]) -> None:
         if not self.writes:
             return
-        place = {"ite": self.state.iteration, "epoch": self.state.epoch + 1}
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        path = self.folder / "log.csv"
-        try:
-            full = place | values | {"seconds": f"{self.seconds:.1f}"}
-            if new := [name for name in full if name not in self._columns]:  # a score that the run did not have
-                self._columns += new
-                self._write_csv([*_read_csv(path), full])
-            else:
-                with path.open("a", newline="", encoding="utf-8") as file:
-                    csv.DictWriter(file, self._columns).writerow(full)
-        except OSError as error:
-            self._warn_once(error)
+        place = {"ite": self.state.iteration, "epoch": self.state.epoch + 1}
+        full = place | values | {"seconds": f"{self.seconds:.1f}"}
+        if new := [name for name in full if name not in self._columns]:  # a score that the run did not have
+            self._columns += new
+            self._write_csv([*_read_csv(self.folder / "log.csv"), full])
+        else:
+            with self._one_warning(), (self.folder / "log.csv").open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerow(full)
         for name, value in row.items():
             label = {"tar": "d0", "wait": "data wait"}.get(name, name.removeprefix("val_"))
             self._to_board("add_scalar", f"{group}/{label}", float(value), self.state.iteration)
 
     def _write_csv(self, rows: list[dict[str, Any]]) -> None:
         self._columns = self._columns or list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        try:
-            with replacing(self.folder / "log.csv", flush=False) as file:
-                file.write(text.getvalue().encode())
-        except OSError as error:
-            self._warn_once(error)
+        with self._one_warning(), replacing(self.folder / "log.csv", flush=False) as file:
+            writer = csv.DictWriter(codecs.getwriter("utf-8")(file), self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def _to_board(self, method: str, *values: Any) -> None:
-        try:
+        with self._one_warning():
             if self._board:
                 getattr(self._board, method)(*values)
-        except OSError as error:
-            self._warn_once(error)
-            self._board = None
 
     def _tensorboard(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            iteration = self.state.iteration
-            return SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
-        except OSError as error:
-            self._warn_once(error)
+            with self._one_warning():
+                iteration = self.state.iteration
+                return SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
         except Exception as error:  # not installed, or versions of protobuf and NumPy that do not fit
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self.log(f"no curves in TensorBoard ({reason}): pip install --upgrade tensorboard")
         return None
 
-    def _warn_once(self, error: OSError) -> None:
-        if "disk" not in self._warned:
-            self.log(f"warning: {self.folder} could not be written ({error.strerror or error}); training continues")
-        self._warned.add("disk")
+    @contextlib.contextmanager
+    def _one_warning(self) -> Iterator[None]:
+        """Of a disk that cannot be written, for all files here; the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if "disk" not in self._warned:
+                self.log(f"warning: {self.folder} could not be written ({error.strerror or error}); training continues")
+            self._warned.add("disk")
 
 
 def _read_csv(path: Path, state: TrainState | None = None) -> list[dict[str, str]]:
@@ -224,7 +206,7 @@ def _read_csv(path: Path, state: TrainState | None = None) -> list[dict[str, str
             rows = [r for r in rows if int(r["ite"]) <= state.iteration]
             rows = [r for r in rows if not r.get("val_maxF") or int(r["epoch"]) <= state.epoch]
         return rows
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+    except (OSError, ValueError, KeyError, csv.Error):
         return []
 
 

@@ -4,16 +4,16 @@ import itertools
 import math
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from u2mamba.dataset.batches import Batch, DataSource, validation_batches
-from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.logger import write_image
 from u2mamba.engine.step import TrainStep
-from u2mamba.engine.validation import EvalMode, preview, validate
-from u2mamba.runtime.environment import ROOT, Environment
+from u2mamba.engine.validation import eval_mode, preview, validate
+from u2mamba.runtime.environment import ROOT
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, UserError
 
 TARGET_IOU = 0.95
@@ -21,14 +21,14 @@ MIN_FOREGROUND = 0.01  # fraction of the image: an empty mask, or one of a few p
 MAX_STEPS = 500  # the small network needs 50 to 100 for one pair
 
 
-def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) -> None:
+def try_batch(step: TrainStep, batch: Batch, best_by: str) -> None:
     """Network, loss and scores of a batch before anything is written: an edit that cannot work ends here, in one line.
 
     In every process; moves no statistic and draws no random number. Raises UserError that names the place.
     """
     try:
-        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), EvalMode(step.net) as net:
-            scores = validate(net, [batch], StopSignal(), dist)
+        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), eval_mode(step.net) as net:
+            scores = validate(net, [batch], StopSignal(), step.dist)
             with torch.no_grad(), step.env.autocast():
                 logits = net(batch.x, logits=True)
             several = isinstance(logits, (tuple, list))
@@ -49,25 +49,21 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str, dist: DistContext) ->
         raise UserError(f"BEST_BY = {best_by!r}: no such score; SODMetric.compute gives {', '.join(scores)}")
 
 
-def overfit(
-    step: TrainStep, source: DataSource, count: int, batch_size: int, env: Environment, dist: DistContext, folder: Path
-) -> int:
+def overfit(step: TrainStep, source: DataSource, count: int, batch_size: int, folder: Path) -> int:
     """Trains on `count` pairs, neither cropped nor flipped, until their IoU exceeds TARGET_IOU -> exit code.
 
     Scored in eval mode, as in use. Writes `folder`/preview.png. Raises UserError when MAX_STEPS do not suffice, too few
     pairs show an object, or there are several processes.
     """
-    if dist.size > 1:
+    if step.dist.size > 1:
         raise UserError(f"overfit = {count}: this check runs in one process, without torchrun")
-    layout = {"channels_last": env.channels_last}
-    singles = zip(itertools.count(), validation_batches(source, batch_size=1, **layout))
+    batches = partial(validation_batches, source, channels_last=step.env.channels_last)
+    singles = enumerate(batches(batch_size=1))
     chosen = list(itertools.islice((i for i, batch in singles if batch.y.mean() > MIN_FOREGROUND), count))
     if len(chosen) < count:
         raise UserError(f"overfit = {count}: only {len(chosen)} training pairs have a mask that shows an object")
     print(f"overfit: {', '.join(source.pairs[i].image.name for i in chosen[:5])}{', ...' if count > 5 else ''}")
-    endless = itertools.chain.from_iterable(
-        validation_batches(source, chosen, batch_size, **layout) for _ in itertools.count()
-    )
+    endless = itertools.chain.from_iterable(batches(chosen, batch_size) for _ in itertools.count())
     started, steps, iou = time.monotonic(), 0, 0.0
     with StopSignal() as stop:
         try:
@@ -77,11 +73,11 @@ def overfit(
                 steps += 10
                 means = step.read()
                 step.reset()
-                iou = validate(step.net, validation_batches(source, chosen, batch_size, **layout), stop)["IoU"]
+                iou = validate(step.net, batches(chosen, batch_size), stop)["IoU"]
                 print(f"[ite: {steps}] train loss: {means.loss:.3f}, tar: {means.tar:.3f}, IoU: {iou:.3f}", flush=True)
         except Stopped as signal:
             return signal.exit_code
-    shown, where = next(validation_batches(source, chosen[:6], **layout)), str(folder / "preview.png")
+    shown, where = next(batches(chosen[:6])), str(folder / "preview.png")
     try:
         write_image(preview(step.net, shown.x, shown.y), folder / "preview.png")
     except OSError as error:

@@ -16,19 +16,12 @@ def flatten_statistics(net: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
     Statistics are all floating-point buffers; they become views of that tensor (n), which also returns by name.
     """
-    owners = [
-        (module, key, f"{prefix}.{key}" if prefix else key)
-        for prefix, module in net.named_modules()
-        for key, buffer in module.named_buffers(recurse=False)
-        if module.training and buffer.is_floating_point()
-    ]
-    if not owners:
-        return next(net.parameters()).new_zeros(0), {}
-    flat = torch.cat([getattr(module, key).detach().flatten() for module, key, _ in owners])
-    views, start = {}, 0
-    for module, key, name in owners:
-        buffer = getattr(module, key)
-        views[name] = flat[start : start + buffer.numel()].view(buffer.shape)
-        setattr(module, key, views[name])
-        start += buffer.numel()
+    floats = {name: buffer for name, buffer in net.named_buffers() if buffer.is_floating_point()}
+    owners = {name: net.get_submodule(name.rpartition(".")[0]) for name in floats}
+    buffers = {name: buffer for name, buffer in floats.items() if owners[name].training}
+    flat = torch.cat([next(net.parameters()).new_zeros(0), *(buffer.flatten() for buffer in buffers.values())])
+    parts = flat.split([buffer.numel() for buffer in buffers.values()])
+    views = {name: part.view(b.shape) for part, (name, b) in zip(parts, buffers.items(), strict=True)}
+    for name, view in views.items():
+        setattr(owners[name], name.rpartition(".")[2], view)
     return flat, views

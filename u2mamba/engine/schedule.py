@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from model import ARCHS
 from u2mamba.dataset.augment import Augmentation, epoch_plan
-from u2mamba.dataset.batches import DataSource, batches
+from u2mamba.dataset.batches import Batch, DataSource, batches
 from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.config import MIN_SIZE
 from u2mamba.runtime.errors import UserError
@@ -47,16 +47,6 @@ class TrainState:
         self.epoch, self.position = self.epoch + 1, 0
 
 
-class TrainBatch(NamedTuple):
-    """x (B, C, H, W) and y (B, 1, H, W) of this process; rows of the epoch's plan of all processes; seconds waited."""
-
-    x: Tensor
-    y: Tensor
-    rows: Tensor
-    wait: float
-    ends_epoch: bool
-
-
 class Schedule:
     """The run that the settings `cfg` describe, of `pairs` training pairs, in `processes` processes."""
 
@@ -70,9 +60,8 @@ class Schedule:
 
     def start_from(self, state: TrainState) -> None:
         """Counts the iterations of the run from `state` on; warns where they are fewer than the warmup."""
-        remaining = (self.cfg.epoch_num - state.epoch) * self._steps(self.pairs_per_epoch)
-        remaining -= self._steps(self.pairs_per_epoch) - self._steps(self.pairs_per_epoch - state.position)
-        self.total_iterations = state.iteration + remaining
+        whole, rest = self._steps(self.pairs_per_epoch), self._steps(self.pairs_per_epoch - state.position)
+        self.total_iterations = state.iteration + (self.cfg.epoch_num - state.epoch - 1) * whole + rest
         if self.cfg.warmup_iters > self.total_iterations:
             print(
                 f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} "
@@ -113,19 +102,18 @@ class Schedule:
 
 def train_batches(
     source: DataSource, schedule: Schedule, state: TrainState, channels_last: bool, dist: DistContext
-) -> Iterator[TrainBatch]:
-    """The batches of a run from `state` on, over its epochs. Raises DataError for a file that became unreadable."""
+) -> Iterator[Batch]:
+    """The batches of a run from `state` on, over its epochs: x and y of this process, and the rows of the plan of all.
+
+    Raises DataError for a file that became unreadable.
+    """
     cfg = schedule.cfg
     for epoch in range(state.epoch, cfg.epoch_num):
-        rows = schedule.plan(epoch)[state.position if epoch == state.epoch else 0 :]
-        done = 0
-        own = dist.shard(rows)
+        rows, done = schedule.plan(epoch)[state.position :], 0
         crop, augmentation = schedule.crop_size(epoch), schedule.augmentation(epoch)
-        for batch in batches(source, own, cfg.batch_size_train, crop, channels_last, augmentation):
-            taken = len(batch.rows) * dist.size
-            done += taken
-            ends = done // dist.size == len(own)
-            yield TrainBatch(batch.x, batch.y, rows[done - taken : done], batch.wait, ends)
+        for batch in batches(source, dist.shard(rows), cfg.batch_size_train, crop, channels_last, augmentation):
+            start, done = done, done + len(batch.rows) * dist.size
+            yield batch._replace(rows=rows[start:done])
 
 
 def validate_config(cfg: Any, weights: Path | None) -> None:

@@ -6,7 +6,8 @@ and `TrainStep.read` reports it.
 
 import copy
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +48,10 @@ class RunningMeans:
 class TrainStep:
     """Trains `net` on one batch per call; modules keep their modes.
 
-    loss: function (logits d0, d1, ..., masks) -> a number, one value per output (their sum is trained), or, as in
-    U-2-Net, (tar, loss): the second is trained, the first is printed.
-    dist: the processes that train together, each with a batch of the same size; running statistics are averaged.
-    grad_clip: max gradient norm. ema_decay: per step, of the averaged weights. 0 turns either off. grad_accum_steps:
-    micro-batches per batch; batch norm sees one at a time.
+    loss: (logits d0, d1, ..., masks) -> a number, one value per output (their sum is trained), or, as in U-2-Net,
+    (tar, loss): the second is trained, the first is printed. dist: the processes that train together, each with a batch
+    of the same size; running statistics are averaged. grad_clip: maximum norm; ema_decay: per step; 0 turns either off.
+    grad_accum_steps: micro-batches per batch; batch norm sees one at a time.
     """
 
     def __init__(
@@ -225,12 +225,17 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are settings
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
-            moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
-        if any(v.ndim and v.shape != p.shape for p, m in self.optimizer.state.items() for v in m.values()):
-            print("warning: the optimizer's groups have changed: its moments start from zero")
-            self.optimizer.state.clear()
+        shapes = dict(enumerate(p.shape for group in self.optimizer.param_groups for p in group["params"]))
+        saved, names = state["optimizer"], _names_of_moments(self.optimizer)
+        if all(
+            moments.keys() == names and all(not v.ndim or v.shape == shapes.get(i) for v in moments.values())
+            for i, moments in saved.items()
+        ):
+            self.optimizer.load_state_dict({"state": saved, "param_groups": groups})
+            for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
+                moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
+        else:
+            print("warning: the optimizer or its groups have changed: its moments start from zero")
         self.sums = state["sums"].to(self.device)
         self.nonfinite.copy_(state["nonfinite"])
         if self.ema_decay and state["ema_steps"]:
@@ -238,3 +243,13 @@ class TrainStep:
             factor = (1 - self.ema_decay**self.ema_steps) / (1 - state["ema_decay"] ** self.ema_steps)
             self.ema = {name: average.to(self.device) * factor for name, average in state["ema"].items()}
             self._setup = None  # the next step matches them to the network's tensors
+
+
+def _names_of_moments(optimizer: torch.optim.Optimizer) -> Collection[str]:
+    """What the optimizer keeps of each parameter, by a step of a copy."""
+    copied, group = copy.copy(optimizer), next(group for group in optimizer.param_groups if group["params"])
+    p = torch.zeros_like(group["params"][0], requires_grad=True)
+    p.grad = torch.zeros_like(p)
+    copied.state, copied.param_groups = defaultdict(dict), [group | {"params": [p]}]
+    copied.step()
+    return copied.state[p].keys()

@@ -1,10 +1,10 @@
 """Scores during training: the printed IoU, and IoU, MAE and max F-measure of the validation pairs. Preview images.
 
-The metrics of the papers on test sets come from PySODMetrics (inference/evaluation.py). `SODMetric` equals it, which a
-test checks, and exists because validation after every epoch has to stay on the GPU.
+`SODMetric` equals PySODMetrics (inference/evaluation.py), which a test checks, and stays on the GPU.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -72,17 +72,14 @@ class SODMetric(Metric):
         return {name: float(value) for name, value in scores.items()}
 
 
-class EvalMode:
+@contextlib.contextmanager
+def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
     """Within it `net` is in eval mode; afterwards each module is in its own mode of before (a frozen one in eval)."""
-
-    def __init__(self, net: nn.Module):
-        self.net, self.modes = net, {module: module.training for module in net.modules()}
-
-    def __enter__(self) -> nn.Module:
-        return self.net.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes.items():
+    modes = {module: module.training for module in net.modules()}
+    try:
+        yield net.eval()
+    finally:
+        for module, training in modes.items():
             module.training = training
 
 
@@ -96,12 +93,11 @@ def validate(
 ) -> dict[str, float]:
     """The scores of d0 over the `batches` of all processes; {} where there are none.
 
-    Raises Stopped in every process where one of them received a signal: the validation then counts as not done. Raises
-    UserError where the memory does not suffice.
+    Raises Stopped in every process where one received a signal, UserError where the memory does not suffice.
     """
     device = next(net.parameters()).device
     metric, memory = SODMetric().to(device), HeapRetention(device)
-    with EvalMode(net):
+    with eval_mode(net):
         for batch in batches:
             if stop:
                 break
@@ -129,7 +125,7 @@ def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: a batch of the loop."""
     from torchvision.utils import make_grid
 
-    with EvalMode(net):
+    with eval_mode(net):
         d0 = net(images)[0].float().cpu()
     mean, std = (torch.tensor(v[:3]).view(1, 3, 1, 1) for v in (MEAN, STD))
     photos = (images[:, :3].float().cpu() * std + mean).clamp(0, 1)

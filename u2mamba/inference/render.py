@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import io
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from u2mamba.dataset.decode import decode, read_alpha, to_rgb
 from u2mamba.dataset.image_file import DECODE_BUDGET, PNG_TEXT, BadFile, errors_as_bad_file, open_image
@@ -81,6 +83,9 @@ def encode(result: tuple, modes: Iterable[str], cfg: Any) -> Iterator[tuple[str,
     source, saliency, shape = result
     if isinstance(saliency, BadFile):
         raise saliency
+    low, high = np.rint(255 * saliency.min()), np.rint(255 * saliency.max())
+    if low == high:
+        tqdm.write(f"{source.image}: its map is {low:.0f} of 255 everywhere", file=sys.stderr)
     opaque = read_alpha(source.image) if "cutout" in modes else None
     # the image is decoded again: between network and writing only maps wait, however large the images are
     with (open_rgb if NEEDS_IMAGE & set(modes) else errors_as_bad_file)(source.image) as opened:

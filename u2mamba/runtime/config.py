@@ -5,7 +5,6 @@ import difflib
 import itertools
 import os
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -80,20 +79,19 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
     argv: words after the script's name (None: the process's). Raises UserError for a value of the wrong type or out of
     range, a name of before and a misspelled `--key`; exits with 2 for any other unknown one.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    _refuse_old_names(argv, {field.name for field in fields(default)}, presets)
-    _refuse_misspelled(argv, typing.get_type_hints(type(default)))
-    if presets and argv and not argv[0].startswith("-"):
-        if argv[0] not in presets:
-            raise UserError(f'no preset is called "{argv[0]}"; there are: {", ".join(presets)}')
-        default = presets[argv.pop(0)]
+    argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
+    names, description = ", ".join(presets), type(default).__doc__
+    _refuse_wrong_options(argv, typing.get_type_hints(type(default)))
+    if presets:
+        description = f"presets (first word): {names}; the defaults below are those of the chosen one"
+        if argv and not argv[0].startswith("-"):
+            if argv[0] not in presets:
+                raise UserError(f"{argv[0]}: {OLD_NAMES.get(argv[0], f'no preset; there are {names}')}")
+            default = presets[argv.pop(0)]
     for before, word in itertools.pairwise(argv):
-        if word in (presets or ()) and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
+        if word in presets and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
             raise UserError(f"the preset comes first: python {sys.argv[0]} {word} --key value ...")
     check_settings(default)  # before tyro, which would report a wrong value in the file as one of the command line
-    description = type(default).__doc__
-    if presets:
-        description = f"presets (first word): {', '.join(presets)}; the defaults below are those of the chosen one"
     config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
     check_settings(config)
     return dataclasses.replace(config, **{f.name: _expand_home(getattr(config, f.name)) for f in fields(config)})
@@ -106,65 +104,41 @@ def _expand_home(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def _refuse_misspelled(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
-    for word, value in itertools.pairwise([*argv, ""]):
-        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
-        name = name if name in hints else name.removeprefix("no_")
-        if hints.get(name) is bool and ("=" in word or value.lower() in ("true", "false")):
-            raise UserError(f"--{name} takes no value: --{name} switches it on, --no-{name} off")
-        if name not in hints and (close := difflib.get_close_matches(name, hints, 1)):
-            raise UserError(f"{word}: there is no such option; is --{close[0]} meant?")
-
-
-def _refuse_old_names(argv: Sequence[str], fields: set[str], presets: Mapping[str, Any] | None) -> None:
+def _refuse_wrong_options(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
     option = ""
-    for place, word in enumerate(argv):
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            option = "--" + name.replace("-", "_").removeprefix("no_")
-            keys = (option, f"{option} {value}")
-        else:
-            value, keys = word, (f"{option} {word}" if option else word,)
-        if not option and (place or not presets):  # a file's name is no preset
-            continue
-        for key in keys:
-            if key in OLD_NAMES and key.removeprefix("--") not in fields:
-                value = value or "".join(argv[place + 1 : place + 2])
-                if key == "--beyond" and value.replace(".", "", 1).isdecimal():
-                    raise UserError(f"{key} {value}: now --scale_max {1 + float(value):g}")
+    for word, following in itertools.pairwise([*argv, ""]):
+        value = word
+        if is_option := word.startswith("--"):
+            name, _, value = word[2:].replace("-", "_").partition("=")
+            name = name if name in hints else name.removeprefix("no_")
+            option = f"--{name}"
+            if hints.get(name) is bool and ("=" in word or following.lower() in ("true", "false")):
+                raise UserError(f"--{name} takes no value: --{name} switches it on, --no-{name} off")
+        for key in (option, f"{option} {value}"):
+            if key in OLD_NAMES and key[2:] not in hints:
                 raise UserError(f"{key}: {OLD_NAMES[key]}")
+        if is_option and name not in hints and (close := difflib.get_close_matches(name, hints, 1)):
+            raise UserError(f"{word}: there is no such option; is --{close[0]} meant?")
 
 
 def check_settings(config: Any) -> None:
     """Raises UserError naming the first field whose type, choice or range is wrong."""
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
-        allowed = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
-        hint = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
-        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        if choices and value not in choices:
+        hint, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        several = typing.get_origin(hint) is tuple
+        kind = typing.get_args(hint)[0] if several else hint
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        values = value if several and isinstance(value, tuple) else (value,)
+        if choices and not all(v in choices for v in values):
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
-        if not choices and not _is_a(value, hint):
+        types = (int, float) if kind is float else type(choices[0]) if choices else kind
+        right = all(isinstance(v, types) and isinstance(v, bool) == (kind is bool) for v in values)
+        if not right or several != isinstance(value, tuple):
             raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
-        for low, high in allowed:
+        for low, high in (note for note in notes if isinstance(note, Range)):
             if not low <= value <= high:  # "not <=", so that NaN is refused too
                 raise UserError(f"{field} = {value!r}: must be from {low:g} to {high:g}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, h) for h in typing.get_args(hint))
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_is_a(v, item) for v in value)
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

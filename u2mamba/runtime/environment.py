@@ -40,8 +40,7 @@ class Environment:
     def choose(cls, cfg: Any, dist: Any) -> "Environment":
         """The environment for the settings `device`, `gpu`, `precision`, `seed`, `deterministic`; prints what it is.
 
-        dist: the process group (`DistContext`). bf16 implies channels_last. Raises UserError for a device that is not
-        there.
+        dist: the `DistContext`. bf16 implies channels_last. Raises UserError for a device that is not there.
         """
         seed_everything(cfg.seed, cfg.deterministic)
         device, device_line = choose_device(cfg.device, cfg.gpu + dist.local_rank)
@@ -61,40 +60,39 @@ class Environment:
 
 
 def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
-    """The best device there is, or the one wanted, and a line that names it.
+    """The best device there is, or the one wanted ("auto", "cuda", "mps" or "cpu"), and a line that names it.
 
-    wanted: "auto", "cuda", "mps" or "cpu"; gpu: index among the GPUs that CUDA shows.
-    Raises UserError when the one wanted is not there.
+    gpu: index among the GPUs that CUDA shows. Raises UserError when the one wanted is not there.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError('device = "cuda": PyTorch finds no CUDA GPU; use device = "auto" or "cpu"')
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise UserError('device = "mps": PyTorch finds no Apple GPU; use device = "auto" or "cpu"')
-    if wanted in ("auto", "cuda") and torch.cuda.is_available():
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(wanted, True):
+        kind = {"cuda": "CUDA", "mps": "Apple"}[wanted]
+        raise UserError(f'device = "{wanted}": PyTorch finds no {kind} GPU; use device = "auto" or "cpu"')
+    if wanted in ("auto", "cuda") and there["cuda"]:
         count = torch.cuda.device_count()
         if gpu >= count:
             raise UserError(f"gpu = {gpu}: there are {count} GPUs, numbered from 0; each process uses one")
         torch.cuda.set_device(gpu)
         name, memory = torch.cuda.get_device_name(gpu), torch.cuda.get_device_properties(gpu).total_memory
         return torch.device("cuda", gpu), f"GPU {gpu} of {count}, {name}, {memory / 2**30:.0f} GiB"
-    if wanted in ("auto", "mps") and torch.backends.mps.is_available():
+    if wanted in ("auto", "mps") and there["mps"]:
         return torch.device("mps"), f"Apple GPU ({platform.processor() or platform.machine()})"
     reason = "" if wanted == "cpu" else ", PyTorch finds no GPU"
-    if granted_cores() < torch.get_num_threads():  # PyTorch does not know the quota of a container
-        torch.set_num_threads(granted_cores())
-    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads on {granted_cores()} cores{reason}"
+    if (cores := granted_cores()) < torch.get_num_threads():  # PyTorch does not know the quota of a container
+        torch.set_num_threads(cores)
+    return torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads on {cores} cores{reason}"
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     """ "fp32" or "bf16", where the device is faster in bf16, and a line with the reason for a fallback."""
     reason = ""
-    if wanted == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = "bf16 requires compute capability 8.0"
-    elif wanted == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+    elif device.type == "cpu" and not _cpu_has_bf16():
         reason = "this CPU has no bf16 instructions"
-    elif wanted == "bf16" and device.type == "mps":
+    elif device.type == "mps":
         reason = "bf16 autocast is not used on Apple GPUs"
-    return ("fp32", f"fp32 ({reason})") if reason else (wanted, wanted)
+    return ("fp32", f"fp32 ({reason})") if wanted == "bf16" and reason else (wanted, wanted)
 
 
 def _cpu_has_bf16() -> bool:
@@ -174,10 +172,9 @@ def out_of_memory(error: Exception) -> bool:
 class HeapRetention:
     """Within it, from the second time on, the process keeps the memory that tensors free on a CPU (glibc only).
 
-    glibc returns each large block to the system and maps another, whose pages the kernel zeroes one by one: a sixth of
-    the time of a map, 4 to 30 % of a training step. Retention takes up to 40 % more memory, so half of the peak has to
-    be free besides. Outside, large blocks are mapped as usual: a retained one is often a few bytes too small for the
-    next tensor, which made other work grow from 2 to 16 GB.
+    glibc returns each large block to the system and maps another, whose pages the kernel zeroes one by one: 4 to 30 %
+    of a training step. Retention takes up to 40 % more memory, so half of the peak has to be free besides. Outside,
+    large blocks are mapped as usual: retained ones made other work grow from 2 to 16 GB.
     """
 
     def __init__(self, device: torch.device):
@@ -206,13 +203,8 @@ class HeapRetention:
 def provenance(device: torch.device) -> dict[str, str]:
     """What config.json and last.pth record of where a run was made: version, git commit, PyTorch, device."""
     commit = "unknown"
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(ROOT)]
-        commit = _output([*git, "rev-parse", "HEAD"])
-        commit += " with changes" if _output([*git, "status", "--porcelain", "-uno"]) else ""
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()  # noqa: S603
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"version": VERSION, "commit": commit, "torch": str(torch.__version__), "device": name}
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()  # noqa: S603 - git

@@ -20,7 +20,6 @@ class Stopped(Exception):
     """A stop signal was received; the caller saves and ends with `exit_code`."""
 
     def __init__(self, exit_code: int):
-        super().__init__(f"stopped by a signal (exit code {exit_code})")
         self.exit_code = exit_code
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,11 +26,11 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, flush: bool = True, before_rename: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+def replacing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
     """A file to write under a temporary name next to `path`; flushed to the disk, then renamed, where nothing failed.
 
     A reader of `path` sees the old file or the new one, never a part. flush: False for one of many small files, which
-    a crash of the machine may lose. before_rename: called when the new file is complete. Raises OSError.
+    a crash of the machine may lose. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # not by tempfile, whose permissions would need a chmod, which Samba, S3 and vfat refuse; short for long names
@@ -41,7 +41,6 @@ def replacing(path: Path, flush: bool = True, before_rename: Callable[[], None] 
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
-        before_rename()
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

@@ -4,9 +4,7 @@ import ast
 from pathlib import Path
 from zlib import crc32
 
-PUBLISHED_LOADER = (
-    2273336099  # source_checksum of data_loader.py; a test compares it and holds that file to what a run does
-)
+PUBLISHED_LOADER = 2273336099  # source_checksum of data_loader.py, which a test holds to what a run does
 SETTINGS = {"Config", "PRESETS"}  # of a script; compared as settings, not as code
 
 
@@ -28,19 +26,12 @@ def source_checksum(path: Path) -> int:
             for field in node.body:
                 if isinstance(field, ast.AnnAssign):
                     field.value = None
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and _name(n.targets[0]) in SETTINGS)]
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in SETTINGS)]
     return crc32(ast.unparse(tree).encode())  # which all versions of Python write alike
 
 
-def _name(node: ast.expr) -> str:
-    return node.id if isinstance(node, ast.Name) else ""
-
-
 def source_checksums(root: Path) -> dict[str, int]:
-    """`source_checksum` of each file that decides what a run computes: the script, the data, model/ and u2mamba/.
-
-    u2mamba/fast/ is left out: it computes the same.
-    """
+    """`source_checksum` of each file that decides what a run computes, so without u2mamba/fast/."""
     files = [root / "u2mamba_train.py", root / "data_loader.py", *(root / "model").rglob("*.py")]
     files += [path for path in (root / "u2mamba").rglob("*.py") if "fast" not in path.relative_to(root).parts]
     return {path.relative_to(root).as_posix(): source_checksum(path) for path in sorted(files) if path.is_file()}

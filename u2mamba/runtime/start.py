@@ -4,7 +4,6 @@ A missing package is named. Ctrl-C in the seconds that PyTorch takes to load end
 `runtime.errors.one_line_errors` takes over from there.
 """
 
-import importlib
 import importlib.util
 import os
 import signal
