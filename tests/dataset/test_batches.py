@@ -63,14 +63,8 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
         plan = epoch_plan(len(cached.train), epoch, 0, rescale=32, crop=24)
         abandoned = batches(streamed.train, plan, 2, crop=24)
         next(abandoned)  # stopped in the middle of an epoch
-        for one, other in zip(
-            batches(cached.train, plan, 3, crop=24),
-            batches(streamed.train, plan, 3, crop=24),
-            strict=True,
-        ):
-            assert torch.equal(one.x, other.x)
-            assert torch.equal(one.y, other.y)
-            assert torch.equal(one.rows, other.rows)
+        for pair in zip(*(batches(data.train, plan, 3, crop=24) for data in (cached, streamed)), strict=True):
+            assert all(torch.equal(getattr(pair[0], name), getattr(pair[1], name)) for name in ("x", "y", "rows"))
     gone = cached.train.pairs[0].image
     gone.unlink()
     with pytest.raises(DataError, match=f"{gone.name}.*readable at the start"):
@@ -96,16 +90,9 @@ def test_open_data_in_a_plain_process(tmp_path):
         "data = open_data(*train_val_split(pairs), 32)\n"
         "print(len(list(batches(data.train, epoch_plan(len(data.train), 0, 0, 32, 24), 2, crop=24))))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(data_loader.__file__).parent,
-        check=False,
-        timeout=120,
-    )
-    assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == "2"
+    command, root = [sys.executable, "-W", "error", "-c", code], Path(data_loader.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert (done.stderr, done.stdout.splitlines()[-1]) == ("", "2")
 
 
 def test_masks_without_any_object_are_refused(tmp_path):

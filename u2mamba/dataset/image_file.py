@@ -153,18 +153,13 @@ def to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
     """Modes I, I;16* and F -> uint8 and the full range that became 255: the first of 1 (floats only), FULL_RANGES and
     the maximum that no value exceeds.
 
-    Rows are converted in groups, since their float64 values would take 8 times the memory of the result.
+    Rows are scaled in groups, since their float64 values would take 8 times the memory of the result.
     """
-    values = np.asarray(file)
-    groups = np.array_split(values, min(len(values), 1 + (values.size >> 20)))
-
-    def positive(rows: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(rows.astype(np.float64), posinf=0, neginf=0).clip(min=0)
-
-    maximum = max(positive(rows).max() for rows in groups)
-    scales = (1, 255, 65535) if file.mode == "F" else FULL_RANGES
+    values = np.nan_to_num(np.asarray(file), posinf=0, neginf=0).clip(min=0)
+    maximum, scales = float(values.max()), (1, 255, 65535) if file.mode == "F" else FULL_RANGES
     scale = next((s for s in scales if maximum <= s), maximum)
-    return np.concatenate([np.rint(positive(rows) * (255 / scale)).astype(np.uint8) for rows in groups]), scale
+    groups = np.array_split(values, min(len(values), 1 + (values.size >> 20)))
+    return np.concatenate([np.rint(rows * np.float64(255 / scale)).astype(np.uint8) for rows in groups]), scale
 
 
 def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Image.Image:

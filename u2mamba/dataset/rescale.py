@@ -15,25 +15,28 @@ from scipy import sparse
 BLOCK = 1 << 22  # pixels that are processed at once, 50 MB of floats
 
 
-@functools.lru_cache(maxsize=4096)
-def axis_operator(length: int, size: int) -> sparse.csr_array:
-    """What `skimage.transform.resize(..., mode="constant")` does along one axis: (size, length) float32, sparse.
+@functools.lru_cache(maxsize=512)
+def axis_operator(length: int, size: int, published: bool = True) -> sparse.csr_array:
+    """Linear interpolation along one axis, sparse: (size, length).
 
-    Linear interpolation after a Gaussian low-pass filter that is cut off at 4 standard deviations.
+    published: what `skimage.transform.resize(..., mode="constant")` does, float32: after a Gaussian low-pass filter
+    that is cut off at 4 standard deviations, and with black around the image. Else neither, float64.
     """
     center = (np.arange(size)[:, None] + 0.5) * length / size - 0.5
     low = np.floor(center)
     weights, columns = np.hstack((1 - (center - low), center - low)), np.hstack((low, low + 1)).astype(np.int64)
-    sigma = max(0.0, (length / size - 1) / 2)
+    sigma = max(0.0, (length / size - 1) / 2) if published else 0
     radius = int(4 * sigma + 0.5)
     reach = np.arange(-radius, radius + 1)
     low_pass = np.exp(-0.5 / (sigma * sigma or 1) * reach**2)
     weights, columns = weights[..., None] * (low_pass / low_pass.sum()), columns[..., None] + reach
+    if not published:
+        columns = columns.clip(0, length - 1)
     used = (weights != 0) & (columns >= 0) & (columns < length)
     rows = np.broadcast_to(np.arange(size)[:, None, None], used.shape)
     return sparse.csr_array(  # the constructor adds weights of the same place
         (weights[used], (rows[used], columns[used])), shape=(size, length)
-    ).astype(np.float32)
+    ).astype(np.float32 if published else np.float64)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,16 +72,6 @@ def rescale_mask(mask: np.ndarray, size: int) -> np.ndarray:
     return mask[axis_index(mask.shape[0], size)[:, None], axis_index(mask.shape[1], size)]
 
 
-@functools.lru_cache(maxsize=64)
-def _linear_operator(length: int, size: int) -> sparse.csr_array:
-    """Linear interpolation along one axis without a low-pass filter: (size, length) float64, sparse."""
-    places = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
-    low = places.astype(np.int64).clip(max=max(0, length - 2))
-    high = np.minimum(low + 1, length - 1)
-    weights, rows = np.stack((1 - (places - low), places - low)), np.tile(np.arange(size), 2)
-    return sparse.csr_array((weights.ravel(), (rows, np.concatenate((low, high)))), shape=(size, length))
-
-
 def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The inverse of `rescale_image`: a saliency map (h, w) in [0, 1] of the network -> (H, W), of the same float type.
 
@@ -87,7 +80,7 @@ def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if saliency.shape == shape:
         return saliency
     vertical, horizontal = (
-        _linear_operator(length, size).astype(saliency.dtype)
+        axis_operator(length, size, published=False).astype(saliency.dtype)
         for length, size in zip(saliency.shape, shape, strict=True)
     )
     rows, out = vertical @ saliency, np.empty(shape, saliency.dtype)
