@@ -320,7 +320,7 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"inputs": ()}, "no input: name images"),
+        ({"inputs": ()}, "no input: give images"),
         ({"inputs": ("nowhere.jpg",)}, "nowhere.jpg: there is no such file or folder"),
         ({"inputs": ("x" * 300,)}, ": there is no such file or folder"),
         ({"inputs": ("empty",)}, "empty: no image in it"),
@@ -331,7 +331,7 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
         ({"out": "photos/a.png"}, "cannot be written"),
         ({"size": 8}, "size = 8: must be from 32 to 4096"),
         ({"threshold": float("nan")}, "threshold = nan: must be from 0 to 1"),
-        ({"mode": ()}, "no mode: give one or several of map, mask"),
+        ({"mode": ()}, "no mode: give one or more of map, mask"),
         ({"mode": ("map", "alpha")}, "mode = ('map', 'alpha')"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
         assert predict(photos) == code
         assert "skipped: " in capsys.readouterr().err
     else:
-        with pytest.raises(UserError, match=r"No space left on device\); the same command continues from there"):
+        with pytest.raises(UserError, match=r"No space left on device\); repeat the command to continue"):
             predict(photos)
     assert set(files(tmp_path / "out")) <= {"map/below/b.png", "map/settings.json"}
 
@@ -384,7 +384,7 @@ def test_standard_streams_carry_what_the_file_would_hold(photos, predict, checkp
     for content, modes, line in (
         (b"not an image", ["map"], b"error: standard input: not an image"),
         (b"", ["map"], b"error: standard input: empty file"),
-        (b"", ["map", "mask"], b"error: --out - takes exactly one mode"),
+        (b"", ["map", "mask"], b"error: --out - requires exactly one mode"),
     ):
         failed = stream(content, *words, *modes)
         assert (failed.returncode, failed.stdout) == (2, b"")
