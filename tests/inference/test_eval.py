@@ -340,7 +340,7 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"name": ("a", "b")}, "--name has 2 entries, --gt 1"),
         ({"name": ("../a",)}, "without a path"),
         ({"gt": ("nowhere",)}, "nowhere: No such file"),
-        ({"pred": ("masks",)}, "is the folder of masks and of maps"),
+        ({"pred": ("masks",)}, "is given for both masks and maps"),
         ({"gt": ("empty",)}, "maps has 3 maps, empty 0 masks, and no two have the same name"),
         ({"speed": True}, "--speed requires a network"),
         ({"tta": True}, "--tta requires a network"),
@@ -349,7 +349,7 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"csv": "masks"}, "is a folder"),
         ({"checkpoint": "net.pth", "size": 8}, "size = 8: must be from 32"),
         ({"checkpoint": "nothing.pth"}, "nothing.pth: there is no such checkpoint"),
-        ({"checkpoint": "other.pth"}, "other.pth: holds the weights of another"),
+        ({"checkpoint": "other.pth"}, "other.pth: contains the weights of a network other"),
     ],
 )
 def test_unusable_input_is_one_line_before_any_work(change, says, three, monkeypatch, capsys):

@@ -213,7 +213,7 @@ def test_weights_files_of_fp32_and_of_int8(exported, tmp_path, monkeypatch, caps
         ({"out": "net.pth/net.onnx"}, "cannot be written"),
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
         ({"gt": "masks"}, "--gt: also give the images of these masks"),
-        ({"images": "out"}, "out: no image in it"),
+        ({"images": "out"}, "out: contains no image"),
         ({"images": "images", "gt": "nowhere"}, "nowhere: No such file or directory; set --gt"),
         ({"size": 20}, "size = 20: must be from 32"),
         ({"opset": 99}, "opset = 99: must be from 13 to 20"),

@@ -280,7 +280,7 @@ def test_images_of_one_name_do_not_overwrite_one_another(photos, predict, tmp_pa
     assert not np.array_equal(*(pixels(tmp_path / "out/map" / n) for n in ("a.jpg.png", "a.png.png")))
     (tmp_path / "more").mkdir()
     photo(3).save(tmp_path / "more" / "a.png")
-    with pytest.raises(UserError, match=r"more.a\.png would both become a\.png: give each an --out"):
+    with pytest.raises(UserError, match=r"more.a\.png would both become a\.png: use a separate --out"):
         predict(photos, tmp_path / "more", out=str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
 
@@ -323,11 +323,11 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
         ({"inputs": ()}, "no input: give images"),
         ({"inputs": ("nowhere.jpg",)}, "nowhere.jpg: there is no such file or folder"),
         ({"inputs": ("x" * 300,)}, ": there is no such file or folder"),
-        ({"inputs": ("empty",)}, "empty: no image in it"),
+        ({"inputs": ("empty",)}, "empty: contains no image"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth: there is no such checkpoint"),
-        ({"checkpoint": "other.pth"}, "another network than U²-Net"),
+        ({"checkpoint": "other.pth"}, "a network other than U²-Net"),
         ({"checkpoint": "cut.pth"}, "truncated or damaged"),
-        ({"checkpoint": "large"}, "u2mamba.pth is not there; give the path of a weights file"),
+        ({"checkpoint": "large"}, "u2mamba.pth not found; give the path of a weights file"),
         ({"out": "photos/a.png"}, "cannot be written"),
         ({"size": 8}, "size = 8: must be from 32 to 4096"),
         ({"threshold": float("nan")}, "threshold = nan: must be from 0 to 1"),

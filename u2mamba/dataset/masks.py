@@ -36,8 +36,7 @@ class MaskKind(NamedTuple):
 
 
 class MaskRule(NamedTuple):
-    """How the masks of a dataset are read. `line` is printed; as_stored: masks without an EXIF tag were drawn on the image
-    as stored."""
+    """How a dataset's masks are read. line: printed; as_stored: masks without EXIF tag were drawn on the stored image."""
 
     name: str
     full_range: int = 255

@@ -112,8 +112,8 @@ def pair_folders(
 ) -> PairList:
     """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
 
-    options: names of the options that set the folders, for messages. Raises DataError if a folder is missing or there are
-    no pairs.
+    options: names of the options that set the folders, for messages. Raises DataError if a folder is missing or there
+    are no pairs.
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
     names, irregular = [], []
