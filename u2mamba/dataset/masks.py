@@ -36,7 +36,7 @@ class MaskKind(NamedTuple):
 
 
 class MaskRule(NamedTuple):
-    """How a dataset's masks are read. line: printed; as_stored: masks without EXIF tag were drawn on the stored image."""
+    """How a dataset's masks are read. line: printed; as_stored: masks without EXIF tag are drawn on stored images."""
 
     name: str
     full_range: int = 255
