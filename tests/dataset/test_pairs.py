@@ -86,7 +86,7 @@ def test_no_pairs_says_what_there_is(tmp_path):
     (masks / "p000.png").rename(masks / "p000_mask.png")
     (images / "more").mkdir()
     (images / "a.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); not read: a\.heic, more \(a folder\)"):
+    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); ignored: a\.heic, more \(a folder\)"):
         pair_folders(images, masks)
 
 

@@ -163,7 +163,7 @@ def test_group_norm_attention_folds_plateau(project, data):
 
 
 def test_instance_norm_head_one_cycle(project, data):
-    project.edit("Instance norm", "Another head", "An unused module", "d0 alone", "One cycle")
+    project.edit("Instance norm", "A different head", "An unused module", "d0 alone", "One cycle")
     assert '--pretrained "" starts without' in project.train(*U2NETP, code=2)
     lines = project.train("--arch", "u2netp", "--epoch_num", "2", "--lr", "1e-3")
     assert printed_rates(lines) == pytest.approx([9.36e-4, 8.12e-4, 2.83e-4, 4e-9], rel=0.01)
@@ -233,7 +233,7 @@ def test_a_network_of_ones_own_is_known_to_every_command(project, data):
 def test_a_compiled_network_other_losses_and_a_new_setting_resume_a_run_and_best_starts_anew(project):
     project.train(*(average := ("--ema_decay", "0.9")))
     project.edit("torch.compile", old="compile(net)", new='compile(net, backend="eager")')
-    project.edit("Weights of the outputs", "Weight of the object", "SSIM, with a setting of its own")
+    project.edit("Weights of the outputs", "Weight of the object", "SSIM, with its own setting")
     project.edit("Best by another score")
     assert "the code has changed since: u2mamba_train.py; --resume never trains" in project.train(*average, code=2)
     lines = project.train(*average, "--epoch_num", "2")
