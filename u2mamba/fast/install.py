@@ -120,7 +120,7 @@ class FusedOps(PlainOps):
 
 
 def install(net: nn.Module) -> list[str]:
-    """Installs the kernels that work on the device of `net` in its layers; registers the scans "triton" and "mamba_ssm".
+    """Installs the kernels that work on the device of `net` in its layers; registers the scans "triton", "mamba_ssm".
 
     Call it when `net` is on its device and in its memory format, before `TrainStep` is created. Returns lines to print:
     which operations use kernels, which do not, and why.
