@@ -1,8 +1,8 @@
-"""The dataset and the transforms that U-2-Net published, with scikit-image on every access: they define the images.
+"""The dataset and the transforms that U-2-Net published, with scikit-image on every access, as the reference.
 
 A training run does not call them. It uses their fast equivalents in u2mamba/dataset/rescale.py and augment.py, which a
-test compares with them: to change what is trained on, edit those. Source: Qin et al., U-2-Net's data_loader.py
-(github.com/xuebinqin/U-2-Net); its bugs are fixed and named. The batches of a run can be imported from here too.
+test compares with them: to change the training data, edit those. Source: Qin et al., U-2-Net's data_loader.py
+(github.com/xuebinqin/U-2-Net); its bugs are fixed and marked. The functions for batches can be imported from here too.
 """
 
 from __future__ import annotations

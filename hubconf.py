@@ -1,4 +1,4 @@
-"""Entries for torch.hub: the networks of this repository, in plain PyTorch and in eval mode.
+"""Entry points for torch.hub: the networks of this repository, in plain PyTorch and in eval mode.
 
 net = torch.hub.load("path/to/this/repository", "u2mambap", source="local")
 d0 = net(images)[0]  # (B, 3, H, W) float32, normalized as docs/export.md says -> (B, 1, H, W) saliency maps in [0, 1]
@@ -31,14 +31,14 @@ def u2mambap(pretrained: bool = True, **options: Any) -> nn.Module:
 
 
 def u2mamba(pretrained: bool = True, **options: Any) -> nn.Module:
-    """The large network, as `u2mambap`. Raises ValueError where saved_models/u2mamba.pth is missing."""
+    """The large network, as `u2mambap`. Raises ValueError if saved_models/u2mamba.pth is missing."""
     return _build("u2mamba", pretrained, options)
 
 
 def u2net_file(path: str, **options: Any) -> nn.Module:
     """The network of a weights file: U-2-Net's public u2net.pth or u2netp.pth, or one that this project has written.
 
-    Raises ValueError with one line where the file cannot be used.
+    Raises ValueError with one line if the file cannot be used.
     """
     return _networks().weights.load_model(path, **options)
 

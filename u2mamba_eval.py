@@ -12,7 +12,7 @@ fp32, or an image file's bytes / 255. Two definitions of the F-measure (beta² =
 Each has 256 thresholds, of which the maximum (max F) and the mean (mean F) are reported. Both of B, and U²-Net's code
 when it saves maps, first normalize each map by its minimum and maximum: --normalize.
 
-A second table tells where a network fails: the scores by the size of the object. MAE is the sum of a missed part, where
+A second table shows where a network fails: the scores by object size. MAE is the sum of a missed part, where
 the map is below the mask, and an extra part, where it is above.
 
 Exit codes: 0 done; 1 done, but files were skipped; 2 the input cannot be used; 130, 143 stopped by Ctrl-C, SIGTERM.
@@ -65,13 +65,13 @@ MASK_FOLDERS = {"gt", "gts", "gt_aug", "mask", "masks", "ground_truth", "groundt
 @dataclass
 class Config:
     __doc__ = __doc__  # for --help
-    gt: tuple[str, ...] = ()  # folders of ground-truth masks, one per data set
+    gt: tuple[str, ...] = ()  # folders of ground-truth masks, one per dataset
     checkpoint: str = ""  # weights file, or small or large (included); with --image
-    image: tuple[str, ...] = ()  # folders of images, in the order of --gt; with --pred for the sheet and EXIF rotation
+    image: tuple[str, ...] = ()  # folders of images, in the order of --gt; with --pred: for the sheet and EXIF rotation
     pred: tuple[str, ...] = ()  # folders of saved maps (images, or .npy of floats), in the order of --gt
-    name: tuple[str, ...] = ()  # names of the data sets; default: from the folders of masks
-    json: str = ""  # file for the scores: an object per data set
-    csv: str = ""  # file for the scores: a row per data set
+    name: tuple[str, ...] = ()  # names of the datasets; default: from the mask folders
+    json: str = ""  # file for the scores: an object per dataset
+    csv: str = ""  # file for the scores: a row per dataset
     out: str = ""  # folder for curves, scores per image, and a contact sheet of the worst maps
     normalize: bool = False  # min-max normalize each map first
     workers: Annotated[int, Range(0, 1024)] = 0  # threads for the metrics; 0: one per core
@@ -79,9 +79,9 @@ class Config:
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(1, 4096)] = 8  # images per forward pass
     precision: Literal["fp32", "bf16"] = "fp32"
-    tta: bool = False  # flip test-time augmentation: twice the time
+    tta: bool = False  # flip test-time augmentation: takes twice as long
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    gpu: Annotated[int, Range(0, 1024)] = 0  # index, if there are several
+    gpu: Annotated[int, Range(0, 1024)] = 0  # GPU index
     speed: bool = False  # measure the network's images per second and peak memory
 
 
@@ -93,23 +93,23 @@ def dataset_names(cfg: Config) -> list[str]:
         if not name or Path(name).name != name:
             raise UserError(f"--name {name!r}: must be usable as a file name, without a path")
     if len(set(names)) < len(names):
-        raise UserError(f"two data sets have the same name ({', '.join(names)}): give --name, one for each")
+        raise UserError(f"two datasets have the same name ({', '.join(names)}): give one --name for each")
     return list(names)
 
 
 def check(cfg: Config) -> None:
-    """Raises UserError for options that do not fit together, and for files and folders that cannot be written."""
+    """Raises UserError for options that conflict, and for files and folders that cannot be written."""
     check_settings(cfg)
     if bool(cfg.checkpoint) == bool(cfg.pred):
         raise UserError("give either --checkpoint with --image (maps are predicted), or --pred (maps are read)")
     if not cfg.gt or (cfg.checkpoint and not cfg.image):
-        raise UserError(f"{'--image' if cfg.gt else '--gt'} names no folder")
+        raise UserError(f"{'--image' if cfg.gt else '--gt'} is missing: give a folder")
     for option in ("pred", "image", "name"):
         if (given := getattr(cfg, option)) and len(given) != len(cfg.gt):
             raise UserError(f"--{option} has {len(given)} entries, --gt {len(cfg.gt)}: they are matched in order")
     for option in ("speed", "tta"):
         if getattr(cfg, option) and not cfg.checkpoint:
-            raise UserError(f"--{option} needs a network: give --checkpoint")
+            raise UserError(f"--{option} requires a network: give --checkpoint")
     files = [Path(f) for f in (cfg.json, cfg.csv) if f]
     for folder in dict.fromkeys([f.parent for f in files] + [Path(cfg.out)] * bool(cfg.out)):
         check_folder(folder)
@@ -119,28 +119,28 @@ def check(cfg: Config) -> None:
 
 
 def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:
-    """A line for each remark about the files of a data set; kind: "map" or "image"."""
+    """One line per kind of problem with the files of a dataset; kind: "map" or "image"."""
     flagged = {
         flag: [stem for stem, s in metrics.images if getattr(s, flag)] for flag in ("resized", "constant", "empty")
     }
     remarks = (
         (unpaired.images, f"skipped {kind}s without a mask"),
         (unpaired.masks, f"skipped masks without {'an image' if kind == 'image' else 'a map'}"),
-        (unpaired.duplicates, "skipped files with the name of another"),
+        (unpaired.duplicates, "skipped files with a duplicate name"),
         ([str(error) for error in metrics.bad], "skipped files that cannot be used"),
-        (flagged["resized"], "maps that were resized to their mask"),
-        (flagged["constant"], "maps with a single value (used)"),
+        (flagged["resized"], "maps that were resized to the size of their mask"),
+        (flagged["constant"], "constant maps (used)"),
         (flagged["empty"], "masks without an object (used)"),
-        (unpaired.others, "entries that are not read"),
+        (unpaired.others, "other entries (ignored)"),
     )
     lines = [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
     if metrics.images and all(scores.faint for _, scores in metrics.images):
-        lines.append(f"{metrics.name}: no map exceeds 1 of 255: saved as 0 and 1? A map holds 0 to 255")
+        lines.append(f"{metrics.name}: no map value exceeds 1 of 255; were they saved as 0 and 1 instead of 0 to 255?")
     return lines
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> str:
-    """A column per data set, a row per metric."""
+    """A column per dataset, a row per metric."""
     rows = [["", *(s["name"] for s in summaries)], ["images", *(f"{s['n']:,}" for s in summaries)]]
     rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in zip(METRICS, LABELS, strict=True)]
     for key, label in (("img_s", "network, images/s"), ("memory_GiB", "network, peak GiB")):
@@ -149,7 +149,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 def size_table(metrics: DatasetMetrics) -> str:
-    """The scores of a data set by the size of the object: a row per size that it has, a column per metric."""
+    """The scores of a dataset by object size: a row per size that occurs, a column per metric."""
     rows = [[f"{metrics.name}, by object", "images", "MAE", "missed", "extra", "IoU"]]
     for size, (n, *means) in ((size, scores.values()) for size, scores in metrics.by_size().items()):
         rows += [[f"{size}: {SIZES[size]}", f"{n:,}", *(f"{mean:.4f}" for mean in means)]] if n else []
@@ -203,7 +203,7 @@ def main(cfg: Config) -> int:
         predict = prepare(net, size, cfg, cfg.gpu)
     speed = pipeline.measure_speed(predict, size, cfg.batch) if cfg.speed else {}
     workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
-    lines, worst = [], {}  # worst: data set -> items, the worst first, and how their masks are read
+    lines, worst = [], {}  # worst: dataset -> items, the worst first, and how their masks are read
     for metrics, items, unpaired in datasets:
         rule = mask_rule(items, workers)
         source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items

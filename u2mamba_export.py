@@ -7,7 +7,7 @@
 Input "image": (N, 3, SIZE, SIZE) float32, RGB resized without keeping the aspect ratio, divided by the image's maximum,
 normalized by ImageNet's mean and standard deviation. Output "d0": (N, 1, SIZE, SIZE) float32 in [0, 1]. The model is a
 single file; with SIZE 320 rembg's "u2net_custom" uses it unchanged. It is written only if ONNX Runtime's results equal
-PyTorch's to 1e-4 on real images. Requires `pip install -r requirements-export.txt`, a weights file (.pth) does not.
+PyTorch's to 1e-4 on real images. Requires `pip install -r requirements-export.txt`, except for a weights file (.pth).
 
 Exit codes: 0 done, 1 done but images or a variant were skipped, 2 nothing written, 130 stopped by Ctrl-C.
 """
@@ -53,10 +53,10 @@ PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png
 @dataclass
 class Config:
     __doc__ = __doc__  # for --help
-    checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
+    checkpoint: str = "small"  # weights file, or small or large (included)
     out: str = "u2mamba.onnx"  # .onnx, or .pth for weights; variants: u2mamba_fp16.onnx, u2mamba_int8.onnx
     size: Annotated[int, Range(0, 2048)] = 0  # pixels: height and width of the input; 0: the training size
-    opset: Annotated[int, Range(13, 20)] = 17  # version of ONNX's operator set
+    opset: Annotated[int, Range(13, 20)] = 17  # ONNX opset version
     # fp16: half the file size; int8: convolutions in 8 bits, calibrated on every second image (.pth: only int8)
     variants: tuple[Literal["fp16", "int8"], ...] = ()
     images: str = ""  # folder of images for comparison and calibration; default: scikit-image's photos
@@ -77,8 +77,8 @@ class SaliencyModel(nn.Module):
 def export(net: nn.Module, path: Path, size: int, opset: int) -> None:
     """Writes `net`, on the CPU and in eval mode, to `path`: batch norm folded, constants folded, any batch size.
 
-    Uses the exporter that traces: 15 s for U2MAMBAP. The one built on torch.export takes 450 s for the scans' 3,000
-    operations, gives the same graph, and requires two more packages.
+    Uses the tracing exporter, 15 s for U2MAMBAP. The torch.export-based one takes 450 s for the scans' 3,000
+    operations, produces the same graph, and requires two more packages.
     """
     import onnx
 
@@ -87,7 +87,7 @@ def export(net: nn.Module, path: Path, size: int, opset: int) -> None:
     traced = path.with_suffix(".traced.onnx")
     model = SaliencyModel(fold_batch_norm(net))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes that tracing fixes, as intended, and the exporter's age
+        warnings.simplefilter("ignore")  # tracing fixes sizes, as intended, and is deprecated
         torch.onnx.export(model, (image,), traced, dynamo=False, opset_version=opset, **names)
     open_session(traced, simplified=path)  # half the operations: constants are folded
     model = onnx.load(path)
@@ -124,7 +124,7 @@ def to_fp16(path: Path, target: Path) -> None:
     model = onnx.load(path)
     mamba = [node.name for node in model.graph.node if "/mamba" in node.name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a line for each weight below 1e-7
+        warnings.simplefilter("ignore")  # one for each weight below 1e-7
         model = convert_float_to_float16(model, keep_io_types=True, node_block_list=mamba)
     casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     for node in model.graph.node:  # removes casts to half and back between two nodes in fp32
@@ -140,7 +140,7 @@ def to_fp16(path: Path, target: Path) -> None:
 
 def to_int8(path: Path, target: Path, images: Tensor) -> None:
     """Convolutions in 8 bits, weights per channel, activation ranges calibrated on `images`. The Mamba layers stay in
-    fp32, and so does the first convolution: with 256 input levels maps differ 4 to 11 times as much."""
+    fp32, and so does the first convolution: with 256 input levels, the error of the maps is 4 to 11 times as large."""
     import onnx
     from onnxruntime.quantization import QuantFormat, quantize_static
 
@@ -148,7 +148,7 @@ def to_int8(path: Path, target: Path, images: Tensor) -> None:
     reader = SimpleNamespace(get_next=lambda: next(batches, None))
     excluded = [node.name for node in onnx.load(path).graph.node if "/mamba" in node.name or "image" in node.input]
     options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "op_types_to_quantize": ["Conv"]}
-    logging.disable(logging.WARNING)  # it recommends to fold constants first, which is done
+    logging.disable(logging.WARNING)  # it recommends folding constants first, which is done
     quantize_static(path, target, reader, nodes_to_exclude=excluded, **options)
     logging.disable(logging.NOTSET)
 
@@ -156,7 +156,7 @@ def to_int8(path: Path, target: Path, images: Tensor) -> None:
 def load_images(cfg: Config, size: int) -> tuple[Tensor, Tensor | None, int]:
     """Images (n, S, S, 3) uint8, with --gt their masks (n, S, S) in [0, 1], and how many files were skipped."""
     if cfg.gt and not cfg.images:
-        raise UserError("--gt: give the images of these masks too, --images FOLDER")
+        raise UserError("--gt: also give the images of these masks, --images FOLDER")
     if cfg.gt:
         files = pair_folders(cfg.images, cfg.gt, options=("--images", "--gt"))
     elif cfg.images:
@@ -180,7 +180,7 @@ def load_images(cfg: Config, size: int) -> tuple[Tensor, Tensor | None, int]:
 
 
 def onnx_maps(session, images: Tensor) -> Tensor:
-    """Saliency maps (n, S, S) of a session; one by one, but the first two in one batch to test an open batch size."""
+    """Saliency maps (n, S, S) of a session; the first two in one batch, to test the dynamic batch size."""
     batches = [images[:2], *images[2:].split(1)]
     return torch.cat([torch.from_numpy(session.run(["d0"], {"image": normalize(b).numpy()})[0][:, 0]) for b in batches])
 
@@ -192,7 +192,7 @@ def reference_maps(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def write_weights(net: nn.Module, out: Path, variants: tuple[str, ...]) -> dict[Path, nn.Module]:
-    """Plain fp32 weights and, as a variant, int8 ones -> the files, read again."""
+    """Writes plain fp32 weights and, as a variant, int8 weights -> file: the network loaded from it."""
     weights = {out: cpu_state_dict(net, net.settings.get("size"))}
     if "int8" in variants:
         weights[out.with_stem(f"{out.stem}_int8")] = quantize(weights[out])
@@ -203,7 +203,7 @@ def write_weights(net: nn.Module, out: Path, variants: tuple[str, ...]) -> dict[
 
 
 def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected: Tensor) -> dict[Path, Tensor]:
-    """The ONNX file and its variants -> their maps. A variant whose maps are not finite is left out."""
+    """Writes the ONNX file and its variants -> their maps. A variant with NaN or Inf in its maps is skipped."""
     import onnxruntime
 
     out, results = Path(cfg.out), {}
@@ -216,8 +216,8 @@ def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected:
         if not difference <= TOLERANCE:  # not ">", so that NaN is refused too
             raise UserError(
                 f"{out}: ONNX Runtime {onnxruntime.__version__} differs from PyTorch {torch.__version__} by "
-                f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing is written; try another --opset, or weights "
-                "that were trained longer, if these amplify rounding"
+                f"{difference:.1e}, more than {TOLERANCE:.0e}; nothing was written; try another --opset, or weights "
+                "that were trained longer (barely trained ones can amplify rounding errors)"
             )
         print(f"maximum difference to PyTorch: {difference:.1e} (allowed {TOLERANCE:.0e})")
         atomic_write(out, exported.read_bytes())
@@ -231,7 +231,7 @@ def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected:
                 atomic_write(target, variant.read_bytes())
                 results[target] = maps
             else:
-                print(f"skipped: {target}: its maps have NaN/Inf values, the weights are too large for {kind}")
+                print(f"skipped: {target}: its maps contain NaN/Inf: the weights exceed the range of {kind}")
     return results
 
 
@@ -240,9 +240,9 @@ def main(cfg: Config) -> int:
     check_settings(cfg)
     out = Path(cfg.out)
     if out.suffix not in (".onnx", ".pth"):
-        raise UserError(f"--out {out}: must be called something.onnx, or something.pth for a weights file")
+        raise UserError(f"--out {out}: must end in .onnx, or in .pth for a weights file")
     if out.suffix == ".pth" and "fp16" in cfg.variants:
-        raise UserError(f"--variants fp16: {out} is a weights file, whose one variant is int8")
+        raise UserError(f"--variants fp16: the only variant of a weights file such as {out} is int8")
     try:
         for name in ("onnx", "onnxruntime") if out.suffix == ".onnx" else ():
             importlib.import_module(name)

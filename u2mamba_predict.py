@@ -46,7 +46,7 @@ from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
 
-PROGRESS_SECONDS = 10  # between two lines, where standard error is no terminal
+PROGRESS_SECONDS = 10  # between two lines, where standard error is not a terminal
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file would fail too
 
 
@@ -54,15 +54,15 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next f
 class Config:
     __doc__ = __doc__  # for --help
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()  # images, folders, patterns in quotes; -: standard input
-    checkpoint: str = "small"  # weights file; small, large: those included in saved_models/
+    checkpoint: str = "small"  # weights file, or small or large (included)
     out: str = "maps"  # folder; -: standard output, with one mode
-    mode: tuple[Literal["map", "mask", "cutout", "overlay", "sheet"], ...] = ("map",)  # one or several
+    mode: tuple[Literal["map", "mask", "cutout", "overlay", "sheet"], ...] = ("map",)  # one or more
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(0, 4096)] = 0  # images per forward pass; 0: 4 on a CPU, 32 on a GPU
-    threshold: Annotated[float, Range(0, 1)] = 0.5  # of mask
-    foreground: bool = True  # cutout, sheet: the object's colors under soft edges, without the old background
-    tta: bool = False  # flip test-time augmentation: twice the time
-    overwrite: bool = False  # predict again what exists
+    threshold: Annotated[float, Range(0, 1)] = 0.5  # for mode mask
+    foreground: bool = True  # cutout, sheet: estimate the object's own colors at soft edges
+    tta: bool = False  # flip test-time augmentation: takes twice as long
+    overwrite: bool = False  # replace existing outputs
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device supports it
 
@@ -80,7 +80,7 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
         return error
     except UserError as error:
         if error.__cause__.errno in DISK_ERRORS:
-            raise UserError(f"{error}; the same command continues from there") from None
+            raise UserError(f"{error}; repeat the command to continue") from None
         return BadFile(result[0].image, str(error))
     return None
 
@@ -89,7 +89,7 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
 
 
 def prepare(net: torch.nn.Module, size: int, cfg: Any, gpu: int = 0) -> Predictor:
-    """`net`, which is changed, on the device and in the precision of `cfg`; prints them, and what the network is.
+    """A predictor for `net`, which it modifies, on the device and in the precision of `cfg`; prints all three.
 
     cfg: of this script or of u2mamba_eval.py. gpu: index, if there are several.
     """
@@ -113,11 +113,11 @@ def prepare(net: torch.nn.Module, size: int, cfg: Any, gpu: int = 0) -> Predicto
 
 
 def predict_stream(cfg: Config) -> int:
-    """An image from standard input -> its output on standard output; every line goes to standard error."""
+    """An image from standard input -> its output on standard output; messages go to standard error."""
     if cfg.inputs != ("-",) or cfg.out != "-":
         raise UserError("standard input and output go together: u2mamba_predict.py - --out -")
     if len(set(cfg.mode)) != 1:
-        raise UserError(f"--out - takes exactly one mode: one of {', '.join(MODES)}")
+        raise UserError(f"--out - requires exactly one mode: {', '.join(MODES)}")
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
         try:
             path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "image")
@@ -137,7 +137,7 @@ def predict_stream(cfg: Config) -> int:
 
 
 def progress(results: Iterable[tuple], total: int) -> Iterator[tuple]:
-    """`results`, with a bar on a terminal and a line in ten seconds elsewhere, on standard error."""
+    """`results`, with progress on standard error: a bar on a terminal, else a line every ten seconds."""
     if sys.stderr.isatty():
         yield from tqdm(results, total=total, unit="img")
         return
@@ -162,9 +162,9 @@ def main(cfg: Config) -> int:
         return predict_stream(cfg)
     start, out = time.monotonic(), Path(cfg.out)
     if not cfg.mode:
-        raise UserError(f"no mode: give one or several of {', '.join(MODES)}")
+        raise UserError(f"no mode: give one or more of {', '.join(MODES)}")
     if not cfg.inputs:
-        raise UserError("no input: name images, folders or patterns (--help shows examples)")
+        raise UserError("no input: give images, folders or patterns (--help shows examples)")
     sources, others, made = find_images(cfg.inputs)
     net, weights = load_model(cfg.checkpoint), weights_path(cfg.checkpoint)
     size = input_size(net, cfg.size)
@@ -183,7 +183,7 @@ def main(cfg: Config) -> int:
             for s, paths in outputs.items()
         }
     outputs = {s: paths for s, paths in outputs.items() if paths}
-    print(f"images: {len(sources):,}, of which {len(sources) - len(outputs):,} are done and skipped (--overwrite)")
+    print(f"images: {len(sources):,}, of which {len(sources) - len(outputs):,} are already done (see --overwrite)")
     for names, what in ((others, "files of other types"), (made, "outputs of this command")):
         if names:
             print(f"skipped {len(names):,} {what}: {truncate_list(names)}")
@@ -199,7 +199,7 @@ def main(cfg: Config) -> int:
     maps = compute_maps(predict, outputs, functools.partial(read_rescaled, size=size), batch)
     results = ordered_map(functools.partial(write, outputs=outputs, cfg=cfg), maps, ahead=2 * batch + THREADS)
     skipped = 0
-    with contextlib.closing(results):  # files that are being written are finished
+    with contextlib.closing(results):  # waits for files that are being written
         for _, failure in progress(results, len(outputs)):
             if failure:
                 skipped += 1

@@ -48,7 +48,7 @@ try:
 except ImportError:  # the folder was deleted
     fast = None
 
-BEST_BY = "maxF"  # the validation score that best.pth is chosen by: the highest is best, of MAE the lowest
+BEST_BY = "maxF"  # validation score that selects best.pth: higher is better, except for MAE
 
 # ------- 1. settings --------
 
@@ -57,47 +57,47 @@ BEST_BY = "maxF"  # the validation score that best.pth is chosen by: the highest
 class Config:
     # the run
     model_name: str = "u2net"  # folder of the checkpoints under saved_models/
-    saved_models: str = "saved_models"  # folder of the runs' folders
-    seed: CountOrZero = 0  # of the initial weights, the order of the pairs and the augmentation
-    deterministic: bool = False  # bitwise identical runs for one seed on a GPU too, slower; a CPU always does so
-    # auto: resume from last.pth if the settings agree; force: also if they do not; never: start over
+    saved_models: str = "saved_models"  # parent folder of all runs
+    seed: CountOrZero = 0  # seed of initial weights, shuffling and augmentation
+    deterministic: bool = False  # bitwise reproducible runs on a GPU, slower; CPU runs always are
+    # auto: resume from last.pth if the settings agree; force: even if they differ; never: start over
     resume: Literal["auto", "force", "never"] = "auto"
     # the network
     arch: str = "u2mamba"  # u2net, u2netp, u2mamba, u2mambap (p: the small one), or your own in model.ARCHS
     mamba_at: Literal["none", "bottleneck", "encoder"] = "bottleneck"  # where the Mamba layers are in each RSU
-    mamba_norm: Literal["none", "gate"] = "none"  # gate: RMSNorm before a Mamba layer's last projection, as in Mamba-2
+    mamba_norm: Literal["none", "gate"] = "none"  # gate: RMSNorm before the output projection of Mamba, as in Mamba-2
     pretrained: str = ""  # weights to start from: small, large, or a file: u2net.pth, u2netp.pth or ours
     # the data
-    data_dir: str = "train_data"  # folder of the next two
+    data_dir: str = "train_data"  # parent folder of the image and mask folders
     tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"  # under data_dir: the images
     tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"  # under data_dir: their masks, with the same names
-    val_image_dir: str = ""  # under data_dir: images for validation; empty: 5 % of the training pairs, by their names
+    val_image_dir: str = ""  # under data_dir: validation images; empty: 5 % of the training pairs, by hash of the name
     val_label_dir: str = ""  # under data_dir: their masks
     rescale: Size = 320  # pixels: every pair is resized to this square
-    crop: Size = 288  # pixels: then cropped to this square at random
+    crop: Size = 288  # pixels: size of the random square crop that follows
     early_crop: Annotated[int, Range(0, 4096)] = 0  # progressive resizing: crop of the first epochs, in pixels; 0: off
     early_fraction: Fraction = 0.6  # fraction of the epochs with early_crop
     vflip_prob: Fraction = 0.5  # probability of a vertical flip
-    hflip_prob: Fraction = 0.0  # probability of a horizontal flip; 0 because im_aug may already hold mirrored copies
-    scale_min: Fraction = 0.0  # random resized crop: smallest side over the image's; this and the next 0: crop as above
-    scale_max: Annotated[float, Range(0, 2)] = 0.0  # largest side; above 1: reflection padding; both 1: whole images
-    rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # rotation by up to ± so many degrees
+    hflip_prob: Fraction = 0.0  # probability of a horizontal flip; 0 because im_aug may already contain flipped copies
+    scale_min: Fraction = 0.0  # random resized crop: min. side, relative to the image's; both 0: the crop above
+    scale_max: Annotated[float, Range(0, 2)] = 0.0  # max. side; above 1: reflection padding; both 1: whole images
+    rotation_degrees: Annotated[float, Range(0, 180)] = 0.0  # random rotation by up to ± this many degrees
     color_jitter: Fraction = 0.0  # brightness, contrast and saturation by up to ± this fraction
     sharpness: Annotated[float, Range(0, 3)] = 0.0  # sharpness factor from exp(-sharpness), blurred, to exp(sharpness)
-    noise: Fraction = 0.0  # Gaussian noise with a standard deviation of up to this, of images in [0, 1]
-    whole_fraction: Fraction = 0.0  # last fraction of the epochs, on whole images instead of random crops
+    noise: Fraction = 0.0  # Gaussian noise: maximum standard deviation, for images in [0, 1]
+    whole_fraction: Fraction = 0.0  # fraction of the epochs, at the end, on whole images instead of random crops
     # training
-    overfit: CountOrZero = 0  # pairs to overfit, as a sanity check; 0: train
+    overfit: CountOrZero = 0  # sanity check: number of pairs to overfit; 0: train
     epoch_num: Count = 720  # 720 epochs of DUTS-TR in batches of 12 are the paper's 600,000 iterations
-    batch_size_train: Count = 12  # pairs per GPU and step
-    grad_accum_steps: Count = 1  # micro-batches that a batch is split into, where memory is short
-    drop_last: bool = False  # leave out the last, smaller batch of an epoch
+    batch_size_train: Count = 12  # pairs per GPU per step
+    grad_accum_steps: Count = 1  # gradient accumulation: micro-batches per batch, to save memory
+    drop_last: bool = False  # drop the last, smaller batch of each epoch
     lr: Annotated[float, Range(0, 10)] = 1e-4  # learning rate
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to 1 % at the last iteration
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: decays to 1 % of lr at the last iteration
     warmup_iters: CountOrZero = 0  # iterations of linear warmup
-    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # of convolutions and matrices; above 0 by AdamW, else Adam
-    grad_clip: Annotated[float, Range(0, 1e9)] = 0.0  # maximum norm of the gradient; 0: no clipping
-    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0  # averaged weights, decay per iteration; 0: no average
+    weight_decay: Annotated[float, Range(0, 10)] = 0.0  # for convolutions and matrices; above 0: AdamW, else Adam
+    grad_clip: Annotated[float, Range(0, 1e9)] = 0.0  # maximum gradient norm; 0: no clipping
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0  # EMA of the weights: decay per iteration; 0: off
     iou_weight: Weight = 0.0  # weight of 1 - soft IoU of each output, added to its BCE
     edge_weight: Weight = 0.0  # extra weight of the BCE near the mask's edges
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, channels_last, Triton kernels; weights stay fp32
@@ -106,10 +106,10 @@ class Config:
     log_frq: Count = 10  # iterations between printed lines
     val_frq: Count = 1  # epochs between validations
     save_frq: Count = 2000  # iterations between checkpoints
-    keep_checkpoints: CountOrZero = 0  # number of newest weights files that are kept; 0: all
+    keep_checkpoints: CountOrZero = 0  # number of weights files to keep, the newest; 0: all
     # the machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the best available
-    gpu: Annotated[int, Range(0, 1024)] = 0  # index of the GPU; with several processes, of the first one's
+    gpu: Annotated[int, Range(0, 1024)] = 0  # GPU index; with several processes, that of the first
 
 
 FAST = Config(
@@ -141,7 +141,7 @@ PRESETS = {
 
 
 def stack(logits: tuple[Tensor, ...] | Tensor) -> Tensor:
-    """d0, ..., d6, each (B, 1, H, W), as one fp32 tensor (7, B, 1, H, W), or the tensor that an earlier call made."""
+    """d0, ..., d6, each (B, 1, H, W), as one fp32 tensor (7, B, 1, H, W); one already stacked is returned."""
     return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits)).float()
 
 
@@ -162,7 +162,7 @@ def soft_iou_loss(logits: tuple[Tensor, ...], masks: Tensor) -> Tensor:
 
 
 def edge_weights(masks: Tensor) -> Tensor:
-    """5 |mean of the mask in the 31x31 pixels around - mask|: edges, thin parts (after F3Net, arXiv 1911.11445)."""
+    """5 |31x31 local mean of the mask - mask|: high at edges and thin parts (after F3Net, arXiv 1911.11445)."""
     around = F.avg_pool2d(masks, (31, 1), stride=1, padding=(15, 0), count_include_pad=False)
     around = F.avg_pool2d(around, (1, 31), stride=1, padding=(0, 15), count_include_pad=False)
     return 5 * (around - masks).abs()
@@ -177,7 +177,7 @@ def total_loss(logits: tuple[Tensor, ...], masks: Tensor, cfg: Config) -> Tensor
 
 
 def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
-    """The rate of iteration 1, 2, ..., when the fraction `progress` of the run is done."""
+    """The learning rate of an iteration, counted from 1; progress: completed fraction of the run."""
     rate = cfg.lr * min(1.0, iteration / max(cfg.warmup_iters, 1))
     if cfg.lr_schedule == "cosine":
         rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -185,9 +185,9 @@ def learning_rate(cfg: Config, iteration: int, progress: float) -> float:
 
 
 def choose_step(net: torch.nn.Module, plain: bool) -> type[TrainStep]:
-    """The training step, and operations of `net`, by u2mamba/fast where it helps; prints which."""
+    """The class of the training step; installs the fast operations in `net` where they help. Prints the choice."""
     if plain or fast is None:
-        print(f"step: plain PyTorch ({'--plain' if plain else 'u2mamba/fast is not there'})")
+        print(f"step: plain PyTorch ({'--plain' if plain else 'u2mamba/fast not found'})")
         return TrainStep
     for line in fast.install(net):
         print(line)

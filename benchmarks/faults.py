@@ -1,10 +1,10 @@
-"""Fault campaign: a run that is killed at random moments must end exactly as one that was not.
+"""Fault injection: a run that is killed at random times must end exactly like one that was not.
 
     python -m benchmarks.faults --kills 50
 
-Starts the real training script, tiny and on the CPU, with checkpoints that are written slowly, so that kills fall into
-the writing too. Sends SIGKILL at random moments, reads every checkpoint that is left, and starts the run again. Then
-compares weights, optimizer state and log with those of an undisturbed run, bitwise. Linux and macOS.
+Starts the real training script, tiny and on the CPU, with slow checkpoint writes, so that kills also happen during
+writes. Sends SIGKILL at random times, reads every checkpoint that is left, and restarts the run. Then
+compares weights, optimizer state and log with those of an uninterrupted run, bitwise. Linux and macOS.
 """
 
 import csv

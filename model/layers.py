@@ -1,6 +1,6 @@
-"""The operations between U²-Net's convolutions and around Mamba's scan, in plain PyTorch: their only definition.
+"""The operations between U²-Net's convolutions and around Mamba's scan, in plain PyTorch: the reference definitions.
 
-Modules call them as `self.ops.<operation>(...)`; an object with faster methods that compute the same may replace `ops`.
+Modules call them as `self.ops.<operation>(...)`; an object with faster, equivalent methods may replace `ops`.
 """
 
 import torch

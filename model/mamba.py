@@ -15,7 +15,7 @@ from .layers import PlainOps
 from .selective_scan import selective_scan
 
 NormAt = Literal["none", "gate"]
-DT_MIN, DT_MAX = 1e-3, 1e-1  # range of Δ at the start (arXiv 2312.00752, section 3.6)
+DT_MIN, DT_MAX = 1e-3, 1e-1  # range of the initial Δ (arXiv 2312.00752, section 3.6)
 
 
 class Mamba(nn.Module):
@@ -55,13 +55,13 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log._no_weight_decay = self.D._no_weight_decay = True
 
     def forward(self, x: Tensor, channels_first: bool = False) -> Tensor:
         """(B, L, d_model) -> the same, with `channels_first` in the memory layout (B, d_model, L) of an image.
 
-        Raises ValueError for another width.
+        Raises ValueError for a different width.
         """
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), got {tuple(x.shape)}")

@@ -17,8 +17,8 @@ from torch import Tensor
 from . import chunked_scan
 
 PLAIN = ("reference", "torch")  # a loop over the tokens, and the same in chunks
-# Faster backends, the fastest first: name -> (scan, with `selective_scan`'s arguments but `backend`, function
-# device -> why it cannot run there, "" where it can).
+# Faster backends, the fastest first: name -> (scan, with the arguments of `selective_scan` except `backend`; function
+# device -> the reason why it cannot run there, "" if it can).
 REGISTERED: dict[str, tuple[Callable[..., Tensor], Callable[[torch.device], str]]] = {}
 
 
@@ -69,7 +69,7 @@ def selective_scan(
 
 
 def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The definition. unbind, not slices: the gradient of a slice is as long as the whole, and the loop then O(L²)."""
+    """The definition. unbind, not slicing: the gradient of a slice has the full length, which makes the loop O(L²)."""
     h = u.new_zeros(*u.shape[:2], A.shape[1])
     ys = []
     for u_t, delta_t, B_t, C_t in zip(u.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), strict=True):
@@ -79,7 +79,7 @@ def _loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
-    """The backend for `wanted` on `device`, and the reason, also why no faster one.
+    """The backend for `wanted` on `device`, and the reason, including why faster ones were not chosen.
 
     "auto" is the first of REGISTERED that works on a CUDA device, else "torch". Raises ValueError for an unknown
     backend, or one that does not work on `device`.
@@ -109,7 +109,7 @@ def with_index(device: torch.device | str) -> torch.device:
 def _check_shapes(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D, z, delta_bias) -> None:
     if u.dim() != 3 or A.dim() != 2 or 0 in (*u.shape, *A.shape):
         got = f"{tuple(u.shape)} and {tuple(A.shape)}"
-        raise ValueError(f"selective_scan: u must be (b, d, L) and A (d, n), none of them zero, got {got}")
+        raise ValueError(f"selective_scan: u must be (b, d, L) and A (d, n), no dimension zero, got {got}")
     (b, d, L), n = u.shape, A.shape[1]
     wanted = {"delta": (delta, (b, d, L)), "A": (A, (d, n)), "B": (B, (b, n, L)), "C": (C, (b, n, L))}
     wanted |= {"D": (D, (d,)), "z": (z, (b, d, L)), "delta_bias": (delta_bias, (d,))}

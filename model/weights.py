@@ -43,44 +43,44 @@ def read_file(path: str | Path) -> Any:
         if zipfile.is_zipfile(path):  # the public weights of 2020 have an older format, without checksums
             with zipfile.ZipFile(path) as records:
                 if record := records.testzip():
-                    raise CorruptFileError(f"{path}: is damaged, {record} differs from its checksum")
+                    raise CorruptFileError(f"{path}: is damaged, {record} does not match its checksum")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks users to file an issue about pickles that are refused here
             return torch.load(path, map_location="cpu", weights_only=True)
     except CorruptFileError:
         raise
     except ImportError:
-        raise ValueError(f"{path}: is read by a library that is not installed: pip install safetensors") from None
+        raise ValueError(f"{path}: requires the package safetensors: pip install safetensors") from None
     except FileNotFoundError:
         others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
         raise ValueError(
-            f"{path}: there is no such checkpoint{f'; in that folder there are {others}' * bool(others)}"
+            f"{path}: there is no such checkpoint{f'; that folder contains {others}' * bool(others)}"
         ) from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder, not a checkpoint") from None
     except OSError as error:
-        # a truncated file makes the readers seek to a place before its beginning: Invalid argument
+        # a truncated file makes the readers seek to a negative offset: Invalid argument
         raise CorruptFileError(f"{path}: is truncated, or cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # zipfile, pickle and torch raise whatever their parsers meet in a damaged file
+    except Exception as error:  # zipfile, pickle and torch raise almost anything for a damaged file
         # operand 149 starts the pickles of today's Python, which torch.save does not write
         if isinstance(error, pickle.UnpicklingError) and (m := re.search(r"GLOBAL ([\w.]+)|operand 149", str(error))):
             what = m[1] or "a plain pickle"
-            raise ValueError(f"{path}: refused, it holds code ({what}) and not only weights") from None
+            raise ValueError(f"{path}: refused, it contains code ({what}), not only weights") from None
         raise CorruptFileError(f"{path}: is not a checkpoint, or is truncated or damaged") from None
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights, settings) of a weights file or of a run's last.pth (the weights in training, not their average).
 
-    settings: what `cpu_state_dict` stored: those of `model.build_model`, and "size", the training size in pixels; empty
-    for files of others. Their wrappers and common prefixes ("module.", "_orig_mod.") are removed.
+    settings: as stored by `cpu_state_dict`: those of `model.build_model`, and "size", the training size in pixels;
+    empty for foreign files. Wrapper keys and common prefixes ("module.", "_orig_mod.") are removed.
     """
     state = read_file(path)
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict")
+        raise ValueError(f"{path}: does not contain a state dict")
     metadata = getattr(state, "_metadata", None)
     settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
     settings = dict(settings) if isinstance(settings, Mapping) else {}
@@ -94,14 +94,16 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, Tensor]:
-    """The weights as every file holds them: contiguous copies on the CPU, with the settings to rebuild `net`.
+    """The weights in the format of all files: contiguous copies on the CPU, with the settings to rebuild `net`.
 
     size: pixels of the training images. It and `net.settings` travel in `_metadata`, so the keys are those of `net`
     alone, and U-2-Net's code loads the file with strict=True.
     """
     state = uncompiled(net).state_dict()
     result = OrderedDict((k, v.detach().to("cpu", copy=True).contiguous()) for k, v in state.items())
-    settings = {k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"}  # which a machine chooses
+    settings = {
+        k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"
+    }  # the backend depends on the machine
     settings |= {"size": size} if size else {}
     result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
     return result
@@ -110,7 +112,7 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
 def quantize(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """A quarter of the size: `<key>.int8` and, one for each output channel (first dimension), `<key>.scale` in fp16.
 
-    Biases, norms and other small tensors stay as they are, and so do weights that fp16 scales cannot represent.
+    Biases, norms and other small tensors stay unchanged, and so do weights that fp16 scales cannot represent.
     """
     result = OrderedDict()
     for key, weight in state.items():
@@ -139,18 +141,18 @@ def _dequantize(state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def uncompiled(net: nn.Module) -> nn.Module:
-    """The module inside torch.compile's, whose keys have no "_orig_mod."."""
+    """The module inside a torch.compile wrapper, whose keys lack the prefix "_orig_mod."."""
     return getattr(net, "_orig_mod", net)
 
 
 def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Settings for `model.build_model` from names and shapes: for files that carry none."""
+    """Settings for `model.build_model`, inferred from names and shapes, for files without settings."""
     try:
         in_ch = state["stage1.rebnconvin.conv_s1.weight"].shape[1]
         mid_ch = state["stage1.rebnconv1.conv_s1.weight"].shape[0]
         out_ch = state["outconv.weight"].shape[0]
     except KeyError:
-        raise ValueError("holds the weights of another network than U²-Net") from None
+        raise ValueError("contains the weights of a network other than U²-Net") from None
     mamba = any(".mamba" in key for key in state)
     arch = ("u2mamba" if mamba else "u2net") + ("p" if mid_ch == 16 else "")
     settings = {"arch": arch, "in_ch": in_ch, "out_ch": out_ch}
@@ -186,13 +188,13 @@ def load_model(path: str | Path, **options: Any) -> nn.Module:
 
 
 def load_state_dict(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Loads every tensor of `state` into `net`. Raises ValueError that names the first that does not fit."""
+    """Loads every tensor of `state` into `net`. Raises ValueError naming the first misfit."""
     net = uncompiled(net)
     report = _compare(net, state)
     if wrong := [k for k in report.new if not k.endswith(OPTIONAL)] + report.unfit:
         raise ValueError(
             f"{path}: does not fit arch {_arch(net)!r}: {len(wrong)} of {len(net.state_dict())} tensors differ, first "
-            f"{wrong[0]}; it is of another network, or of a changed one"
+            f"{wrong[0]}; it belongs to another or a changed network"
         )
     net.load_state_dict(state, strict=False)
 
@@ -226,8 +228,8 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
     own, matched = net.state_dict(), set(report.matched)
     if missing := [k for k in own if k not in matched and ".mamba" not in k and not k.endswith(OPTIONAL)]:
         raise ValueError(
-            f"the weights do not fill {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or have "
-            f"another shape, first {missing[0]}; {FITS}"
+            f"the weights are incomplete for {type(net).__name__}: {len(missing)} of {len(own)} tensors are missing or "
+            f"have another shape, first {missing[0]}; {FITS}"
         )
     _copy(net, state_dict, report)
     return report
@@ -236,15 +238,15 @@ def load_u2net_weights(net: nn.Module, state_dict: Mapping[str, Tensor]) -> Weig
 def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -> str:
     """Warm start: copies each tensor of a weights file that fits by name and shape -> a line with the counts.
 
-    size: pixels of the new run's images; one more line warns where the file's training size is clearly another.
-    Raises ValueError when more than half of the file's tensors find no place; then `net` is left unchanged.
+    size: pixels of the new run's images; a second line warns if the file's training size is very different.
+    Raises ValueError if more than half of the file's tensors do not fit; then `net` is left unchanged.
     """
     net, (state, settings) = uncompiled(net), read_state_dict(path)
     report = _compare(net, state)
     if 2 * len(report.unfit) > len(state):
         raise ValueError(
-            f"{path}: {len(report.unfit)} of its {len(state)} tensors find no place in arch {_arch(net)!r}, first "
-            f'{report.unfit[0]}; {FITS}; --pretrained "" starts without'
+            f"{path}: {len(report.unfit)} of its {len(state)} tensors do not fit arch {_arch(net)!r}, first "
+            f'{report.unfit[0]}; {FITS}; --pretrained "" trains from scratch'
         )
     try:
         _copy(net, state, report)
@@ -252,7 +254,7 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
         raise ValueError(f"{path}: {error}") from None
     line, trained = f"pretrained: {report} ({path})", settings.get("size", DEFAULT_SIZE)
     if size and not 2 / 3 < size / trained < 3 / 2:
-        line += f"\nwarning: weights trained at {trained} pixels; what they learned may be lost at {size}"
+        line += f"\nwarning: the weights were trained at {trained} pixels; accuracy may drop at {size}"
     return line
 
 
@@ -266,7 +268,7 @@ def _compare(net: nn.Module, state: Mapping[str, Tensor]) -> WeightReport:
 def _copy(net: nn.Module, state: Mapping[str, Tensor], report: WeightReport) -> None:
     own, matched = net.state_dict(), set(report.matched)
     if any(".mamba" in k for k in matched) and (norm := _mamba_norm(state)) != _mamba_norm(own):
-        raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": set it so')
+        raise ValueError(f'their Mamba layers were trained with mamba_norm = "{norm}": use the same setting')
     net.load_state_dict({key: state[key] for key in report.matched}, strict=False)
     for name, module in net.named_modules():
         if isinstance(module, Mamba) and f"{name}.out_proj.weight" not in matched:

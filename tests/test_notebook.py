@@ -18,4 +18,4 @@ def test_the_notebook_runs_twice(tmp_path, monkeypatch, capsys):
     first, second = outputs
     before, after = first.split("MAE before: ")[1].split(", after: ")
     assert float(after) < float(before) and second.endswith(f"MAE before: {before}, after: {after}")
-    assert "done: 1 images" in first and "are done and skipped" in second and "holds a finished run" in second
+    assert "done: 1 images" in first and "are already done" in second and "holds a finished run" in second

@@ -4,8 +4,8 @@ OUT is train_data in the current folder, where the trainer looks too.
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
 
-SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask, or the folder around
-them). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
+SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask may be one level
+deeper). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
 files that are in place are kept.
 
 Exit codes: 0 done, 1 done but files were skipped, 2 SOURCE cannot be used, 130 stopped by Ctrl-C.
@@ -42,7 +42,7 @@ MIRROR_QUALITY = 95  # of the flipped JPEGs
 def entries_of(source: Path) -> tuple[list[dict[str, Callable[[], BinaryIO]]], list[str]]:
     """For each of FOLDERS, at any depth and in any case: file name -> function that opens the file; and all names.
 
-    Raises DataError for a file that is no zip, for a name in it that leads out of the folder, and for a bomb.
+    Raises DataError for a file that is not a zip, an unsafe name in it (path traversal), and a zip bomb.
     """
     entries, total = {folder.lower(): {} for folder in FOLDERS}, 0
     if source.is_dir():
@@ -59,11 +59,11 @@ def entries_of(source: Path) -> tuple[list[dict[str, Callable[[], BinaryIO]]], l
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
     for entry in archive.infolist():
-        # as old Windows tools write it; `filename` has been cleaned up on Windows
+        # old Windows tools write backslashes; `filename` is already sanitized on Windows
         name = entry.orig_filename.replace("\\", "/")
         parts, total, problem = PurePosixPath(name).parts, total + entry.file_size, ""
         if name.startswith("/") or ":" in name or "\0" in name or ".." in parts:
-            problem = "leaves the folder"
+            problem = "leads out of the folder"
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a device"
         elif entry.flag_bits & 1:
@@ -99,11 +99,11 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
         if any("duts-te" in name.lower() for name in names):
             hint = ": this is the test set, DUTS-TE, for u2mamba_eval.py; training needs DUTS-TR"
         elif zips := [name for name in names if name.lower().endswith(".zip")]:
-            hint = f": unpack {zips[0]}, and give that"
-        raise DataError(f"{source}: no files in folders {' and '.join(FOLDERS)} in it{hint}")
+            hint = f": unpack {zips[0]} and pass the result"
+        raise DataError(f"{source}: contains no folders {' and '.join(FOLDERS)} with files{hint}")
     paired, unpaired = pair_names(*entries)
     if not paired:
-        raise DataError(f"{source}: no image in it has a mask of the same name{unpaired.near_miss}")
+        raise DataError(f"{source}: no image has a mask of the same name{unpaired.near_miss}")
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)

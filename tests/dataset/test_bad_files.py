@@ -214,7 +214,7 @@ def test_irregular_entries_are_named_and_nothing_waits(tmp_path, reader):
     data, log, skipped = open_folders(images, masks)
     irregular = [f"{name} ({'a folder' if name == 'folder.jpg' else 'not a regular file'})" for name in names]
     listed = f"notes.txt, photo.HEIC, scene.gif, {irregular[0]}"
-    assert f"data: {3 + len(names)} entries of other types, not read: {listed}" in log
+    assert f"data: {3 + len(names)} entries of other types, ignored: {listed}" in log
     assert f"warning: skipped {len(names)} masks without an image: device.png" in log
     assert skipped == len(names)  # the masks; a README next to the images does not change the exit code
     assert len(data.train) + len(data.val) == 4

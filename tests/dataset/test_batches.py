@@ -117,7 +117,7 @@ def test_any_split_is_served_by_the_same_cache(tmp_path):
             assert torch.equal(x, expected)
     assert sum("filled" in line for line in lines) == 1
     assert lines.count("data: 6 pairs for training, 3 for validation") == 3
-    with pytest.raises(DataError, match="at least 12 are needed"):
+    with pytest.raises(DataError, match="at least 12 required"):
         open_data(pairs, [], 32, dist=Processes())
 
 

@@ -140,8 +140,8 @@ def test_a_cache_that_cannot_be_stored_costs_one_line(tmp_path, monkeypatch):
     assert data.train.cache is not None
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_050_000_000))
     log = open_folders(images, masks, size=320).log
-    needed = "1 MB plus 1.1 GB that stay free"
-    assert f"cache: not stored on disk: {tmp_path} has 1.1 GB free, needed are {needed}" in log
+    needed = "1 MB plus a margin of 1.1 GB"
+    assert f"cache: not stored on disk: {tmp_path} has 1.1 GB free, but it requires {needed}" in log
     monkeypatch.undo()
 
     def full(*_):

@@ -160,7 +160,7 @@ def test_a_set_of_label_maps_is_refused(name, tmp_path):
 
 
 ODD = {  # masks of a set -> what the report warns of
-    "white": (gray(np.full(SHAPE, 255)), "4 masks are object everywhere: there is no background: p000.png"),
+    "white": (gray(np.full(SHAPE, 255)), "4 masks are all object, without background: p000.png"),
     "inverted": (gray(~OBJECT * 255), "4 masks are object along most of the border: object and background seem"),
     "trimaps": (CASES["trimap"][0], "4 masks are trimaps (0, 128, 255)"),
     "few pixels": (gray(np.arange(4800).reshape(SHAPE) == 81) , "4 masks are empty at training size"),
@@ -184,7 +184,7 @@ def test_masks_drawn_on_the_image_as_stored(proof, tmp_path, monkeypatch):
         exif[0x0112] = orientation
         Image.open(images / f"p{k:03d}.png").save(images / f"p{k:03d}.png", exif=exif)
     data, log, _ = open_folders(images, masks)
-    assert "warning: 3 images have an EXIF orientation and their masks none" in log
+    assert "warning: 3 images have an EXIF orientation, but their masks do not" in log
     assert ("as stored, as other pairs show" in log) == proof
     expected = disc(*SHAPE)[::-1, ::-1] if proof else disc(*SHAPE)
     np.testing.assert_array_equal(data.train.cache.masks[0], rescale_mask(expected, 32))
@@ -251,11 +251,11 @@ def test_other_entries_are_named_and_maps_of_0_and_1_get_a_hint(tmp_path, capsys
     (pred / "old").mkdir()
     scores(pred, gt, tmp_path)
     out = capsys.readouterr().out
-    assert "2 entries that are not read: Thumbs.db, old (a folder)" in out and "no map exceeds" not in out
+    assert "2 other entries (ignored): Thumbs.db, old (a folder)" in out and "no map value exceeds" not in out
     for path in pred.glob("*.png"):
         gray(np.asarray(Image.open(path)) > 128).save(path)
     scores(pred, gt, tmp_path)
-    assert "no map exceeds 1 of 255" in capsys.readouterr().out
+    assert "no map value exceeds 1 of 255" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- photographs

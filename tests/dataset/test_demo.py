@@ -110,11 +110,11 @@ def test_files_of_others_are_not_touched(tmp_path):
         (folder / name).write_bytes(b"mine")
     before = digest(tmp_path)
     make_demo(tmp_path, 2)  # complete
-    with pytest.raises(UserError, match=r"holds 3 other files \(gt_aug/mine.png\): move them away, or set data_dir"):
+    with pytest.raises(UserError, match=r"contains 3 other files \(gt_aug/mine.png\): move them away, or set data_dir"):
         make_demo(tmp_path, 3)
     assert digest(tmp_path) == before
     (folder / "demo.json").unlink()  # then none of the files is known to be ours
-    with pytest.raises(UserError, match="holds 7 other files"):
+    with pytest.raises(UserError, match="contains 7 other files"):
         make_demo(tmp_path, 2)
 
 

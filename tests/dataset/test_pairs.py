@@ -40,8 +40,8 @@ def test_find_pairs(tmp_path):
     assert lines == [
         "warning: skipped 1 images without a mask: lonely.webp",
         "warning: skipped 1 masks without an image: other.png",
-        "warning: skipped 2 files with the name of another: p000.png (p000.JPG is used), p001.jpg (p001.png is used)",
-        "data: 3 entries of other types, not read: Thumbs.db, notes.txt, folder.png (a folder)",
+        "warning: skipped 2 files with a duplicate name: p000.png (p000.JPG is used), p001.jpg (p001.png is used)",
+        "data: 3 entries of other types, ignored: Thumbs.db, notes.txt, folder.png (a folder)",
     ]
     assert pairs.skipped == 4
 
@@ -77,7 +77,7 @@ def test_pairs_none_of_which_is_usable_are_an_error_and_five_are_named(tmp_path)
 def test_names_that_differ_by_case_or_a_space_are_named(name, tmp_path):
     images, masks = make_folders(tmp_path, 1, (8, 8))
     (masks / "p000.png").rename(masks / name)
-    with pytest.raises(DataError, match=rf"'p000\.png' and '{name}' differ by case or by a space"):
+    with pytest.raises(DataError, match=rf"'p000\.png' and '{name}' differ only in case or spaces"):
         pair_folders(images, masks)
 
 
@@ -86,7 +86,7 @@ def test_no_pairs_says_what_there_is(tmp_path):
     (masks / "p000.png").rename(masks / "p000_mask.png")
     (images / "more").mkdir()
     (images / "a.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); not read: a\.heic, more \(a folder\)"):
+    with pytest.raises(DataError, match=r"\(p000\.png, p000_mask\.png, \.\.\.\); ignored: a\.heic, more \(a folder\)"):
         pair_folders(images, masks)
 
 

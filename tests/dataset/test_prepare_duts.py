@@ -195,10 +195,10 @@ def test_below_a_path_that_is_not_utf_8_without_a_temporary_folder(tmp_path):
     ("content", "says"),
     [
         ({"DUTS-TE/DUTS-TE-Image/a.jpg": b"", "DUTS-TE/DUTS-TE-Mask/a.png": b""}, "this is the test set, DUTS-TE"),
-        ({"download/DUTS-TR.zip": b""}, "unpack download/DUTS-TR.zip, and give that"),
+        ({"download/DUTS-TR.zip": b""}, "unpack download/DUTS-TR.zip and pass the result"),
         (
             {"DUTS-TR-Image/ILSVRC 1.jpg": b"", "DUTS-TR-Mask/ilsvrc1.png": b""},
-            "'ILSVRC 1.jpg' and 'ilsvrc1.png' differ by case or by a space",
+            "'ILSVRC 1.jpg' and 'ilsvrc1.png' differ only in case or spaces",
         ),
     ],
 )

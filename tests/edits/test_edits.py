@@ -163,7 +163,7 @@ def test_group_norm_attention_folds_plateau(project, data):
 
 
 def test_instance_norm_head_one_cycle(project, data):
-    project.edit("Instance norm", "Another head", "An unused module", "d0 alone", "One cycle")
+    project.edit("Instance norm", "A different head", "An unused module", "d0 alone", "One cycle")
     assert '--pretrained "" starts without' in project.train(*U2NETP, code=2)
     lines = project.train("--arch", "u2netp", "--epoch_num", "2", "--lr", "1e-3")
     assert printed_rates(lines) == pytest.approx([9.36e-4, 8.12e-4, 2.83e-4, 4e-9], rel=0.01)
@@ -207,7 +207,7 @@ def test_a_smaller_rate_for_the_encoder_in_a_run_that_resumes(project):
     before = project.load("last.pth")["model"]
     project.edit("A smaller learning rate for the encoder")
     lines = project.train(*U2NETP, "--epoch_num", "2", "--lr", "1e-3", "--resume", "force")
-    assert "the optimizer or its groups have changed: its moments start from zero" in lines
+    assert "the optimizer or its parameter groups changed: its moments start from zero" in lines
     after = project.load("last.pth")["model"]
     moved = {key: (after[key] - before[key]).abs().max() for key in after if key.endswith("conv_s1.weight")}
     encoder = [moved.pop(key) for key in list(moved) if re.match(r"stage\d\.", key)]
@@ -233,7 +233,7 @@ def test_a_network_of_ones_own_is_known_to_every_command(project, data):
 def test_a_compiled_network_other_losses_and_a_new_setting_resume_a_run_and_best_starts_anew(project):
     project.train(*(average := ("--ema_decay", "0.9")))
     project.edit("torch.compile", old="compile(net)", new='compile(net, backend="eager")')
-    project.edit("Weights of the outputs", "Weight of the object", "SSIM, with a setting of its own")
+    project.edit("Weights of the outputs", "Weight of the object", "SSIM, with its own setting")
     project.edit("Best by another score")
     assert "the code has changed since: u2mamba_train.py; --resume never trains" in project.train(*average, code=2)
     lines = project.train(*average, "--epoch_num", "2")
@@ -268,7 +268,7 @@ def test_other_masks_and_another_reading_are_another_run(project, data, tmp_path
     disc = np.asarray(Image.open(other / "masks/p0.png"))
     Image.fromarray(255 - disc).save(other / "masks/p0.png")
     refused = project.train(data=other, code=2)
-    assert all(said in refused for said in ("other training or validation pairs", "--resume never", "--model_name"))
+    assert all(said in refused for said in ("different training or validation pairs", "--resume never", "--model_name"))
     project.edit("Inverted masks")
     refused = project.train(code=2)
     assert "code has changed since: u2mamba/dataset/decode.py" in refused and "cache: filled" in refused
@@ -303,7 +303,7 @@ def test_suffixes_links_batches_of_one_and_published_classes(project, data, tmp_
     lines = project.train("--batch_size_train", "1", *sizes, data=both)
     assert "ite: 2]" in lines and "data: 2 pairs for training, 2 for validation" in lines
     assert "data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py" in lines
-    assert "warning: crop 64 of rescale 128: trained at 64 pixels, used at 128" in lines
+    assert "warning: crop = 64 is far below rescale = 128, the size of prediction" in lines
 
 
 def test_four_channels(project, tmp_path):

@@ -34,4 +34,4 @@ def test_everything_trains_without_the_folder_fast(data, tmp_path):
     command = [sys.executable, "u2mamba_train.py", *words(data, tmp_path / "saved", "--epoch_num", "1")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "step: plain PyTorch (u2mamba/fast is not there)" in done.stdout and "done: 6 iterations" in done.stdout
+    assert "step: plain PyTorch (u2mamba/fast not found)" in done.stdout and "done: 6 iterations" in done.stdout

@@ -61,7 +61,7 @@ def test_the_file_before_stays_and_a_failed_write_touches_neither(saver, tmp_pat
     saver.save_last(TrainState(iteration=4))
     assert not saver.saved and "Input/output error" in capsys.readouterr().out
     assert (iteration(saver.last), iteration(before)) == (3, 2)
-    assert "what was saved before" in saver.resume_hint()
+    assert "the previous save" in saver.resume_hint()
     monkeypatch.undo()
     saver.save_last(TrainState(iteration=5))
     assert saver.resume_hint() == "the same command resumes from here"
@@ -157,7 +157,7 @@ def test_when_both_are_damaged_the_newest_whole_weights_serve(run, tmp_path):
     assert code == 0
     for name in ("last.pth", "last_before.pth", sixth.name):
         assert f"warning: {folder / name}: is " in out
-    assert f"warning: {fourth} holds weights only: the state of the optimizer" in out
+    assert f"warning: {fourth} holds weights only: the states of the optimizer" in out
     assert f"resuming from {fourth}: epoch 1, iteration 4" in out
     assert "[epoch: 1/2, batch: 20/23, ite: 5]" in out and "ite: 12]" in out
     assert same(weights(folder)["conv.weight"], weights_before["conv.weight"])
@@ -177,7 +177,7 @@ def test_when_nothing_is_whole_one_line_says_so_and_nothing_is_touched(run, tmp_
 def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_path):
     run()
     torch.save({"model": os.remove}, tmp_path / "tiny" / "last.pth")
-    with pytest.raises(UserError, match=r"last\.pth: refused, it holds code \((posix|nt)\.remove\)"):
+    with pytest.raises(UserError, match=r"last\.pth: refused, it contains code \((posix|nt)\.remove\)"):
         run(epoch_num=2)
 
 
@@ -185,7 +185,9 @@ def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_
 def test_a_file_that_holds_no_run_of_ours_is_refused(content, run, tmp_path):
     (tmp_path / "tiny").mkdir()
     torch.save(content, tmp_path / "tiny" / "last.pth")
-    with pytest.raises(UserError, match=r"last\.pth: does not hold a run of this version to resume .*--resume never"):
+    with pytest.raises(
+        UserError, match=r"last\.pth: does not contain a run that this version can resume .*--resume never"
+    ):
         run()
 
 
@@ -271,7 +273,7 @@ def test_a_folder_that_goes_away_costs_the_files_and_is_reported_at_the_end(run,
         folder.rename(tmp_path / "aside")
         folder.write_text("in the way")
 
-    with pytest.raises(UserError, match=r"the run is over, but .*last\.pth could not be written"):
+    with pytest.raises(UserError, match=r"the run is finished, but .*last\.pth could not be written"):
         run(at={3: replace_by_a_file})
     out = capsys.readouterr().out
     assert "ite: 6]" in out and "last.pth could not be written (File exists)" in out

@@ -279,7 +279,7 @@ def test_after_another_optimizer_the_moments_start_from_zero(options, capsys):
     half(*batch(0))
     step = make(edited, optimizer=torch.optim.Adam(edited.parameters(), lr=1e-2, fused=True, **options))
     step.load_state_dict(half.state_dict())
-    assert "the optimizer or its groups have changed: its moments start from zero" in capsys.readouterr().out
+    assert "the optimizer or its parameter groups changed: its moments start from zero" in capsys.readouterr().out
     step(*batch(1))
     assert not same(edited, weights(Net()))
 

@@ -41,7 +41,7 @@ def test_world_size_that_is_not_torchruns_is_one_line(others, monkeypatch):
 
 @pytest.mark.parametrize("length", [181, 256])
 def test_a_name_too_long_for_the_weights_files_is_refused(length, run):
-    with pytest.raises(UserError, match="too long, 180 bytes are the most"):
+    with pytest.raises(UserError, match="too long, the limit is 180 bytes"):
         run(model_name="x" * length)
 
 
@@ -57,7 +57,10 @@ def test_a_tensorboard_that_cannot_be_imported_is_one_line(run, tmp_path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     code, out = run(save_frq=1000)
-    assert code == 0 and out.count("no curves in TensorBoard (TypeError: Descriptors cannot be created directly)") == 1
+    assert (
+        code == 0
+        and out.count("warning: TensorBoard is not used (TypeError: Descriptors cannot be created directly)") == 1
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

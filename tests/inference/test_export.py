@@ -208,12 +208,12 @@ def test_weights_files_of_fp32_and_of_int8(exported, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"out": "net.pt"}, "--out net.pt: must be called something.onnx, or something.pth"),
-        ({"out": "new.pth", "variants": ("fp16",)}, "--variants fp16: new.pth is a weights file"),
+        ({"out": "net.pt"}, "--out net.pt: must end in .onnx, or in .pth"),
+        ({"out": "new.pth", "variants": ("fp16",)}, "--variants fp16: the only variant of a weights file"),
         ({"out": "net.pth/net.onnx"}, "cannot be written"),
         ({"checkpoint": "nowhere.pth"}, "there is no such checkpoint"),
-        ({"gt": "masks"}, "--gt: give the images of these masks too"),
-        ({"images": "out"}, "out: no image in it"),
+        ({"gt": "masks"}, "--gt: also give the images of these masks"),
+        ({"images": "out"}, "out: contains no image"),
         ({"images": "images", "gt": "nowhere"}, "nowhere: No such file or directory; set --gt"),
         ({"size": 20}, "size = 20: must be from 32"),
         ({"opset": 99}, "opset = 99: must be from 13 to 20"),

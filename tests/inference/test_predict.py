@@ -280,7 +280,7 @@ def test_images_of_one_name_do_not_overwrite_one_another(photos, predict, tmp_pa
     assert not np.array_equal(*(pixels(tmp_path / "out/map" / n) for n in ("a.jpg.png", "a.png.png")))
     (tmp_path / "more").mkdir()
     photo(3).save(tmp_path / "more" / "a.png")
-    with pytest.raises(UserError, match=r"more.a\.png would both become a\.png: give each an --out"):
+    with pytest.raises(UserError, match=r"more.a\.png would both become a\.png: use a separate --out"):
         predict(photos, tmp_path / "more", out=str(tmp_path / "both"))
     assert not (tmp_path / "both").exists()
 
@@ -320,18 +320,18 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"inputs": ()}, "no input: name images"),
+        ({"inputs": ()}, "no input: give images"),
         ({"inputs": ("nowhere.jpg",)}, "nowhere.jpg: there is no such file or folder"),
         ({"inputs": ("x" * 300,)}, ": there is no such file or folder"),
-        ({"inputs": ("empty",)}, "empty: no image in it"),
+        ({"inputs": ("empty",)}, "empty: contains no image"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth: there is no such checkpoint"),
-        ({"checkpoint": "other.pth"}, "another network than U²-Net"),
+        ({"checkpoint": "other.pth"}, "a network other than U²-Net"),
         ({"checkpoint": "cut.pth"}, "truncated or damaged"),
-        ({"checkpoint": "large"}, "u2mamba.pth is not there; give the path of a weights file"),
+        ({"checkpoint": "large"}, "u2mamba.pth not found; give the path of a weights file"),
         ({"out": "photos/a.png"}, "cannot be written"),
         ({"size": 8}, "size = 8: must be from 32 to 4096"),
         ({"threshold": float("nan")}, "threshold = nan: must be from 0 to 1"),
-        ({"mode": ()}, "no mode: give one or several of map, mask"),
+        ({"mode": ()}, "no mode: give one or more of map, mask"),
         ({"mode": ("map", "alpha")}, "mode = ('map', 'alpha')"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
         assert predict(photos) == code
         assert "skipped: " in capsys.readouterr().err
     else:
-        with pytest.raises(UserError, match=r"No space left on device\); the same command continues from there"):
+        with pytest.raises(UserError, match=r"No space left on device\); repeat the command to continue"):
             predict(photos)
     assert set(files(tmp_path / "out")) <= {"map/below/b.png", "map/settings.json"}
 
@@ -384,7 +384,7 @@ def test_standard_streams_carry_what_the_file_would_hold(photos, predict, checkp
     for content, modes, line in (
         (b"not an image", ["map"], b"error: standard input: not an image"),
         (b"", ["map"], b"error: standard input: empty file"),
-        (b"", ["map", "mask"], b"error: --out - takes exactly one mode"),
+        (b"", ["map", "mask"], b"error: --out - requires exactly one mode"),
     ):
         failed = stream(content, *words, *modes)
         assert (failed.returncode, failed.stdout) == (2, b"")

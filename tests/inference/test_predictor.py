@@ -50,7 +50,7 @@ def test_weights_of_unknown_size_and_of_several_outputs_are_said(tmp_path, capsy
     torch.save(U2NETP(out_ch=4).state_dict(), tmp_path / "net.pth")
     assert input_size(load_model(tmp_path / "net.pth")) == 320
     said = capsys.readouterr().out
-    assert "has 4 outputs" in said and "do not say at which size they were trained: 320" in said
+    assert "has 4 outputs" in said and "does not record its training size: using 320" in said
     torch.save(cpu_state_dict(build_model({"arch": "u2netp"}), size=96), tmp_path / "copy.pth")
     assert input_size(load_model(tmp_path / "copy.pth")) == 96 and not capsys.readouterr().out
 

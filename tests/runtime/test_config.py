@@ -62,7 +62,7 @@ def test_wrong_settings_are_named(wrong, says):
     [
         (("--shuffle", "False"), "--shuffle takes no value: --shuffle switches it on, --no-shuffle off"),
         (("--no-shuffle=True",), "--shuffle takes no value: --shuffle switches it on, --no-shuffle off"),
-        (("--batches", "3"), "--batches: there is no such option; is --batch meant?"),
+        (("--batches", "3"), "--batches: there is no such option; did you mean --batch?"),
     ],
 )
 def test_a_misspelled_option_names_the_right_one(argv, says):
@@ -99,13 +99,13 @@ def test_unusable_words_end_with_code_2(argv, capsys):
         (("--mirror", "0.5"), "--mirror: now --hflip_prob"),
         (("fast", "--crop-early=128"), "--crop_early: now --early_crop"),
         (("--beyond", "0.3"), "--beyond: now --scale_max, 1 plus its value"),
-        (("--no-cache",), "--cache: gone"),
-        (("--paste", "0.1"), "--paste: gone (it lowered the scores)"),
+        (("--no-cache",), "--cache: removed"),
+        (("--paste", "0.1"), "--paste: removed (it lowered the scores)"),
         (("--resume", "anyway"), "--resume anyway: now --resume force"),
         (("--resume=anyway",), "--resume anyway: now --resume force"),
         (("--mode", "map", "rgba"), "--mode rgba: now --mode cutout"),
         (("best",), "best: now fast_4gpu"),
-        (("fastest",), "fastest: no preset; there are fast"),
+        (("fastest",), "fastest: no such preset; choose one of fast"),
     ],
 )
 def test_a_name_of_before_says_what_took_its_place(argv, says):

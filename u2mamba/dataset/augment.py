@@ -99,7 +99,7 @@ def _sharpen(x: Tensor, random: Tensor, strength: float) -> Tensor:
 
 
 def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
-    """From one fixed field, so that the noise depends on the plan alone; a generator on a GPU would have to wait."""
+    """From one fixed noise field, so that the noise depends on the plan alone, on every device."""
     size = x.shape[2]
     top, left = (random[:, (NOISE_Y, NOISE_X)] * NOISE_SHIFT).long()[:, :, None].unbind(1)  # (B, 1)
     rows, columns = (start + torch.arange(size, device=x.device) for start in (top, left))
@@ -109,7 +109,7 @@ def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _noise_field(device: torch.device, size: int) -> Tensor:
-    """Standard normal (3, size, size) on a device; made once, outside any CUDA graph."""
+    """Standard normal noise (3, size, size) on a device; created once, outside any CUDA graph."""
     return torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -127,7 +127,7 @@ def epoch_plan(
     hflip_prob: float = 0.0,
     random: bool = False,
 ) -> Tensor:
-    """What happens to each of `n` images in an epoch: (n, 4) int64, columns INDEX, TOP, LEFT, FLIP.
+    """The augmentation plan of an epoch for `n` images: (n, 4) int64, columns INDEX, TOP, LEFT, FLIP.
 
     The order is shuffled; the crop's offset goes from 0 to rescale - crop, both included; FLIP holds the bits VFLIP
     (probability 0.5 as published) and HFLIP. random: NUM_RANDOM more columns, for an `Augmentation`. A function of its
@@ -147,7 +147,7 @@ def epoch_plan(
 
 @functools.lru_cache(maxsize=16)
 def _scale_and_bias(device: torch.device) -> tuple[Tensor, Tensor]:
-    """1/STD and -MEAN/STD on a device; made once, outside any CUDA graph."""
+    """1/STD and -MEAN/STD on a device; created once, outside any CUDA graph."""
     scale, bias = [1 / s for s in STD], [-m / s for m, s in zip(MEAN, STD, strict=True)]
     return torch.tensor(scale, device=device), torch.tensor(bias, device=device)
 
@@ -175,7 +175,7 @@ def _crop_slice(images: Tensor, masks: Tensor, rows: Tensor, crop: int) -> tuple
 def normalize(pixels: Tensor, channels_last: bool = False) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32: divided by the maximum of each image, then ImageNet mean and std.
 
-    As ToTensorLab(0). On a GPU without synchronization, and fit for a CUDA graph after one warm-up call.
+    As ToTensorLab(0). On a GPU it does not synchronize, and can be captured in a CUDA graph after one warm-up call.
     """
     count, height, width, channels = pixels.shape
     inverse, bias = _scale_and_bias(pixels.device)
@@ -202,7 +202,7 @@ def augment(
 
     images (N, S, S, 3) and masks (N, S, S) uint8, rows (B, 4) int64, all on one device. On a GPU there is no
     synchronization, and after one warm-up call a CUDA graph can capture it, with `rows` as the tensor to fill. The
-    cache is channels_last by nature, so channels_last=True saves a pass. An `augmentation` other than all 0 needs the
+    cache is stored channels-last, so channels_last=True saves a copy. An `augmentation` other than all 0 requires the
     random numbers in `rows`.
     """
     if not augmentation or not any(augmentation):

@@ -1,6 +1,6 @@
 """Batches of a training run: pairs at training size as bytes in memory (cache.py), cropped, flipped and normalized a
-whole batch at a time (augment.py), on any device. What happens to each image of an epoch is written in a plan, so that
-a run can resume in the middle of an epoch, and streaming from disk gives the same batches as the cache.
+whole batch at a time (augment.py), on any device. A plan fixes the augmentation of each image in an epoch, so that a
+run can resume in mid-epoch, and streaming from disk gives the same batches as the cache.
 
     train, val = train_val_split(pair_folders("images", "masks"))
     data = open_data(train, val, size=320)
@@ -43,27 +43,27 @@ CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class DataSource:
-    """Pairs to make batches of: rows of a cache, or without one decoded by threads while the run needs them."""
+    """Pairs to build batches from: rows of a cache, or, without one, decoded by threads on demand."""
 
     pairs: Sequence[Pair]
     size: int
     cache: PairCache | None = None
     rows: Tensor | None = None  # of the cache, one per pair, int64
-    rule: MaskRule | None = None  # how the masks are read while streaming; None: each by itself
+    rule: MaskRule | None = None  # how the masks are read while streaming; None: each on its own
     device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def to(self, device: str | torch.device) -> DataSource:
-        """Makes batches on `device`. The cache, which training and validation share, moves to a GPU if it takes at most
+        """Makes batches on `device`. The cache, which training and validation share, moves to a GPU if it needs at most
         a quarter of the free memory there: the training step needs the rest."""
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if self.cache is None or self.device.type != "cuda" or self.in_gpu_memory():
             return self
         need, free = PairCache.bytes_for(len(self.cache.images), self.size), torch.cuda.mem_get_info(self.device)[0]
         if need > free / 4:
-            print(f"cache: stays in CPU memory, {format_bytes(need)} exceed 1/4 of {format_bytes(free)} GPU memory")
+            print(f"cache: stays in CPU memory, {format_bytes(need)} exceeds 1/4 of {format_bytes(free)} GPU memory")
         else:
             self.cache.images, self.cache.masks = (t.to(self.device) for t in (self.cache.images, self.cache.masks))
             print(f"cache: {format_bytes(need)} moved to GPU memory")
@@ -73,8 +73,8 @@ class DataSource:
         return self.cache is not None and self.cache.images.is_cuda
 
     def _stream(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        # Threads, because decoding and rescaling run outside Python's lock. Processes would take seconds to start, need
-        # shared memory, of which a container has 64 MB, and outlive a parent that is killed.
+        # Threads suffice, because decoding and rescaling release the GIL. Processes would take seconds to start, need
+        # shared memory, of which a container has 64 MB, and outlive a killed parent.
         def read(index: int) -> tuple[Tensor, Tensor]:
             with open_pair(self.pairs[index], bool(self.rule and self.rule.as_stored)) as pair:
                 arrays = rescale_image(pair.image, self.size), rescale_mask(pair.mask.by(self.rule), self.size)
@@ -137,12 +137,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of a plan in its order; the last one is smaller if they do not divide.
 
-    From a cache nothing is prepared ahead: a batch of 12 takes 3 to 6 ms of 2 cores, and a GPU gets its work queued.
+    From a cache nothing is prefetched: a batch of 12 takes 3 to 6 ms on 2 cores, and GPU work is queued anyway.
     Raises DataError if a file that was readable at the start no longer is.
     """
     parts = [part for part in plan.split(batch_size) if len(part)]
     fetched = source._fetch(parts)
-    ready = source.in_gpu_memory()  # else the time below is that of waiting for the GPU, which runs many steps behind
+    ready = source.in_gpu_memory()  # the time below would be that of waiting for the GPU, which lags many steps behind
     for part in parts:
         start = time.perf_counter()
         x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, augmentation=augmentation)
@@ -161,7 +161,7 @@ def validation_batches(
 
 class Data(NamedTuple):
     """Training pairs, validation pairs (may be none), the report of the check, and a checksum of names and contents of
-    all pairs, which tells two data sets of the same file names apart."""
+    all pairs, which distinguishes two datasets with the same file names."""
 
     train: DataSource
     val: DataSource
@@ -181,7 +181,7 @@ def open_data(
     cache_dir: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Data:
-    """Decodes and reports the pairs once, and keeps them in memory at size x size if they fit; else batches stream from
+    """Decodes and checks the pairs once, and keeps them in memory at size x size if they fit; else batches stream from
     disk. The cache is also stored in `cache_dir`, by default next to the image folder.
 
     dist: the `DistContext` of a run with several processes; the first one of each machine decodes.
@@ -194,7 +194,7 @@ def open_data(
             raise DataError("no pairs to train on")
         need, free = PairCache.bytes_for(len(pairs), size) * here, available_memory()
         if need > free * MEMORY_SHARE:
-            text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory are free; "
+            text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory is free; "
             log(f"{text}streaming from disk with {STREAM_WORKERS} threads")
             cache, report = None, check_pairs(pairs, size, log=log, threads=granted_cores())
         else:
@@ -215,7 +215,7 @@ def open_data(
     log(f"data: {len(sources[0]):,} pairs for training, {len(sources[1]):,} for validation")
     if len(sources[0]) < processes:
         held_out = f"; {len(sources[1])} are for validation, by a hash of their names" if len(sources[1]) else ""
-        raise DataError(f"{len(sources[0])} usable training pairs, at least {processes} are needed{held_out}")
+        raise DataError(f"{len(sources[0])} usable training pairs, but at least {processes} required{held_out}")
     if not len(sources[1]):
         log(
             "warning: no validation pairs (by default a hash of the file name selects 5 %): no validation scores, no "

@@ -1,8 +1,8 @@
 """The pairs at training size, as bytes in memory: 320x320 pixels take 0.41 MB per pair, 4.3 GB for all of DUTS-TR.
 
 They are also stored next to the data, so that the next start reads instead of decoding: a file of plain bytes (all
-images, then all masks) and a small JSON file with its checksum and the data report. Both are named after a key of what
-they were made from: names, sizes and modification times of the data files, and the code that decodes and rescales.
+images, then all masks) and a small JSON file with its checksum and the data report. A key in their names covers
+what they depend on: names, sizes and modification times of the data files, and the code that decodes and rescales.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from u2mamba.runtime.files import replacing
 from u2mamba.runtime.source import source_checksum
 
 CODE = check, decode, image_file, masks, rescale  # modules that decide what is in the cache
-DISK_MARGIN = 1 << 30  # bytes that stay free on the disk
+DISK_MARGIN = 1 << 30  # bytes that must stay free on the disk
 
 
 def format_bytes(count: int) -> str:
@@ -51,7 +51,7 @@ class PairCache:
         return count * size * size * (len(MEAN) + 1)
 
     def keep_rows(self, rows: Sequence[int]) -> PairCache:
-        """The pairs of the ascending `rows`, moved together in the same memory."""
+        """The pairs of the ascending `rows`, compacted in place."""
         for place, row in enumerate(rows):
             if place != row:
                 self.images[place], self.masks[place] = self.images[row], self.masks[row]
@@ -113,8 +113,8 @@ def _store(cache: PairCache, path: Path, report: DataReport, log: Callable[[str]
                 old.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < need + DISK_MARGIN:
-            needed = f"{format_bytes(need)} plus {format_bytes(DISK_MARGIN)} that stay free"
-            log(f"cache: not stored on disk: {path.parent} has {format_bytes(free)} free, needed are {needed}")
+            needed = f"{format_bytes(need)} plus a margin of {format_bytes(DISK_MARGIN)}"
+            log(f"cache: not stored on disk: {path.parent} has {format_bytes(free)} free, but it requires {needed}")
             return
         cache.save(path, report)
         log(f"cache: stored as {path}")
@@ -131,7 +131,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_readable(pair: Pair) -> bool:
-    """Asked for skipped pairs: permissions change no file time."""
+    """For pairs that were skipped: fixing permissions does not change a file's time."""
     with contextlib.suppress(BadFile), open_pair(pair):
         return True
     return False

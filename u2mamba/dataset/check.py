@@ -1,6 +1,6 @@
-"""The check before the training: each pair is decoded once, the masks' rule is decided, and what is odd is reported.
+"""The data check before training: each pair is decoded once, the mask rule is decided, and anomalies are reported.
 
-Files that cannot be used are skipped and named; none of them ends the run.
+Files that cannot be used are skipped and named; none of them stops the run.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class DataReport:
     usable: list[int] = field(default_factory=list)  # indices
     checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
     unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
-    misread: list[int] = field(default_factory=list)  # indices of unusable pairs whose mask does not follow the rule
+    misread: list[int] = field(default_factory=list)  # indices of unusable pairs whose mask the rule cannot read
     rule: MaskRule = GRAY  # how the masks are read
-    values: tuple[int, int] = (255, 0)  # range in the mask files
-    found: dict[str, list[str]] = field(default_factory=dict)  # of FINDINGS -> file names
+    values: tuple[int, int] = (255, 0)  # value range of the mask files
+    found: dict[str, list[str]] = field(default_factory=dict)  # key of FINDINGS -> file names
 
     @property
     def skipped(self) -> int:
@@ -48,7 +48,7 @@ class DataReport:
         out = [f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks"]
         out += [self.rule.line] if self.rule.line else []
         skipped = [f"{name} ({reason})" for name, reason in self.unusable]
-        drawn = f"where shapes do not tell, masks count as drawn on the image as {DRAWN[self.rule.as_stored]}"
+        drawn = f"where shapes are inconclusive, masks count as drawn on the image as {DRAWN[self.rule.as_stored]}"
         for share, text, names in ((0, SKIPPED, skipped), *((*FINDINGS[key], self.found[key]) for key in self.found)):
             if text and names and len(names) >= share * pairs:
                 out.append(f"{text.format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
@@ -57,15 +57,15 @@ class DataReport:
 
 DRAWN = {False: "displayed", True: "stored, as other pairs show"}
 SKIPPED = "warning: skipped {} pairs that are unreadable or do not match"
-FINDINGS = {  # smallest share of the pairs that is reported, line
-    "resized": (0, "data: {} masks have another size than their image, but its aspect ratio"),
-    "other": (0, "masks: {} of another kind with one clear reading are used too"),
+FINDINGS = {  # minimum fraction of the pairs to report, line
+    "resized": (0, "data: {} masks differ from their image in size, but not in aspect ratio"),
+    "other": (0, "masks: {} of another, but unambiguous kind are used too"),
     "empty": (2, ""),
-    "white": (0, "warning: {} masks are object everywhere: there is no background"),
-    "inverted": (0.1, "warning: {} masks are object along most of the border: object and background seem exchanged"),
+    "white": (0, "warning: {} masks are all object, without background"),
+    "inverted": (0.1, "warning: {} masks are object along most of the border: object and background seem swapped"),
     "vanished": (0, "warning: {} masks are empty at training size: their objects are too small"),
-    "trimap": (0, "warning: {} masks are trimaps (0, 128, 255): 128 is trained as half an object"),
-    "untagged": (0, "warning: {} images have an EXIF orientation and their masks none; {drawn}"),
+    "trimap": (0, "warning: {} masks are trimaps (0, 128, 255): 128 is trained as probability 0.5"),
+    "untagged": (0, "warning: {} images have an EXIF orientation, but their masks do not; {drawn}"),
     "gray": (0.5, "warning: {} masks are gray-level images: are the image and mask folders swapped?"),
     "black": (0, "data: {} images are entirely black"),
 }
@@ -79,7 +79,7 @@ def _file_checksum(path: Path, value: int) -> int:
 
 
 class _Visit(NamedTuple):
-    """What one pair adds to the report."""
+    """What one pair contributes to the report."""
 
     checksum: int
     kind: MaskKind
@@ -97,10 +97,10 @@ def check_pairs(
     log: Callable[[str], None] = lambda line: None,
     threads: int = 8,
 ) -> DataReport:
-    """Decodes every pair once, decides how the masks are read, and reports what is odd at size x size pixels.
+    """Decodes every pair once, decides how the masks are read, and reports anomalies at size x size pixels.
 
-    store: the cache, filled here so that no file is decoded twice, from several threads (decoding and rescaling run
-    outside Python's lock). Progress goes to `log`. Raises DataError where the masks are label maps.
+    store: the cache, filled here so that no file is decoded twice, from several threads (decoding and rescaling
+    release the GIL). Progress goes to `log`. Raises DataError where the masks are label maps.
     """
 
     def visit(index: int, as_stored: bool = False) -> _Visit | BadFile:

@@ -1,4 +1,4 @@
-"""Image, mask and map files -> arrays: any mode that Pillow knows, upright; or `BadFile`, which names the reason.
+"""Image, mask and map files -> arrays: any Pillow mode, upright; or `BadFile` with the reason.
 
 The cache of decoded pairs is keyed on a checksum of this file, masks.py and rescale.py: an edit here rebuilds it.
 """
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; one value for each channel of an image
 ASPECT_TOLERANCE = 0.01  # a mask of another size is used if its aspect ratio is within 1 % of the image's
-COLORED = 16  # a pixel's channels differ by more: chroma of a lossy file does not count
-UPRIGHT = {  # EXIF orientation -> what turns an image as stored upright
+COLORED = 16  # channel difference above which a pixel is colored: ignores the chroma noise of lossy files
+UPRIGHT = {  # EXIF orientation -> transposition that makes the stored image upright
     2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
     7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
@@ -55,7 +55,7 @@ def _has_alpha(file: Image.Image) -> bool:
 
 
 def alpha_channel(file: Image.Image) -> np.ndarray | None:
-    """(H, W) uint8, of a palette's or a color key's transparency too; None: the file has none."""
+    """(H, W) uint8, also from transparency of a palette or color key; None: the file has none."""
     return np.asarray(file.convert("RGBA").getchannel("A")) if _has_alpha(file) else None
 
 
@@ -85,7 +85,7 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
     """Any mode of a mask file -> its values, (H, W) uint8, and what they are.
 
     The alpha channel where it has a shape; the gray levels; where colors are used, the indices of a palette, or of up
-    to 256 flat colors (0: black). The luminance of colors would be no label and no mask.
+    to 256 flat colors (0: black). The luminance of colors would be neither a label nor a mask.
     """
     if _is_wide(file):
         values, full_range = to_bytes(file)
@@ -128,7 +128,7 @@ def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image
     with errors_as_bad_file(path):
         rawmode, orientation = raw_mode(image), _orientation(image)
         loaded = load_pixels(path, image, rawmode)
-        # Pillow turns TIFFs itself while loading them, and removes the tag
+        # Pillow itself rotates TIFFs while loading them, and removes the tag
         turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
         result = convert(loaded.transpose(UPRIGHT[turn]) if turn != 1 else loaded)
         if convert is to_rgb and result.shape[2] != len(MEAN):
@@ -163,7 +163,7 @@ def read_alpha(path: str | os.PathLike) -> np.ndarray | None:
 
 
 def read_raw_mask(path: str | os.PathLike) -> RawMask:
-    """A mask file before the rule of its set is known. Raises BadFile."""
+    """A mask file before the rule of its dataset is known. Raises BadFile."""
     return RawMask(Path(path), *_read(path, to_mask))
 
 
@@ -198,7 +198,7 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
     if not np.isfinite(array).all():
         raise BadFile(path, "holds NaN or infinite values")
     low, high = array.min(), array.max()
-    if low < -1e-6 or high > 1 + 1e-6:  # resampling in fp32 may leave [0, 1] by a rounding
+    if low < -1e-6 or high > 1 + 1e-6:  # resampling in fp32 may exceed [0, 1] by a rounding error
         raise BadFile(path, f"holds values from {low:.4g} to {high:.4g}; a map holds probabilities, 0 to 1")
     return array.clip(0, 1)
 
@@ -220,7 +220,7 @@ class RawPair(NamedTuple):
 
     image: np.ndarray
     mask: RawMask
-    resized: bool  # the mask is of another size than the image
+    resized: bool  # the mask differs in size from the image
     untagged: str  # "" or, where the mask lacks the image's EXIF tag, "seen", "stored" or "unknown": how it was drawn
 
 
@@ -228,8 +228,8 @@ class RawPair(NamedTuple):
 def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
     """Decodes a pair; DECODE_BUDGET counts it until the `with` block ends.
 
-    A mask without the image's EXIF tag that was drawn on the image as stored is turned with it: where the shapes show
-    that, else if as_stored. Raises BadFile, also for a mask whose aspect ratio is not the image's.
+    A mask without the image's EXIF tag that was drawn on the image as stored is rotated with it: where the
+    shapes show that, else if as_stored. Raises BadFile, also for a mask whose aspect ratio is not the image's.
     """
     with contextlib.ExitStack() as budget:
         with open_image(pair.image) as image_file, open_image(pair.mask) as mask_file:
@@ -251,6 +251,6 @@ def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
 
 
 def read_pair(pair: Pair, rule: MaskRule | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(image (H, W, 3), mask (H, W)), uint8; see `open_pair`. rule: of the set; None: the mask is read by itself."""
+    """(image (H, W, 3), mask (H, W)), uint8; see `open_pair`. rule: of the dataset; None: the mask's own."""
     with open_pair(pair, rule is not None and rule.as_stored) as raw:
         return raw.image, raw.mask.by(rule)

@@ -1,8 +1,8 @@
 """Generates a small synthetic salient-object dataset in the layout of DUTS-TR, without a download.
 
 Objects are cut out of photos (or are shapes filled with a piece of one), lit, rotated and pasted onto pieces of other
-photos; images are 208-304 px a side. The set shows within minutes that training works. It does not measure a network:
-the validation pairs show the same objects and photos as the training pairs, in other places, sizes and light.
+photos; images are 208-304 px a side. The dataset shows within minutes that training works. It is not a benchmark: the
+validation pairs show the same objects and photos as the training pairs, in other places, sizes and lighting.
 
 The photos are those inside scikit-image's wheel (0.25 and 0.26 contain the same ones; nothing is fetched). By the
 docstrings of `skimage.data`: public domain or no known copyright restrictions: astronaut (NASA), hubble_deep_field
@@ -26,7 +26,7 @@ from skimage.color import rgb2lab
 
 from u2mamba.runtime.errors import UserError
 
-VERSION = 1  # existing sets of another version are generated again: raise it with any change of the images
+VERSION = 1  # datasets of another version are regenerated: increase it with any change of the images
 COUNT = 480  # 24 of them are for validation
 FOLDER = Path("DUTS-TR", "DUTS-TR")
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
@@ -55,7 +55,7 @@ def smooth(mask: Image.Image, factor: int) -> Image.Image:
 
 def cut_out(photo: Image.Image, outline: list) -> tuple[Image.Image, Image.Image]:
     """An object's pixels and its soft mask, both cropped to the outline."""
-    if photo.width > 1000:  # 1411 px of the retina are more than any image here can show
+    if photo.width > 1000:  # the retina's 1411 px exceed every image here
         photo, outline = photo.reduce(3), [(x / 3, y / 3) for x, y in outline]
     mask = Image.new("L", (photo.width * 4, photo.height * 4))
     vertices = [((x + 0.5) * 4, (y + 0.5) * 4) for x, y in outline]
@@ -222,7 +222,7 @@ class Composer:
 
 
 def is_complete(folder: Path, stamp: dict) -> bool:
-    """Whether `folder` holds the set that `stamp` describes, with all its files."""
+    """Whether `folder` holds the dataset that `stamp` describes, with all its files."""
     try:
         names = [{p.stem for p in (folder / sub).iterdir() if p.stat().st_size} for sub in ("im_aug", "gt_aug")]
         same = json.loads((folder / "demo.json").read_text(encoding="utf-8")) == stamp
@@ -234,9 +234,9 @@ def is_complete(folder: Path, stamp: dict) -> bool:
 def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     """Writes `n` pairs to `out_dir`/DUTS-TR/DUTS-TR/{im_aug/demo_0000.jpg, gt_aug/demo_0000.png} and returns `out_dir`.
 
-    The same `n` and `seed` give the same files, up to a gray level between versions of Pillow. A complete set is left
-    alone; an incomplete or different one is replaced, unless other files are in it. The files appear at once, by a
-    rename, so that several processes may call this. Raises UserError if the set cannot be generated or written.
+    The same `n` and `seed` give the same files, up to a gray level between versions of Pillow. A complete dataset is
+    kept; an incomplete or different one is replaced, unless it contains other files. A rename publishes all files at
+    once, so that several processes may call this. Raises UserError if the dataset cannot be generated or written.
     """
     out_dir = Path(out_dir)
     final, stamp = out_dir / FOLDER, {"version": VERSION, "count": n, "seed": seed}
@@ -245,7 +245,7 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     files = sorted(path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file())
     ours = re.compile(r"demo\.json|im_aug/demo_\d{4,}\.jpg|gt_aug/demo_\d{4,}\.png" if "demo.json" in files else "$.")
     if others := [name for name in files if not ours.fullmatch(name) and not re.search(r"(^|/)\.", name)]:
-        raise UserError(f"{final} holds {len(others)} other files ({others[0]}): move them away, or set data_dir")
+        raise UserError(f"{final} contains {len(others)} other files ({others[0]}): move them away, or set data_dir")
     composer = Composer()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -264,5 +264,7 @@ def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
                 new.rename(final)
     except OSError as error:
         if not is_complete(final, stamp):
-            raise UserError(f"cannot write the demo set ({error}): {out_dir} must be writable, 20 MB free") from error
+            raise UserError(
+                f"cannot write the demo dataset ({error}): {out_dir} must be writable, 20 MB free"
+            ) from error
     return out_dir

@@ -1,4 +1,4 @@
-"""Opens image files that come from anywhere: what one file can cost is bounded, equally on every machine.
+"""Opens untrusted image files: the cost of a file is bounded, equally on every machine.
 
 Regular files only (reading a pipe would block), six formats (some of Pillow's others start programs), limits on pixels,
 JPEG scans and read calls. `DECODE_BUDGET` bounds the memory of all threads together. decode.py reads the pixels.
@@ -29,12 +29,12 @@ MAX_SIDE = 65_535  # JPEG's own limit
 MAX_SCANNED = 30 * MAX_PIXELS  # pixels times scans of a JPEG: 100 kB can hold thousands of scans, each a full pass
 MAX_READS = 1_000_000  # read calls for one file: Pillow skips junk before a JPEG marker byte by byte
 LARGE = 1 << 24  # pixels; before decoding as many, freed memory is returned to the system
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # found by content, whatever the file is called
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # detected by content, whatever the file name
 
-# color profiles and texts that Pillow unpacks of a PNG; by its own limit, PNGs with a profile above 1 MB are unreadable
+# limit on PNG color profiles and texts; with Pillow's default, PNGs with a profile above 1 MB are unreadable
 PNG_TEXT, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, 1 << 24
 
-# Pillow's remarks on odd metadata name no file, so a user cannot act on them.
+# Pillow's warnings about odd metadata do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -60,7 +60,7 @@ class BadFile(DataError):
 
 
 class PixelSemaphore:
-    """Bounds the pixels that threads decode at the same time; an image above the limit is decoded alone."""
+    """Bounds the pixels that threads decode concurrently; an image above the limit is decoded alone."""
 
     def __init__(self, limit: int):
         self._limit, self._held, self._changed = limit, 0, threading.Condition()
@@ -138,7 +138,7 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         with _CountedFile(io.FileIO(path)) as file:
             image = Image.open(file, formats=FORMATS)
             _check_declared(path, image, file)
-            if image.format == "PNG":  # decoding does not look at the checksums of pixel data
+            if image.format == "PNG":  # decoding does not verify the checksums of pixel data
                 image.verify()
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:  # opened again, as verify() requires
@@ -186,6 +186,6 @@ def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Im
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How the pixels lie in the file, in Pillow's words: "RGB;16B" is 16 bits, big-endian."""
+    """The pixel layout in the file, as Pillow names it: "RGB;16B" is 16 bits, big-endian."""
     args = image.tile[0][3] if getattr(image, "tile", None) else ""
     return args if isinstance(args, str) else str(args[0]) if args else ""

@@ -1,4 +1,4 @@
-"""How the masks of a set are read: one rule for all of them, decided from all of them.
+"""How the masks of a dataset are read: one rule for all of them, decided from all of them.
 
 Each file has a kind of its own (`classify`). The kind of the majority is the rule of the set (`decide`). The rule reads
 each file by a table of 256 entries (`table`), so that masks that were already resized need not be decoded again.
@@ -15,28 +15,28 @@ import numpy as np
 
 from u2mamba.dataset.image_file import BadFile, DataError
 
-OBJECT = 128  # above: object, as in PySODMetrics
-MAX_CLASS = 20  # label maps number their classes up to here (VOC); gray levels of an object are brighter
-MAX_SOFT = 0.05  # of the pixels between black and white in a mask of 0 and 255; DUTS-TR has none above
+OBJECT = 128  # values above are object, as in PySODMetrics
+MAX_CLASS = 20  # label maps have class indices up to here (VOC); gray levels of an object are brighter
+MAX_SOFT = 0.05  # max. fraction of gray pixels in a mask of 0 and 255; no mask of DUTS-TR exceeds it
 IDENTITY = np.arange(256, dtype=np.uint8)
 FIX = "convert to 0 (background) and 255 (object)"
 
 
 class MaskKind(NamedTuple):
     """What one mask file holds. name: "gray"; "alpha" (a cut-out); "value" (0 and one dark value); "labels"; "empty"
-    (all 0, which every rule reads alike)."""
+    (all 0, which every rule reads the same way)."""
 
     name: str
     values: str  # the first few, for messages
     counts: np.ndarray  # (256,) pixels of each value
-    clear: bool  # one clear reading: 0 and 255, or an alpha channel with a shape
+    clear: bool  # unambiguous: 0 and 255, or an alpha channel with a shape
     flat: bool  # indices, or regions of constant values up to MAX_CLASS
     full_range: int  # of the file's values: 255, or 1023 to 65535 where it has 16 bits
     alpha: int  # of an alpha channel without a shape: 0 (transparent) or 255 (opaque); -1: there is none
 
 
 class MaskRule(NamedTuple):
-    """How a set is read. `line` is printed; as_stored: masks without an EXIF tag are drawn on the image as stored."""
+    """How a dataset's masks are read. line: printed; as_stored: masks without EXIF tag are drawn on stored images."""
 
     name: str
     full_range: int = 255
@@ -73,9 +73,9 @@ def classify(values: np.ndarray, source: str, photo: bool = False, full_range: i
 
 
 def decide(kinds: Iterable[MaskKind], as_stored: bool = False) -> MaskRule:
-    """The rule of a set: the kind of most of its files. Raises DataError where these are label maps."""
+    """The rule of a dataset: the kind of most of its files. Raises DataError if these are label maps."""
     kinds = list(kinds)
-    # where there are bright gray levels, a dark one above MAX_CLASS is one more of them
+    # next to bright gray levels, a single dark value above MAX_CLASS is a gray level too
     graded = any(kind.name == "gray" and kind.counts[OBJECT + 1 :].any() for kind in kinds)
     names = ["gray" if graded and kind.name == "value" and not kind.flat else kind.name for kind in kinds]
     votes = Counter(name for name in names if name != "empty")
@@ -107,7 +107,7 @@ def table(kind: MaskKind, rule: MaskRule) -> np.ndarray | str:
     if (rule.name == "gray" and not kind.flat) or kind.clear:
         wide = rule.full_range if kind.full_range > 255 else 255
         return np.rint(IDENTITY * (kind.full_range / wide)).astype(np.uint8)
-    return f"holds {kind.values}, which can be read in several ways, unlike the other masks of the set; {FIX}"
+    return f"holds {kind.values}, which is ambiguous, unlike the other masks of the dataset; {FIX}"
 
 
 class RawMask(NamedTuple):

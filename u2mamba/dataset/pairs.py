@@ -13,7 +13,7 @@ from u2mamba.dataset.decode import Pair
 from u2mamba.dataset.image_file import DataError, printable
 
 VAL_EVERY = 20  # one pair of 20 is for validation
-MIRROR_SUFFIX = "_mirror"  # what prepare_duts.py appends to the name of a flipped copy
+MIRROR_SUFFIX = "_mirror"  # appended by prepare_duts.py to the name of a flipped copy
 JPEG_TYPES = (".jpg", ".jpeg", ".jpe", ".jfif")
 IMAGE_TYPES = (*JPEG_TYPES, ".png", ".webp", ".bmp", ".tif", ".tiff")  # the first type found is used
 MAP_TYPES = (".npy", ".tif", ".tiff", ".png", ".bmp", ".webp", *JPEG_TYPES)  # saved maps, the most precise first
@@ -24,7 +24,7 @@ DATA_HELP = """\
   your own pairs: images and masks with the same file names in two folders, then
     python u2mamba_train.py PRESET --data_dir FOLDER --tra_image_dir images --tra_label_dir masks
   (preset finetune starts from the included weights and needs few pairs; fast and small train from scratch)
-  without any data: generate a small synthetic dataset and train on it in minutes by
+  no data yet: generate a small synthetic dataset and train on it, in minutes
     python u2mamba_train.py demo"""
 
 
@@ -40,7 +40,7 @@ class Unpaired(NamedTuple):
     images: list[str]  # without a mask
     masks: list[str]  # without an image
     duplicates: list[str]  # of another type than a file with the same stem
-    others: list[str]  # of a type that is not read, or no regular file (folders, pipes, broken links)
+    others: list[str]  # of an unsupported type, or not a regular file (folders, pipes, broken links)
 
     @property
     def skipped(self) -> int:
@@ -49,16 +49,16 @@ class Unpaired(NamedTuple):
 
     @property
     def near_miss(self) -> str:
-        """Names a file of each kind whose names differ by case or spaces only, where there are such."""
+        """An image and a mask whose names differ only in case or spaces, if any."""
         masks = {"".join(os.path.splitext(name)[0].lower().split()): name for name in self.masks}
         for name in self.images:
             if mask := masks.get("".join(os.path.splitext(name)[0].lower().split())):
-                return f": {name!r} and {mask!r} differ by case or by a space"
+                return f": {name!r} and {mask!r} differ only in case or spaces"
         return ""
 
 
 class PairList(list[Pair]):
-    """A list of pairs; `skipped` counts the files that were left without a partner."""
+    """A list of pairs; `skipped` counts the files without a partner."""
 
     skipped = 0
 
@@ -68,7 +68,7 @@ def pair_names(
 ) -> tuple[list[tuple[str, str, str]], Unpaired]:
     """File names -> sorted [(stem, image name, mask name)] and the names that are left over.
 
-    Stems are compared in Unicode's composed form, so that names written by macOS sort and split like any others.
+    Stems are compared in Unicode NFC, so that names written by macOS sort and split like any others.
     """
     duplicates, others = [], []
 
@@ -112,7 +112,8 @@ def pair_folders(
 ) -> PairList:
     """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
 
-    options: what to set for other folders. Raises DataError if a folder is missing or there are no pairs.
+    options: names of the options that set the folders, for messages. Raises DataError if a folder is missing or there
+    are no pairs.
     """
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
     names, irregular = [], []
@@ -124,7 +125,7 @@ def pair_folders(
         names.append(files)
         irregular.extend(others)
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"{image_dir} is the folder of images and of masks; set {' and '.join(options)} to two folders")
+        raise DataError(f"{image_dir} is used for images and masks; set {' and '.join(options)} to two folders")
     paired, unpaired = pair_names(*names)
     unpaired.others.extend(irregular)
     if not paired:
@@ -132,16 +133,16 @@ def pair_folders(
         if unpaired.images and unpaired.masks:
             message += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
             message += unpaired.near_miss
-        raise DataError(message + (f"; not read: {truncate_list(unpaired.others)}" if unpaired.others else ""))
+        raise DataError(message + (f"; ignored: {truncate_list(unpaired.others)}" if unpaired.others else ""))
     for skipped, what in (
         (unpaired.images, "images without a mask"),
         (unpaired.masks, "masks without an image"),
-        (unpaired.duplicates, "files with the name of another"),
+        (unpaired.duplicates, "files with a duplicate name"),
     ):
         if skipped:
             log(f"warning: skipped {len(skipped):,} {what}: {truncate_list(skipped)}")
     if unpaired.others:
-        log(f"data: {len(unpaired.others):,} entries of other types, not read: {truncate_list(unpaired.others)}")
+        log(f"data: {len(unpaired.others):,} entries of other types, ignored: {truncate_list(unpaired.others)}")
     pairs = PairList(Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired)
     pairs.skipped = unpaired.skipped
     return pairs
@@ -167,7 +168,7 @@ def find_pairs(cfg, log: Callable[[str], None] = print) -> PairList:
 
 def is_validation(pair: Pair) -> bool:
     """Whether a pair is for validation: by its folder, else by a hash of its name, so that scores of several runs and
-    machines are comparable. A flipped copy goes with its original, which would leak into validation otherwise."""
+    machines are comparable. A flipped copy goes with its original; otherwise it would leak into the other split."""
     name = pair.stem.removesuffix(MIRROR_SUFFIX).encode(errors="surrogateescape")
     return pair.split == "val" if pair.split else zlib.crc32(name) % VAL_EVERY == 0
 

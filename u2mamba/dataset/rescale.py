@@ -1,6 +1,6 @@
 """Images and masks of any size -> the square that the network sees, and saliency maps of that square -> any size.
 
-The two directions stand side by side because every command uses both: an edit to one (padding, say) needs the other.
+Both directions are in one file because every command uses both: an edit to one (say, padding) requires the other.
 `skimage.transform.resize`, which `RescaleT` uses, is linear and works on one axis at a time. It is therefore a product
 with one small sparse matrix per axis: 1.2 ms instead of 30 ms for an image of 400x300 on one core.
 """
@@ -20,7 +20,7 @@ def axis_operator(length: int, size: int, published: bool = True) -> sparse.csr_
     """Linear interpolation along one axis, sparse: (size, length).
 
     published: what `skimage.transform.resize(..., mode="constant")` does, float32: after a Gaussian low-pass filter
-    that is cut off at 4 standard deviations, and with black around the image. Else neither, float64.
+    truncated at 4 standard deviations, and with black around the image. Else neither, float64.
     """
     center = (np.arange(size)[:, None] + 0.5) * length / size - 0.5
     low = np.floor(center)
@@ -34,14 +34,14 @@ def axis_operator(length: int, size: int, published: bool = True) -> sparse.csr_
         columns = columns.clip(0, length - 1)
     used = (weights != 0) & (columns >= 0) & (columns < length)
     rows = np.broadcast_to(np.arange(size)[:, None, None], used.shape)
-    return sparse.csr_array(  # the constructor adds weights of the same place
+    return sparse.csr_array(  # the constructor sums duplicate entries
         (weights[used], (rows[used], columns[used])), shape=(size, length)
     ).astype(np.float32 if published else np.float64)
 
 
 @functools.lru_cache(maxsize=4096)
 def axis_index(length: int, size: int) -> np.ndarray:
-    """The input that each output takes in skimage's resize of order 0 along one axis: (size,) int64."""
+    """The input index of each output in skimage's nearest-neighbor resize (order 0) along one axis: (size,) int64."""
     from skimage.transform import resize  # takes longer to import than a map to predict, which needs no mask
 
     ramp = np.arange(length, dtype=np.int32)[:, None]
@@ -85,6 +85,6 @@ def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     )
     rows, out = vertical @ saliency, np.empty(shape, saliency.dtype)
     step = max(1, BLOCK // shape[1])
-    for top in range(0, shape[0], step):  # the product comes transposed; a copy of all of it would double the memory
+    for top in range(0, shape[0], step):  # the product is transposed; copying it whole would double the memory
         out[top : top + step] = (horizontal @ rows[top : top + step].T).T
     return out.clip(0, 1, out=out)

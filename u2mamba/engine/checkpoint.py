@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written whole or not at all, resumed from the newest that is whole.
+"""Checkpoints of a run: written atomically, resumed from the newest intact one.
 
 A run's folder holds weights files in U-2-Net's naming every `save_frq` iterations, best.pth, and last.pth with
-everything to resume from; the last.pth of before stays as last_before.pth, in case the newest turns out to be corrupt.
+everything to resume from; the previous last.pth is kept as last_before.pth, in case the newest turns out to be corrupt.
 """
 
 import errno
@@ -27,25 +27,25 @@ from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError
 from u2mamba.runtime.files import atomic_write, replacing
 from u2mamba.runtime.source import PUBLISHED_LOADER, source_checksums
 
-SAVE_SECONDS = 300.0  # at most between two last.pth
+SAVE_SECONDS = 300.0  # maximum time between two writes of last.pth
 FIX_HINT = "move it away, or use --resume never"
 RESUME_IGNORED_KEYS = {  # settings that do not change what a run computes
     "resume", "model_name", "saved_models", "data_dir", "tra_image_dir", "tra_label_dir", "val_image_dir",
     "val_label_dir", "log_frq", "val_frq", "save_frq", "keep_checkpoints", "grad_accum_steps", "deterministic",
     "device", "gpu", "plain", "processes",
 }  # fmt: skip
-PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings that the processes of a run may have otherwise
+PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings in which the processes of a run may differ
 
 
 def save(content: Any, path: Path, before: Path | None = None) -> None:
-    """Writes `content` to a temporary file, then renames it; the file that was there becomes `before`. Raises OSError.
+    """Writes `content` to a temporary file, then renames it; the existing file becomes `before`. Raises OSError.
 
     Killed between the two renames, a run resumes from `before`.
     """
     with replacing(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer hides the error of the disk
+        except RuntimeError as error:  # torch's zip writer hides the disk error
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
         if before:
@@ -68,17 +68,17 @@ class Checkpointer:
         if self.run["code"].get("data_loader.py", PUBLISHED_LOADER) != PUBLISHED_LOADER:
             print("warning: data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py")
         self.dist.check_same(self.settings | {"fingerprint": fingerprint}, PER_RANK_KEYS)
-        self.last_is_whole = False  # whether the file there was read or written whole, and may become last_before.pth
-        self.saved = True  # whether the last writing of last.pth succeeded
-        self._written, self._took = time.monotonic(), 0.0  # end and seconds of the last writing of last.pth
+        self.last_is_whole = False  # whether last.pth is known to be intact, and may become last_before.pth
+        self.saved = True  # whether the last write of last.pth succeeded
+        self._written, self._took = time.monotonic(), 0.0  # end and duration of the last write of last.pth
 
     # ------- resume
 
     def restore(self) -> TrainState:
-        """Loads the run in the folder into network, step and random state -> its state; a new one where there is none.
+        """Restores network, step and random state from the run in the folder -> its progress; a new one without a run.
 
-        Raises UserError where the run there was made with settings, data or code that would now compute something else,
-        and for damaged or foreign files.
+        Raises UserError if the run used settings, data or code that differ in a way that changes the result, and for
+        damaged or foreign files.
         """
         saved, path = self.dist.broadcast_object(self._find_latest)
         if saved is None:
@@ -87,7 +87,7 @@ class Checkpointer:
             state = TrainState(**saved["state"])
             if [*map(type, astuple(state))] != [*map(type, astuple(TrainState()))]:
                 raise TypeError(f"state is {state}")
-            # a larger epoch_num continues a finished run, one that was stopped early as well
+            # a larger epoch_num continues a finished run, including one that was stopped early
             state.finished &= self.cfg.epoch_num <= saved["run"]["settings"]["epoch_num"]
             self._check_settings(saved["run"], state, path)
             load_state_dict(self.step.net, saved["model"], path)
@@ -98,17 +98,19 @@ class Checkpointer:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"{path}: does not hold a run of this version to resume ({reason}); {FIX_HINT}") from None
+            raise UserError(
+                f"{path}: does not contain a run that this version can resume ({reason}); {FIX_HINT}"
+            ) from None
         if state.finished:
-            print(f"{self.folder} holds a finished run of {state.epoch} epochs; a larger --epoch_num continues it")
+            print(f"{self.folder} holds a finished run of {state.epoch} epochs; increase --epoch_num to continue it")
         else:
             print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
         self.last_is_whole = path == self.last
         return state
 
     def begin(self, state: TrainState) -> None:
-        """Archives an earlier run, where this one is new, and writes config.json; gives all processes the weights of
-        the main one."""
+        """Archives an earlier run if this one is new, writes config.json, and broadcasts the weights of the main
+        process."""
         self.dist.broadcast_weights(self.step.net)
         if self.dist.is_main:
             if not state.iteration:
@@ -120,8 +122,8 @@ class Checkpointer:
                 print(f"warning: {error}; training continues")
 
     def _find_latest(self) -> tuple[Any, Path]:
-        """The content and path of the first whole file of last.pth, last_before.pth and the weights files, newest
-        first; (None, ...) where there is no run, or resume is "never"."""
+        """The content and path of the first intact file among last.pth, last_before.pth and the weights files, newest
+        first; (None, ...) if there is no run, or resume is "never"."""
         files = [path for path in (self.last, self.before) if path.exists()]
         if self.cfg.resume == "never" or not files:
             return None, self.last
@@ -134,39 +136,39 @@ class Checkpointer:
             except ValueError as error:
                 raise UserError(f"{error}; {FIX_HINT}") from None
             if path not in files:
-                print(f"warning: {path} holds weights only: the state of the optimizer and of the averages is lost")
+                print(f"warning: {path} holds weights only: the states of the optimizer and the EMA are lost")
                 content = getattr(content, "_metadata", {}).get(METADATA_KEY, {}) | {"step": None, "model": content}
             return content, path
-        raise UserError(f"{files[0]}: is damaged, and no other checkpoint in {self.folder} is whole; {FIX_HINT}")
+        raise UserError(f"{files[0]}: is damaged, and no other checkpoint in {self.folder} is intact; {FIX_HINT}")
 
     def _check_settings(self, run: Mapping[str, Any], state: TrainState, path: Path) -> None:
         before, after, auto = run["settings"], self.settings, self.cfg.resume == "auto"
         gone = {k for k in before if k not in after and before[k] == run["defaults"].get(k)}
         extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
         ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
-        # a setting that the run did not know counts as its default
+        # a setting that the saved run does not have counts as its default
         other = differences(self.run["defaults"] | before, after, ignored)
         if run["data"] != self.run["data"]:
-            other.append("other training or validation pairs (names, sizes or contents)")
+            other.append("different training or validation pairs (names, sizes or contents)")
         folders = [k for k in ("data_dir", "tra_image_dir", "tra_label_dir") if before.get(k) != after.get(k)]
         if folders and not other:
             print(f"the same pairs in another folder: {', '.join(f'{k} = {after[k]!r}' for k in folders)}")
         if other and auto:
             raise UserError(
-                f"{path} was made with other settings ({'; '.join(other)}): set them back, choose another "
-                "--model_name, or use --resume force (resume with the new ones, at the learning rate that a run of "
-                f"{self.cfg.epoch_num} epochs has there) or --resume never (start over)"
+                f"{path} was saved with other settings ({'; '.join(other)}): restore them, choose another "
+                "--model_name, or use --resume force (resume with the new ones, at the learning rate of a run of "
+                f"{self.cfg.epoch_num} epochs) or --resume never (start over)"
             )
         old, new = run["code"], self.run["code"]
         if code := ", ".join(file for file in old | new if old.get(file) != new.get(file)):
             if state.finished and auto:
                 raise UserError(
                     f"{path} holds a finished run, and the code has changed since: {code}; "
-                    "--resume never trains from scratch"
+                    "use --resume never to train from scratch"
                 )
             print(f"the code has changed since this run was saved: {code}")
         if (processes := before["processes"]) != self.dist.size:
-            print(f"processes: {processes} before, now {self.dist.size}: other batches, the same learning rate")
+            print(f"processes: {processes} before, now {self.dist.size}: the learning rate stays the same")
 
     # ------- save
 
@@ -187,11 +189,11 @@ class Checkpointer:
         self._took = self._written - started
 
     def is_due(self) -> bool:
-        """Whether the last last.pth is old enough for another."""
+        """Whether last.pth is old enough to be written again."""
         return time.monotonic() - self._written > SAVE_SECONDS
 
     def is_cheap(self) -> bool:
-        """Whether another last.pth adds less than 2 % to the run, by the time that the one before took."""
+        """Whether writing last.pth now adds less than 2 % to the run time, judging by the previous write."""
         return time.monotonic() - self._written > 50 * self._took
 
     def save_weights(self, net: nn.Module, state: TrainState, loss: float, tar: float) -> None:
@@ -215,20 +217,22 @@ class Checkpointer:
             return True
         except OSError as error:
             if before and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-                before.unlink(missing_ok=True)  # the newer file needs the space more
+                before.unlink(missing_ok=True)  # frees the space for the newer file
                 return self._save_or_warn(content, path)
             print(f"warning: {path} could not be written ({error.strerror or error}); training continues", flush=True)
             return False
 
     def resume_hint(self) -> str:
-        """What a run that stops now says."""
-        where = "here" if self.saved else f"what was saved before, since {self.last} could not be written"
+        """The message of a run that stops now."""
+        where = "here" if self.saved else f"the previous save, since {self.last} could not be written"
         return f"the same command{' without --resume never' * (self.cfg.resume == 'never')} resumes from {where}"
 
     def report_end(self, state: TrainState, skipped: int) -> int:
         """Prints how the run ended -> exit code. Raises UserError where its last.pth could not be written."""
         if not self.saved:
-            raise UserError(f"the run is over, but {self.last} could not be written; saved files are in {self.folder}")
+            raise UserError(
+                f"the run is finished, but {self.last} could not be written; saved files are in {self.folder}"
+            )
         took = timedelta(seconds=round(state.seconds))
         files = f", {skipped} files skipped (exit code {EXIT_SKIPPED})" if skipped else ""
         print(f"done: {state.iteration} iterations in {took}, checkpoints in {self.folder}{files}")

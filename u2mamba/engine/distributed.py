@@ -1,7 +1,7 @@
-"""Several processes, one per GPU: torchrun starts them; here they meet, share the pairs and agree.
+"""Distributed training, one process per GPU, started by torchrun: rendezvous, sharding of the pairs, shared decisions.
 
-Messages between the CPUs (gloo) are for what the host decides: when to stop, which settings, what last.pth holds. The
-gradients are averaged in the step itself (engine/gradients.py).
+The hosts communicate through gloo about decisions: when to stop, which settings, what to resume from. The gradients are
+averaged in the step itself (engine/gradients.py).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class DistContext:
-    """The processes of a run and which of them this one is; by default there is one, and every method costs nothing."""
+    """The processes of a run, and the rank of this one. By default there is one, and all methods are free."""
 
     rank: int = 0
     size: int = 1
@@ -43,13 +43,14 @@ class DistContext:
     def shard(self, rows: Tensor) -> Tensor:
         """This process's rows of an epoch's plan: every size-th.
 
-        The batches of all processes are then one stretch of the plan: a position in it means the same to any number of
-        processes. Up to size - 1 rows at the end are left out, so that each has as many pairs in each step.
+        The batches of all processes together are then a contiguous part of the plan, so a position in it is valid for
+        any number of processes. Up to size - 1 rows at the end are dropped, so that all have the same number of pairs
+        per step.
         """
         return rows[self.rank : len(rows) - len(rows) % self.size : self.size]
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the processes' values; returns when all have called it."""
+        """The maximum of the processes' values; blocks until all have called it."""
         if self.size == 1:
             return value
         agreed = torch.tensor(value)
@@ -57,7 +58,7 @@ class DistContext:
         return int(agreed)
 
     def raise_if_stopped(self, stop: StopSignal) -> None:
-        """Raises Stopped in all processes where one of them received a signal: all end at the same iteration."""
+        """Raises Stopped in all processes if one of them received a signal: all end at the same iteration."""
         if exit_code := self.all_reduce_max(stop.exit_code):
             raise Stopped(exit_code)
 
@@ -66,12 +67,12 @@ class DistContext:
         if self.size > 1 and values.is_cuda:
             dist.all_reduce(values, dist.ReduceOp.AVG)
         elif self.size > 1:
-            dist.all_reduce(values.mul_(1 / self.size))  # gloo has no mean
+            dist.all_reduce(values.mul_(1 / self.size))  # gloo does not support AVG
         return values
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block, then the others, which find what it left."""
+        """The first process of each machine runs the block, then the others, which find its results."""
         if self.local_rank:
             self.all_reduce_max(0)
         yield
@@ -79,7 +80,7 @@ class DistContext:
             self.all_reduce_max(0)
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns in the main process, in all of them."""
+        """The result of `make` in the main process, broadcast to all."""
         if self.size == 1:
             return make()
         box = [make() if self.is_main else None]
@@ -87,19 +88,21 @@ class DistContext:
         return box[0]
 
     def check_same(self, settings: dict[str, Any], ignore: set[str]) -> None:
-        """Raises UserError where this process has other settings, or found other pairs, than the main one."""
+        """Raises UserError if the settings or the pairs of this process differ from those of the main one."""
         if other := differences(self.broadcast_object(lambda: settings), settings, ignore):
-            raise UserError(f"the processes differ (main -> this one): {'; '.join(other)}; start them all alike")
+            raise UserError(
+                f"the processes differ (main -> this one): {'; '.join(other)}; start all with the same settings"
+            )
 
     def broadcast_weights(self, net: nn.Module) -> None:
-        """Gives every process the weights of the main one. Raises UserError on an Apple GPU."""
+        """Broadcasts the weights of the main process. Raises UserError on an Apple GPU."""
         for tensor in net.state_dict().values() if self.size > 1 else ():
             if tensor.device.type == "mps":
-                raise UserError("several processes run on CUDA GPUs or CPUs, not on an Apple GPU: start one")
+                raise UserError("several processes require CUDA GPUs or CPUs; on an Apple GPU, start one")
             dist.broadcast(tensor, 0)
 
     def describe(self, batch: int) -> str:
-        """The processes and batch sizes in words; batch: per process."""
+        """The processes and batch sizes, for printing; batch: per process."""
         if self.size == 1:
             return f"1, batch size {batch}"
         return f"{self.size} ({self.local_size} on this machine), batch size {batch} each, {batch * self.size} in total"
@@ -109,7 +112,7 @@ class DistContext:
 def init_distributed() -> Iterator[DistContext]:
     """The processes that torchrun describes in the environment variables, or one process.
 
-    Of several, only the main one prints; an error is printed once, by the process that met it first. The process ends
+    Only the main process prints; an error is printed once, by the first process that fails. The process ends
     with this block, by os._exit, because shutting NCCL down waits for captured graphs
     (github.com/pytorch/pytorch/issues/115388) and, after an error, for processes that wait for this one.
     """
@@ -177,7 +180,7 @@ def _rank0_logging(store: dist.Store, context: DistContext) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in text:
             text = (
                 "another process of this run has ended; the same command resumes from last.pth "
-                "(torchrun --max-restarts does so by itself)"
+                "(torchrun --max-restarts does so automatically)"
             )
         elif not isinstance(error, UserError):
             raise

@@ -1,7 +1,7 @@
 """The gradients of a step in one contiguous buffer, averaged over the processes.
 
-Not by PyTorch's DistributedDataParallel, which reduces a gradient when autograd has accumulated it: the fast step's
-come another way, through bf16 copies of the weights and a second stream. Here one all-reduce follows the backward pass,
+PyTorch's DistributedDataParallel does not fit: it reduces gradients when autograd accumulates them, but those of the
+fast step come from bf16 copies of the weights and a second stream. Here one all-reduce follows the backward pass,
 captured in the CUDA graph with the rest of the step. On two H100 the 183 MB of U2MAMBA's gradients take 0.65 ms.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from u2mamba.engine.distributed import DistContext
 
-ALIGNMENT = 64  # elements: the optimizers' kernels load 16 bytes at a time only where the address allows it
+ALIGNMENT = 64  # elements: fused optimizers use 16-byte loads only at aligned addresses
 
 
 class GradientAverager:
@@ -22,7 +22,7 @@ class GradientAverager:
 
     def __init__(self, dist: DistContext, parameters: list[nn.Parameter]):
         self.dist, self.parameters = dist, parameters
-        self.views: dict[nn.Parameter, Tensor] = {}  # none before the first pass
+        self.views: dict[nn.Parameter, Tensor] = {}  # empty before the first pass
 
     @torch.no_grad()
     def __call__(self, *others: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class GradientAverager:
         outside = [p for p in self.parameters if p.grad is not None and p not in self.views]
         if not self.views or (outside and self.dist.size == 1):
             self._build(others)
-        else:  # several processes could not agree on it without waiting for each other
+        else:  # agreeing on new ones would make the processes wait for each other
             for parameter in outside:
                 parameter.grad = None
         made = [(view, p.grad) for p, view in self.views.items() if p.grad is not None and p.grad is not view]

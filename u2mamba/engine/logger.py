@@ -28,7 +28,7 @@ ACTIVATION_LIMIT = 1e4  # standard deviation of a batch norm's input; in trained
 
 
 class NonFiniteError(UserError):
-    """Too many steps in a row gave NaN or Inf."""
+    """Too many consecutive steps gave NaN or Inf."""
 
 
 class TrainLogger:
@@ -41,7 +41,7 @@ class TrainLogger:
         self._columns: list[str] = []
         self._warned: set[str] = set()  # layers, and "disk"
         self._first_line = True
-        self._rows: deque[Tensor] = deque(maxlen=HISTORY)  # of the last batches, the newest first
+        self._rows: deque[Tensor] = deque(maxlen=HISTORY)  # of the most recent batches, newest first
         self._restart_clock()
         if writes and state.iteration:
             self._write_csv(_read_csv(folder / "log.csv", state))
@@ -56,7 +56,7 @@ class TrainLogger:
         """Prints a line at once."""
         try:
             print(text, flush=True)
-        except OSError:  # the reader (tee, head) or the terminal is gone: the run saves and ends, as after a signal
+        except OSError:  # the reader (tee, head) or the terminal has closed: the run saves and ends, as after a signal
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signal.raise_signal(signal.SIGTERM)
 
@@ -105,7 +105,7 @@ class TrainLogger:
         self.log(f"{self._prefix()}] validation {values}{' (best)' if best else ''} | {seconds:.1f} s")
         self._record("val", {f"val_{name}": value for name, value in scores.items()})
         self._warn_large_activations(net)
-        self._restart_clock()  # the time of a validation belongs to no images/s
+        self._restart_clock()  # validation time must not count in images/s
 
     def log_image(self, sheet: Tensor) -> None:
         """preview.png and TensorBoard's panel; sheet: uint8 (3, H, W)."""
@@ -134,7 +134,7 @@ class TrainLogger:
             )
 
     def _warn_large_activations(self, net: nn.Module) -> None:
-        """One line, once per layer, where a batch norm's input is too large for the layers before it to learn."""
+        """A warning, once per layer, if a batch norm's input is too large for the layers before it to learn."""
         variances = {key.removesuffix(".running_var"): v for key, v in net.state_dict().items() if "running_var" in key}
         deviations = {name: float(v.max()) ** 0.5 for name, v in variances.items() if name not in self._warned}
         if large := {name: v for name, v in deviations.items() if v > ACTIVATION_LIMIT}:
@@ -152,7 +152,7 @@ class TrainLogger:
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         place = {"ite": self.state.iteration, "epoch": self.state.epoch + 1}
         full = place | values | {"seconds": f"{self.seconds:.1f}"}
-        if new := [name for name in full if name not in self._columns]:  # a score that the run did not have
+        if new := [name for name in full if name not in self._columns]:  # a new score
             self._columns += new
             self._write_csv([*_read_csv(self.folder / "log.csv"), full])
         else:
@@ -181,14 +181,14 @@ class TrainLogger:
             with self._one_warning():
                 iteration = self.state.iteration
                 return SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1 if iteration else None)
-        except Exception as error:  # not installed, or versions of protobuf and NumPy that do not fit
+        except Exception as error:  # not installed, or incompatible with protobuf or NumPy
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            self.log(f"no curves in TensorBoard ({reason}): pip install --upgrade tensorboard")
+            self.log(f"warning: TensorBoard is not used ({reason}): pip install --upgrade tensorboard")
         return None
 
     @contextlib.contextmanager
     def _one_warning(self) -> Iterator[None]:
-        """Of a disk that cannot be written, for all files here; the run goes on."""
+        """Warns once if the disk cannot be written, for all files here; training continues."""
         try:
             yield
         except OSError as error:
@@ -198,7 +198,7 @@ class TrainLogger:
 
 
 def _read_csv(path: Path, state: TrainState | None = None) -> list[dict[str, str]]:
-    """The rows of a log; those up to `state`, validations of unfinished epochs left out. [] for a damaged file."""
+    """The rows of a log, up to `state` and without validations of unfinished epochs. [] for a damaged file."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]

@@ -1,4 +1,4 @@
-"""Sanity checks: a batch through network, loss and scores, before every run; can the network overfit a few pairs?"""
+"""Sanity checks: one batch through network, loss and scores before every run; overfitting a few pairs."""
 
 import itertools
 import math
@@ -17,14 +17,14 @@ from u2mamba.runtime.environment import ROOT
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, UserError
 
 TARGET_IOU = 0.95
-MIN_FOREGROUND = 0.01  # fraction of the image: an empty mask, or one of a few pixels, shows nothing
+MIN_FOREGROUND = 0.01  # fraction of the image: a mask of a few pixels cannot show learning
 MAX_STEPS = 500  # the small network needs 50 to 100 for one pair
 
 
 def try_batch(step: TrainStep, batch: Batch, best_by: str) -> None:
     """Network, loss and scores of a batch before anything is written: an edit that cannot work ends here, in one line.
 
-    In every process; moves no statistic and draws no random number. Raises UserError that names the place.
+    Runs in every process; changes neither statistics nor random state. Raises UserError with file and line.
     """
     try:
         with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), eval_mode(step.net) as net:
@@ -50,9 +50,9 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str) -> None:
 
 
 def overfit(step: TrainStep, source: DataSource, count: int, batch_size: int, folder: Path) -> int:
-    """Trains on `count` pairs, neither cropped nor flipped, until their IoU exceeds TARGET_IOU -> exit code.
+    """Trains on `count` pairs without augmentation until their IoU exceeds TARGET_IOU -> exit code.
 
-    Scored in eval mode, as in use. Writes `folder`/preview.png. Raises UserError when MAX_STEPS do not suffice, too few
+    Scored in eval mode, as in use. Writes `folder`/preview.png. Raises UserError if MAX_STEPS are not enough, too few
     pairs show an object, or there are several processes.
     """
     if step.dist.size > 1:
@@ -85,7 +85,7 @@ def overfit(step: TrainStep, source: DataSource, count: int, batch_size: int, fo
     result = f"IoU {iou:.3f} after {steps} iterations, {time.monotonic() - started:.0f} s; {where}"
     if iou <= TARGET_IOU:
         raise UserError(
-            f"overfit failed, {result} shows image, mask, map: check whether the masks belong to the images, then try "
+            f"overfit failed, {result} shows image, mask, map: check that the masks match the images, then try "
             "another lr (1e-3 for Adam)"
         )
     print(f"overfit: learned, {result}")

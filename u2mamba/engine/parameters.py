@@ -12,9 +12,9 @@ def param_groups_weight_decay(net: nn.Module) -> list[dict]:
 
 
 def flatten_statistics(net: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The running statistics of the modules in training mode as one tensor, to keep or restore in one operation.
+    """The running statistics of the modules in training mode as one tensor, to save or restore in one operation.
 
-    Statistics are all floating-point buffers; they become views of that tensor (n), which also returns by name.
+    Statistics are all floating-point buffers; they become views of that tensor (n); also returns the views by name.
     """
     floats = {name: buffer for name, buffer in net.named_buffers() if buffer.is_floating_point()}
     owners = {name: net.get_submodule(name.rpartition(".")[0]) for name in floats}

@@ -16,7 +16,7 @@ WEIGHTS_NAME = re.compile(r".+_bce_itr_(\d+)_train_[^_]+_tar_[^_]+\.pth")
 
 
 def weights_name(model_name: str, iteration: int, train_loss: float, tar_loss: float) -> str:
-    """U-2-Net's name of a weights file, which users sort and parse by eye."""
+    """The file name of weights in U-2-Net's format."""
     return f"{model_name}_bce_itr_{iteration}_train_{train_loss:3f}_tar_{tar_loss:3f}.pth"
 
 
@@ -41,7 +41,7 @@ _locks: list[FileLock] = []
 
 @contextlib.contextmanager
 def release_run_locks() -> Iterator[None]:
-    """Releases at its end what `acquire_run_dir` locked in it; also a decorator."""
+    """Releases at the end of the block all locks of `acquire_run_dir`; also a decorator."""
     try:
         yield
     finally:
@@ -50,9 +50,9 @@ def release_run_locks() -> Iterator[None]:
 
 
 def acquire_run_dir(folder: Path) -> None:
-    """Makes the folder of a run and locks it until `release_run_locks` or the end of the process.
+    """Creates the folder of a run and locks it until `release_run_locks` or the end of the process.
 
-    Raises UserError when it cannot be written, or another run uses it.
+    Raises UserError if it cannot be written, or another run uses it.
     """
     check_folder(folder)
     try:
@@ -62,14 +62,14 @@ def acquire_run_dir(folder: Path) -> None:
     except Timeout:
         raise UserError(f"{folder} is in use by another run: wait for it, or choose another model_name") from None
     except (OSError, NotImplementedError) as error:  # a file system without locks
-        print(f"warning: {folder} cannot be locked ({error}): start no second run in it")
+        print(f"warning: {folder} cannot be locked ({error}): do not start a second run in it")
     for file in folder.glob(".*.tmp"):  # left by a killed run
         with contextlib.suppress(OSError):
             file.unlink()
 
 
 def archive_run(folder: Path) -> None:
-    """Renames what an earlier run left in `folder`, adding a number."""
+    """Renames the files of an earlier run in `folder`, appending a number."""
     names = ("last.pth", "last_before.pth", "best.pth", "preview.png", "log.csv", CONFIG_FILE, "tensorboard")
     files = [folder / name for name in names]
     files = [f for f in (*files, *(path for _, path in weights_files(folder))) if f.exists()]

@@ -1,4 +1,4 @@
-"""Epochs, iterations, crop sizes and the order of the pairs of a run, and where in them it stands."""
+"""The schedule of a run: epochs, iterations, crop sizes, order of the pairs; and its progress."""
 
 import math
 import os
@@ -22,7 +22,7 @@ LOWER_IS_BETTER = {"MAE"}  # validation scores
 
 @dataclass
 class TrainState:
-    """Where the run stands; together with the settings it determines the pairs of the next step."""
+    """The progress of a run; together with the settings it determines the pairs of the next step."""
 
     epoch: int = 0  # finished epochs, validation included
     position: int = 0  # pairs of the current epoch that were trained on
@@ -33,14 +33,14 @@ class TrainState:
     finished: bool = False
 
     def is_best(self, name: str, scores: Mapping[str, float]) -> bool:
-        """Whether the score `name` is the best so far; of equal ones the later. Scores by another name do not count."""
+        """Whether the score `name` is the best so far; ties count. A best score of another name is discarded."""
         if not scores or not all(map(math.isfinite, scores.values())):
             return False
         gain = (self.best - scores[name]) if name in LOWER_IS_BETTER else scores[name] - self.best
         return name != self.best_name or gain >= 0
 
     def advance(self, pairs: int) -> None:
-        """Counts a step on so many pairs of all processes."""
+        """Counts a step on this many pairs, over all processes."""
         self.iteration, self.position = self.iteration + 1, self.position + pairs
 
     def end_epoch(self) -> None:
@@ -48,7 +48,7 @@ class TrainState:
 
 
 class Schedule:
-    """The run that the settings `cfg` describe, of `pairs` training pairs, in `processes` processes."""
+    """The schedule for the settings `cfg`, a number of training pairs and a number of processes."""
 
     def __init__(self, cfg: Any, pairs: int, processes: int = 1):
         self.cfg, self.pairs, self.processes = cfg, pairs, processes
@@ -65,7 +65,7 @@ class Schedule:
         if self.cfg.warmup_iters > self.total_iterations:
             print(
                 f"warning: warmup_iters = {self.cfg.warmup_iters} exceeds the run's {self.total_iterations} "
-                "iterations: lr is never reached; use fewer, or more epochs"
+                "iterations: lr is never reached; decrease it, or train for more epochs"
             )
 
     def epoch_is_over(self, state: TrainState) -> bool:
@@ -76,7 +76,7 @@ class Schedule:
         return -(-(rows // self.processes) // self.cfg.batch_size_train)
 
     def progress(self, state: TrainState) -> float:
-        """The fraction of the run that is done; by epochs, since a resumed run may have other processes."""
+        """The completed fraction of the run, counted in epochs: the number of processes may change on resuming."""
         return (state.epoch + state.position / self.pairs_per_epoch) / self.cfg.epoch_num
 
     def crop_size(self, epoch: int) -> int:
@@ -85,13 +85,13 @@ class Schedule:
         return self.cfg.early_crop if early else self.cfg.crop
 
     def augmentation(self, epoch: int) -> Augmentation:
-        """Random resized crops become whole images in the last epochs: trained as used (arXiv 1906.06423)."""
+        """Whole images replace random crops in the last epochs, to match prediction (arXiv 1906.06423)."""
         whole = epoch >= (1 - self.cfg.whole_fraction) * self.cfg.epoch_num
         augmentation = Augmentation.from_config(self.cfg)
         return augmentation._replace(scale_min=1.0, scale_max=1.0) if whole else augmentation
 
     def plan(self, epoch: int) -> Tensor:
-        """Order, crops and flips of an epoch: rows as of `epoch_plan`, a function of seed and epoch alone."""
+        """Order, crops and flips of an epoch: rows of `epoch_plan`, a function of seed and epoch alone."""
         cfg = self.cfg
         plan = epoch_plan(
             self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
@@ -103,7 +103,7 @@ class Schedule:
 def train_batches(
     source: DataSource, schedule: Schedule, state: TrainState, channels_last: bool, dist: DistContext
 ) -> Iterator[Batch]:
-    """The batches of a run from `state` on, over its epochs: x and y of this process, and the rows of the plan of all.
+    """The batches of a run from `state` on, over its epochs: x and y of this process, the plan's rows of all processes.
 
     Raises DataError for a file that became unreadable.
     """
@@ -117,13 +117,13 @@ def train_batches(
 
 
 def validate_config(cfg: Any, weights: Path | None) -> None:
-    """Raises UserError for settings that are each in range, but do not go together; weights: the file `pretrained`."""
+    """Raises UserError for settings that are in range but incompatible; weights: the file of `pretrained`."""
     if cfg.arch not in ARCHS:
         raise UserError(f"arch = {cfg.arch!r}: must be one of {', '.join(ARCHS)}")
     if max(cfg.crop, cfg.early_crop) > cfg.rescale:
         raise UserError(f"crop = {max(cfg.crop, cfg.early_crop)}: cannot be larger than rescale = {cfg.rescale}")
     if 0 < cfg.early_crop < MIN_SIZE:
-        raise UserError(f"early_crop = {cfg.early_crop}: must be 0 or from {MIN_SIZE}")
+        raise UserError(f"early_crop = {cfg.early_crop}: must be 0 or at least {MIN_SIZE}")
     if cfg.scale_min > cfg.scale_max:
         raise UserError(f"scale_min = {cfg.scale_min}: cannot be larger than scale_max = {cfg.scale_max}")
     if cfg.grad_accum_steps > cfg.batch_size_train:
@@ -131,9 +131,9 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
     if cfg.model_name in ("", "..") or Path(cfg.model_name).name != cfg.model_name:
         raise UserError(f"model_name = {cfg.model_name!r}: must be the name of a folder, without a path")
     if len(os.fsencode(cfg.model_name)) > MAX_NAME:
-        raise UserError(f"model_name = {cfg.model_name[:20]!r}...: is too long, {MAX_NAME} bytes are the most")
-    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run needs the weights no more
+        raise UserError(f"model_name = {cfg.model_name[:20]!r}...: is too long, the limit is {MAX_NAME} bytes")
+    begins = not Path(cfg.saved_models, cfg.model_name, "last.pth").exists()  # a resumed run no longer needs them
     if begins and weights and not weights.is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.crop < 0.6 * cfg.rescale:
-        print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")
+        print(f"warning: crop = {cfg.crop} is far below rescale = {cfg.rescale}, the size of prediction")

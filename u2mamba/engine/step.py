@@ -23,7 +23,7 @@ from u2mamba.engine.validation import iou_per_image
 from u2mamba.runtime.environment import Environment, HeapRetention, memory_in_use, out_of_memory
 from u2mamba.runtime.errors import UserError
 
-HISTORY = 64  # last steps of which `RunningMeans.nonfinite` is known
+HISTORY = 64  # most recent steps that `RunningMeans.nonfinite` covers
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RunningMeans:
 
 
 class TrainStep:
-    """Trains `net` on one batch per call; modules keep their modes.
+    """Trains `net` on one batch per call; each module keeps its train or eval mode.
 
     loss: (logits d0, d1, ..., masks) -> a number, one value per output (their sum is trained), or, as in U-2-Net,
     (tar, loss): the second is trained, the first is printed. dist: the processes that train together, each with a batch
@@ -80,7 +80,7 @@ class TrainStep:
     def __call__(self, images: Tensor, masks: Tensor) -> None:
         """images: (B, C, H, W) normalized, masks: (B, 1, H, W) in [0, 1], both on the step's device.
 
-        Raises UserError where memory is too small, with a batch size to try, and for an unsupported result of the loss.
+        Raises UserError if memory runs out, with a batch size to try, and for an unsupported result of the loss.
         """
         groups = [len(group["params"]) for group in self.optimizer.param_groups]
         flags = [p.requires_grad for p in self._parameters.values()], [m.training for m in self._modules]
@@ -99,7 +99,7 @@ class TrainStep:
         self.ema_steps += bool(self.ema)
 
     def _set_up(self) -> None:
-        """Collects what is trained: at the first step, and after `requires_grad`, a mode or the loss has changed."""
+        """Collects the trained parameters: at the first step, and after `requires_grad`, a mode or the loss changed."""
         self.net.zero_grad()  # also of parameters that are now frozen
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self.statistics, views = flatten_statistics(uncompiled(self.net))
@@ -118,21 +118,21 @@ class TrainStep:
 
     def _step(self, images: Tensor, masks: Tensor) -> None:
         statistics = self.statistics.clone()
-        # to None, not to zero: autograd then hands its tensors over, where adding them would cost a kernel for each
+        # to None, not to zero: autograd then moves its tensors, where accumulating would cost one kernel each
         self.net.zero_grad()
-        self.optimizer.zero_grad()  # also of parameters that are not the network's
+        self.optimizer.zero_grad()  # also for parameters outside the network
         batches = zip(images.chunk(self.grad_accum_steps), masks.chunk(self.grad_accum_steps), strict=True)
         parts = [self._backward(x, y, len(y) / len(masks)) for x, y in batches]
         values = torch.stack(parts).sum(0)  # IoU, loss, losses
         gradient = self.averager(self.statistics, values)  # from here on every process computes the same
         norm = torch.linalg.vector_norm(gradient)
         if self.grad_clip:
-            # NaN to 1: it would stay in the padding between the gradients
+            # NaN becomes 1: it would persist in the padding between the gradients
             gradient.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0))
         nonfinite = ~torch.isfinite(torch.cat((values[1:], norm.float().view(1))))
         finite = ~nonfinite.any()
         if self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = (~finite).float()  # with which the fused optimizers change nothing
+            self.optimizer.found_inf = (~finite).float()  # makes fused optimizers skip the update
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
@@ -197,7 +197,7 @@ class TrainStep:
         self.sums.zero_()
 
     def set_learning_rate(self, value: float) -> None:
-        """Of all groups; `lr_scale`, a key that a group may have, multiplies its own."""
+        """For all parameter groups; an optional key `lr_scale` of a group multiplies it."""
         for group in self.optimizer.param_groups:
             group["lr"] = value * group.get("lr_scale", 1.0)
 
@@ -213,7 +213,7 @@ class TrainStep:
         return net
 
     def state_dict(self) -> dict[str, Any]:
-        """The step's part of `last.pth`, without the weights."""
+        """The state that `last.pth` stores, without the weights."""
         return {
             "optimizer": self.optimizer.state_dict()["state"],
             "ema": {name: average.cpu() for name, average in self.ema.items()},
@@ -224,7 +224,9 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        groups = self.optimizer.state_dict()["param_groups"]  # rates are the schedule's, and the rest are settings
+        groups = self.optimizer.state_dict()[
+            "param_groups"
+        ]  # not restored: learning rates come from the schedule, the rest from the settings
         shapes = dict(enumerate(p.shape for group in self.optimizer.param_groups for p in group["params"]))
         saved, names = state["optimizer"], _names_of_moments(self.optimizer)
         if all(
@@ -235,7 +237,7 @@ class TrainStep:
             for p, moments in self.optimizer.state.items():  # in p's layout: fused optimizers ignore strides
                 moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
         else:
-            print("warning: the optimizer or its groups have changed: its moments start from zero")
+            print("warning: the optimizer or its parameter groups changed: its moments start from zero")
         self.sums = state["sums"].to(self.device)
         self.nonfinite.copy_(state["nonfinite"])
         if self.ema_decay and state["ema_steps"]:
@@ -246,7 +248,7 @@ class TrainStep:
 
 
 def _names_of_moments(optimizer: torch.optim.Optimizer) -> Collection[str]:
-    """What the optimizer keeps of each parameter, by a step of a copy."""
+    """Names of the optimizer's state per parameter, found by a step of a copy."""
     copied, group = copy.copy(optimizer), next(group for group in optimizer.param_groups if group["params"])
     p = torch.zeros_like(group["params"][0], requires_grad=True)
     p.grad = torch.zeros_like(p)

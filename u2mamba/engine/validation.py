@@ -17,7 +17,7 @@ from u2mamba.engine.distributed import DistContext
 from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
 from u2mamba.runtime.errors import StopSignal, UserError
 
-BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009, used by every SOD paper
+BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009), as in all SOD papers
 LEVELS = 256  # thresholds
 VAL_BATCH = 12  # images
 
@@ -41,7 +41,7 @@ class SODMetric(Metric):
 
     maxF: precision and recall at 256 thresholds, each averaged over the images, then the highest F with beta² = 0.3
     (the definition of U²-Net's paper and code). Saliency maps are quantized to 256 levels as in PySODMetrics, and not
-    normalized. compute() -> {"IoU", "MAE", "maxF"}; a further entry there is printed and logged like these.
+    normalized. compute() -> {"IoU", "MAE", "maxF"}; an additional entry is printed and logged too.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class SODMetric(Metric):
 
 @contextlib.contextmanager
 def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
-    """Within it `net` is in eval mode; afterwards each module is in its own mode of before (a frozen one in eval)."""
+    """Inside the block `net` is in eval mode; afterwards each module returns to its own mode (a frozen one to eval)."""
     modes = {module: module.training for module in net.modules()}
     try:
         yield net.eval()
@@ -91,9 +91,9 @@ def validate(
     stop: StopSignal,
     dist: DistContext = DistContext(),  # noqa: B008 - immutable
 ) -> dict[str, float]:
-    """The scores of d0 over the `batches` of all processes; {} where there are none.
+    """The scores of d0 over the `batches` of all processes; {} if there are none.
 
-    Raises Stopped in every process where one received a signal, UserError where the memory does not suffice.
+    Raises Stopped in every process if one received a signal, UserError if memory runs out.
     """
     device = next(net.parameters()).device
     metric, memory = SODMetric().to(device), HeapRetention(device)
@@ -114,7 +114,7 @@ def validate(
 
 
 def preview_batch(data: Data, channels_last: bool) -> Batch:
-    """Up to six validation pairs, or training pairs where there are none."""
+    """Up to six validation pairs, or training pairs if there are none."""
     source = data.val if len(data.val) else data.train
     return next(validation_batches(source, range(min(6, len(source))), channels_last=channels_last))
 
@@ -122,7 +122,7 @@ def preview_batch(data: Data, channels_last: bool) -> Batch:
 @cudnn_benchmark_disabled()
 @torch.no_grad()
 def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
-    """A sheet with a row for each pair, image | mask | d0: uint8 (3, H, W). images, masks: a batch of the loop."""
+    """A grid with one row per pair, image | mask | d0: uint8 (3, H, W). images, masks: a normalized batch."""
     from torchvision.utils import make_grid
 
     with eval_mode(net):

@@ -38,7 +38,7 @@ def _rows_of_program(program, programs, M, STEP: constexpr):
 def _moments(x, cols, M, C, program, programs, ROWS: constexpr, BLOCK_C: constexpr, UNROLL: constexpr):
     """Mean and sum of squared deviations (BLOCK_C) of this program's rows.
 
-    Sums are taken of the distance to the program's first row, so |mean| >> deviation costs no digits.
+    Sums are taken of the distance to the program's first row, so |mean| >> standard deviation loses no precision.
     """
     STEP: constexpr = ROWS * UNROLL
     rows = tl.arange(0, STEP)

@@ -1,8 +1,8 @@
-"""Replaces the operations of model/layers.py in a network by kernels, and registers the kernels' selective scans.
+"""Replaces the operations of model/layers.py in a network by kernels, and registers the fast selective scans.
 
 A kernel is used in bf16 training on channels_last tensors, after a trial on the device: one forward and backward pass
-that must agree with the plain operation. A kernel that fails the trial, or whose plain operation was edited, is left
-out, and `install` reports it.
+that must agree with the plain operation. A kernel that fails the trial, or whose plain operation was edited, is not
+used, and `install` reports it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from u2mamba.fast.selective_scan import selective_scan_triton
 from u2mamba.fast.side_output import SideOutput
 from u2mamba.fast.upsample import UpsampleCat, upsample_to
 
-NAMES = {  # operation -> its name in the line of `install`
+NAMES = {  # operation -> its name in the line that `install` returns
     "batch_norm_relu": "batch norm + ReLU", "max_pool": "pooling", "upsample_cat": "upsampling",
     "upsample_to": "upsampling of side outputs", "side_output": "side outputs", "project": "Mamba's projections",
     "conv_silu": "Mamba's convolution", "rms_norm": "Mamba's norm",
@@ -52,7 +52,7 @@ def _or_plain(operation: Callable) -> Callable:
 
 
 class FusedOps(PlainOps):
-    """The operations of one network by kernels; `bf16_weights`: the training step's bf16 copies of weights."""
+    """The operations of one network as kernels; `bf16_weights`: the training step's bf16 copies of weights."""
 
     def __init__(self):
         self.bf16_weights: dict[Tensor, Tensor] = {}
@@ -120,7 +120,7 @@ class FusedOps(PlainOps):
 
 
 def install(net: nn.Module) -> list[str]:
-    """Gives the layers of `net` the kernels that work on its device, and its scan the backends "triton", "mamba_ssm".
+    """Installs the kernels that work on the device of `net` in its layers; registers the scans "triton", "mamba_ssm".
 
     Call it when `net` is on its device and in its memory format, before `TrainStep` is created. Returns lines to print:
     which operations use kernels, which do not, and why.
@@ -162,7 +162,7 @@ def _trouble(fast: Callable[[], list[Tensor]], plain: Callable[[], list[Tensor]]
         with torch.inference_mode(False), torch.enable_grad():
             pairs = [(a.float(), b.float()) for a, b in zip(fast(), plain(), strict=True)]
         return "" if all((a - b).norm() <= TOLERANCE * b.norm() for a, b in pairs) else difference
-    except Exception as error:  # whatever a compiler, driver, library or another version of Triton raises
+    except Exception as error:  # compilers, drivers, libraries and versions of Triton can raise anything
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: Triton where it is installed, its compilation, and checks of device and layout."""
+"""Shared by all Triton kernels: the import of Triton if installed, compilation, and checks of device and layout."""
 
 import contextlib
 import functools
@@ -74,7 +74,7 @@ def _build_launcher(kernel) -> None:
     The launcher itself is discarded: extension modules of the same name that are loaded in parallel threads get each
     other's functions (`_imp.create_dynamic`, single-phase initialization).
     """
-    with contextlib.suppress(Exception):  # it only saves time, and loading the kernel will raise any error
+    with contextlib.suppress(Exception):  # only an optimization; loading the kernel raises any real error
         triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 

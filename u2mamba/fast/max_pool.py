@@ -22,7 +22,7 @@ def _load_windows(x, pixel, cols, W, S, ok00, ok01, ok10, ok11, other):
 
 @jit()
 def _later(best, which, value, k: constexpr):
-    """The maximum so far and its place, after one more value: as in PyTorch the first of equals, the last NaN."""
+    """Updates the running maximum and its position with one value; as in PyTorch, the first of equals, the last NaN."""
     wins = (value > best) | (value != value)
     return tl.where(wins, value, best), tl.where(wins, k, which)
 

@@ -43,7 +43,7 @@ def selective_scan_triton(u: Tensor, *others: Tensor | bool | None) -> Tensor:
 
 
 def _vector(L: int, K: int, tensors: tuple[Tensor, ...]) -> int:
-    """Steps that one load instruction (16 bytes) may bring: they must be contiguous and aligned in all tensors."""
+    """Steps that one load instruction (16 bytes) may fetch: they must be contiguous and aligned in all tensors."""
     sizes = [L, K, *(16 // x.element_size() for x in tensors)]
     for x in tensors:
         sizes += [x.stride(i) for i in (0, 1) if x.shape[i] > 1]

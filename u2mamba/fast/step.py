@@ -18,11 +18,11 @@ from u2mamba.fast.install import FusedOps
 from u2mamba.fast.launch import compile_only
 from u2mamba.runtime.environment import out_of_memory
 
-EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms chosen, optimizer state made
+EAGER_STEPS = 3  # before the capture: kernels are compiled, convolution algorithms selected, optimizer state created
 
 
 class TrainStep(step.TrainStep):
-    """As engine.step.TrainStep. Call `install(net)` before, and use an optimizer of PyTorch's with fused=True."""
+    """As engine.step.TrainStep. Call `install(net)` first, and use a PyTorch optimizer with fused=True."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, *args, **options):
         super().__init__(net, optimizer, *args, **options)
@@ -32,9 +32,9 @@ class TrainStep(step.TrainStep):
         self.rates: list[Tensor] = []  # the captured learning rate of each group
         self.eager_steps, self.captures = 0, self.device.type == "cuda"
         if self.captures:
-            # one for all: the allocator keeps memory apart for each stream that ever ran a step
+            # one stream for all: the allocator keeps a separate memory pool for each stream that ran a step
             self.capture_stream = torch.cuda.Stream(self.device)
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined by hand
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the streams are joined explicitly
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
@@ -54,7 +54,7 @@ class TrainStep(step.TrainStep):
             self._compile_kernels(images)
         if self.graph and images.shape == self.images.shape:
             for group, captured in zip(self.optimizer.param_groups, self.rates, strict=True):
-                captured.fill_(group["lr"])  # which a user or a scheduler may have set, for any group
+                captured.fill_(group["lr"])  # set by the schedule, a user or a scheduler
             self.images.copy_(images)
             self.masks.copy_(masks)
             self.graph.replay()
@@ -65,8 +65,8 @@ class TrainStep(step.TrainStep):
         self.shape = images.shape
 
     def _compile_kernels(self, images: Tensor) -> None:
-        """Compiles the kernels of a step in parallel, by a forward and backward pass of a copy of the network. The loss
-        is the sum of the outputs: the real one must not see uninitialized memory."""
+        """Compiles the kernels of a step in parallel, in a forward and backward pass of a copy of the network. The loss
+        is the sum of the outputs: the real loss must not see uninitialized memory."""
         net = copy.deepcopy(self.net)
         with compile_only():
             with self.env.autocast():
@@ -79,7 +79,7 @@ class TrainStep(step.TrainStep):
     def _eager_step(self, images: Tensor, masks: Tensor) -> None:
         """On a side stream, as PyTorch requires before a capture: gradients must not belong to the default stream.
 
-        The last step before the capture looks for calls that wait for the GPU, which a graph cannot contain.
+        The last step before the capture detects calls that wait for the GPU, which a graph cannot contain.
         """
         last = self.captures and self.eager_steps == EAGER_STEPS - 1
         stream, places = self.capture_stream, []
@@ -93,15 +93,15 @@ class TrainStep(step.TrainStep):
 
     def _give_up(self, reason: str) -> None:
         self.captures, self.graph = False, None
-        print(f"step: slower, without a CUDA graph: {reason}", flush=True)
+        print(f"warning: no CUDA graph, so steps are slower: {reason}", flush=True)
 
     def _capture(self, images: Tensor, masks: Tensor) -> None:
-        self.graph = None  # of another size
+        self.graph = None  # a graph of another batch shape
         self.images, self.masks = images.clone(), masks.clone()  # clone keeps the memory format
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         self.rates = [torch.tensor(float(rate), device=self.device) for rate in rates]
-        torch.cuda.empty_cache()  # the graph has memory of its own: that of the eager steps would stay reserved
+        torch.cuda.empty_cache()  # the graph has its own memory pool: that of the eager steps would stay reserved
         graph = torch.cuda.CUDAGraph()
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
@@ -120,19 +120,19 @@ class TrainStep(step.TrainStep):
                 group["lr"] = rate
         if self.captures:
             self.graph = graph
-            self.graph.replay()  # the capture itself computed nothing
+            self.graph.replay()  # capturing executes nothing
         else:
             self._eager_step(images, masks)
 
     def _step(self, images: Tensor, masks: Tensor) -> None:
         self.first_part = True
-        if self.copies:  # all in a few kernels, where autocast launches one for each
+        if self.copies:  # in a few kernels, where autocast launches one per weight
             with torch.no_grad():
                 torch._foreach_copy_([*self.copies.values()], [*self.copies])
         super()._step(images, masks)
 
     def _backward(self, images: Tensor, masks: Tensor, share: float) -> Tensor:
-        """In this thread: the algorithms that cuDNN has chosen belong to a thread."""
+        """Runs in this thread: cuDNN caches its selected algorithms per thread."""
         if self.ops:
             self.ops.bf16_weights = self.copies
             self.ops.uses.clear()

@@ -134,7 +134,7 @@ class UpsampleCat(torch.autograd.Function):
 @functools.lru_cache(maxsize=64)
 def _matrix(n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(n_out, n_in) matrix whose product with a column is that column interpolated."""
-    with torch.inference_mode(False), torch.no_grad():  # training could not use a tensor of inference mode
+    with torch.inference_mode(False), torch.no_grad():  # training cannot use an inference-mode tensor
         eye = torch.eye(n_in, dtype=dtype, device=device)
         return F.interpolate(eye[None], size=n_out, mode="linear", align_corners=False)[0].t().contiguous()
 

@@ -1,16 +1,16 @@
 """The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
 
 Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
-torch, which the evaluation of saved maps does without.
+torch, which the evaluation of saved maps does not need.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
 binarizes at > 0.5. MAE, weighted F-measure and S-measure use the map itself. With an empty mask MAE is mean(map),
 S-measure 1 - mean(map), weighted F, precision, recall and F are 0, and E is the fraction of pixels below the threshold.
 
-Three things differ, so that every score is in [0, 1]. E divides by n - 1 for n pixels and passes 1: it is clipped.
-Quadrants without pixels count 0 in the S-measure, where PySODMetrics answers NaN. Masks of 0 and 1, or of 0 and another
-dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the whole set.
+Three things differ, so that every score is in [0, 1]. E divides by n - 1 for n pixels and can exceed 1: it is clipped.
+Quadrants without pixels count 0 in the S-measure, where PySODMetrics returns NaN. Masks of 0 and 1, or of 0 and another
+dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the whole dataset.
 """
 
 import functools
@@ -37,7 +37,7 @@ from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
-BETA2 = 0.3  # weight of precision in the F-measure, Achanta et al. 2009
+BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009)
 METRICS = (
     "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
 )  # fmt: skip
@@ -51,18 +51,18 @@ class Item(NamedTuple):
     """An image to score."""
 
     stem: str
-    image: Path | None  # the photo, where it is known
+    image: Path | None  # the photo, if known
     mask: Path | np.ndarray  # (H, W) uint8
     map: Path | np.ndarray | BadFile | None  # (h, w) float in [0, 1]; None until a network has predicted it
 
 
 class ImageScores(NamedTuple):
-    """What one image contributes."""
+    """The scores of one image."""
 
     mae: float
     missed: float  # the part of the MAE where the map is too low: mean of max(mask - map, 0)
     extra: float  # the part where it is too high
-    area: float  # the object's share of the pixels
+    area: float  # fraction of the pixels that belong to the object
     wf: float
     sm: float
     intersection: int  # pixels of map > 0.5 and mask
@@ -124,9 +124,9 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
 
 
 def mask_rule(items: Sequence[Item], threads: int = 1) -> MaskRule:
-    """How the masks of a set are read, decided from all of them. Raises DataError for label maps.
+    """How the masks of a dataset are read, decided from all of them. Raises DataError for label maps.
 
-    Files that cannot be read have no vote; they are named when they are scored.
+    Unreadable files do not count; they are reported when they are scored.
     """
 
     def survey(item: Item) -> tuple[MaskKind | None, str]:
@@ -158,7 +158,7 @@ def read_item(item: Item, rule: MaskRule | None = None) -> tuple[np.ndarray, np.
 
 
 def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None) -> ImageScores | BadFile:
-    """Scores an item's map at its mask's size; returns the BadFile where a file cannot be used.
+    """Scores an item's map at its mask's size; returns a BadFile if a file cannot be used.
 
     normalize: by minimum and maximum, PySODMetrics' and U²-Net's default; a constant map stays unchanged.
     """
@@ -173,7 +173,7 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
     except BadFile as error:
         return error
     except MemoryError:
-        return BadFile(item.image or item.map, "its metrics do not fit into memory")
+        return BadFile(item.image or item.map, "computing its metrics ran out of memory")
 
 
 def evaluate(
@@ -185,7 +185,7 @@ def evaluate(
 
 
 class DatasetMetrics:
-    """The metrics of one data set, summed image by image."""
+    """The metrics of one dataset, accumulated image by image."""
 
     def __init__(self, name: str):
         self.name = name
@@ -194,7 +194,7 @@ class DatasetMetrics:
         self._curves = np.zeros((4, 256))
 
     def add(self, stem: str, scores: ImageScores | BadFile) -> None:
-        """Adds the next image; the order decides the last digits of the sums."""
+        """Adds the next image; the order affects the rounding of the sums."""
         if isinstance(scores, BadFile):
             self.bad.append(scores)
             return
@@ -244,7 +244,7 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     """
     folder = pred or image
     if folder.resolve() == gt.resolve():
-        raise UserError(f"{gt} is the folder of masks and of {'maps' if pred else 'images'}: give two")
+        raise UserError(f"{gt} is given for both masks and {'maps' if pred else 'images'}: give two folders")
     try:
         (names, others), (masks, more), (photos, _) = map(list_folder, (folder, gt, image or gt))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Colors of a cut-out: those of the object under soft edges, where the photo shows a mixture with the old background.
+"""Foreground estimation for cut-outs: the object's colors at soft edges, where the photo blends it with its background.
 
-Blur-fusion (Forte and Pitié, ICIP 2021): means of foreground and background by box filters, coarse to fine, then a
-correction by the photo's own pixel. The means are smooth, so they are computed on a reduced image.
+Blur-fusion (Forte and Pitié, ICIP 2021): foreground and background means by box filters, coarse to fine, then a
+correction from the photo's own pixel. The means are smooth, so they are computed on a reduced image.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ BLOCK = 1 << 20  # pixels of the photo that are processed at once
 def foreground_colors(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """image: (H, W, 3) uint8, alpha: (H, W) uint8 -> (H, W, 3) uint8: the object's colors where 0 < alpha < 255.
 
-    Other pixels are the image's own. `image` is left unchanged.
+    Other pixels are copied from the image. `image` is left unchanged.
     """
     height, width = alpha.shape
     factor = -(-max(height, width) // WORKING_SIZE)
@@ -51,7 +51,7 @@ def _means(image: Tensor, alpha: Tensor) -> Tensor:
 def _fuse(image: Tensor, foreground: Tensor, background: Tensor, alpha: Tensor) -> Tensor:
     """The foreground's mean, corrected by what the pixel of the photo, (3, N), differs from the mixture of the means.
 
-    A saliency map is often low inside the object. There the pixel itself tells how much of the foreground it is.
+    A saliency map is often low inside the object. There the pixel's color gives its fraction of foreground.
     """
     line = foreground - background
     share = ((image - background) * line).sum(0) / (line.square().sum(0) + 1e-3)
@@ -60,7 +60,7 @@ def _fuse(image: Tensor, foreground: Tensor, background: Tensor, alpha: Tensor) 
 
 
 def _weighted_mean(colors: Tensor, weight: Tensor, radius: int) -> Tensor:
-    """Mean over a window of 2 radius + 1 pixels, cut off at the border; `colors` where all weights are 0."""
+    """Mean over a window of 2 radius + 1 pixels, truncated at the border; `colors` where all weights are 0."""
     return (_box_sum(colors * weight, radius) + 1e-5 * colors) / (_box_sum(weight, radius) + 1e-5)
 
 

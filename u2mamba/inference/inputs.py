@@ -1,4 +1,4 @@
-"""The words of a command -> the images that they name, and where the outputs of each belong."""
+"""Command-line inputs -> the image files, and where the outputs of each are written."""
 
 import functools
 import glob
@@ -41,14 +41,14 @@ def find_images(inputs: Iterable[str]) -> tuple[list[Source], list[str], list[st
                 else:
                     images.setdefault(path.resolve(), (path, path.relative_to(base)))
         if len(images) == before and not any(m.is_file() for m in matches):
-            raise UserError(f"{word}: no image in it ({' '.join(IMAGE_TYPES)})")
+            raise UserError(f"{word}: contains no image ({' '.join(IMAGE_TYPES)})")
     # a.jpg next to a.png: their outputs keep the extension, a.jpg.png and a.png.png
     stems = Counter(below.with_suffix("") for _, below in images.values())
     sources: dict[Path, Source] = {}
     for path, below in images.values():
         name = below if stems[below.with_suffix("")] > 1 else below.with_suffix("")
         if name in sources:
-            raise UserError(f"{sources[name].image} and {path} would both become {name}: give each an --out of its own")
+            raise UserError(f"{sources[name].image} and {path} would both become {name}: use a separate --out for each")
         sources[name] = Source(path, name)
     return list(sources.values()), others, outputs
 
@@ -62,7 +62,7 @@ def _matches(word: str) -> tuple[Path, list[Path]]:
         if matches := [Path(m) for m in sorted(glob.glob(pattern, recursive=True))]:
             base = itertools.takewhile(magic.isdisjoint, path.parts[:-1])
             return Path(*base), matches
-    raise UserError(f"{word}: there is no such file or folder, and nothing matches it")
+    raise UserError(f"{word}: there is no such file or folder, and no file matches it as a pattern")
 
 
 def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
@@ -71,7 +71,7 @@ def _images_in(folder: Path, others: list[str]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    seen: set[Path] = set()  # linked folders are followed, each once, so that a circle ends
+    seen: set[Path] = set()  # symbolic links are followed, each once, so that cycles end
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         seen.add(Path(root).resolve())
         folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(root, f).resolve() not in seen)

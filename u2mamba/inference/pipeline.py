@@ -1,4 +1,4 @@
-"""Image files -> saliency maps; files are read while the network works: prediction, evaluation.
+"""Image files -> saliency maps; files are read while the network runs. For prediction and evaluation.
 
 for source, saliency, extra in compute_maps(predict, sources, read, batch=8):
     ...
@@ -21,10 +21,10 @@ from u2mamba.inference.predictor import Predictor
 from u2mamba.inference.workers import THREADS, ordered_map
 from u2mamba.runtime.environment import peak_memory
 
-if TYPE_CHECKING:  # prediction does without PySODMetrics
+if TYPE_CHECKING:  # prediction does not need PySODMetrics
     from u2mamba.inference.evaluation import Item
 
-S = TypeVar("S")  # what names an image file, by an attribute `image`
+S = TypeVar("S")  # has the image file as its attribute `image`
 Read = Callable[[S], tuple[np.ndarray, Any]]  # -> (image of the network's size, (S, S, 3) uint8; what goes with it)
 
 
@@ -57,7 +57,7 @@ def compute_maps(
 
 
 def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: int, rule: MaskRule) -> Iterator[Item]:
-    """The items with mask and map in memory, or with the reason why there is no map in its place."""
+    """The items with mask and map in memory; if prediction failed, the map is a BadFile."""
 
     def read(item: Item) -> tuple[np.ndarray, np.ndarray]:
         with open_pair(Pair(item.stem, item.image, item.mask), rule.as_stored) as pair:

@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 TILE = (240, 180)  # pixels of an image on the sheet
 LINE = 18  # pixels of the text above it
 GAP = 6
-Curves = Mapping[str, Mapping[str, np.ndarray]]  # data set -> `DatasetMetrics.curves()`
+Curves = Mapping[str, Mapping[str, np.ndarray]]  # dataset -> `DatasetMetrics.curves()`
 
 
 def precision_recall(curves: Curves) -> bytes:
-    """One line per data set."""
+    """One curve per dataset."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
     for name, values in curves.items():
@@ -24,7 +24,7 @@ def precision_recall(curves: Curves) -> bytes:
 
 
 def f_against_threshold(curves: Curves) -> bytes:
-    """Both definitions of F over the thresholds, in one color per data set."""
+    """Both definitions of F over the thresholds, one color per dataset."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="threshold", ylabel="F (β² = 0.3)", xlim=(0, 255), ylim=(0, 1))
     thresholds = np.arange(255, -1, -1)
@@ -35,7 +35,7 @@ def f_against_threshold(curves: Curves) -> bytes:
 
 
 def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
-    """data set -> `DatasetMetrics.by_size()`: a bar per data set and size that has images, missed below extra."""
+    """dataset -> `DatasetMetrics.by_size()`: stacked bars (missed, extra) per dataset and size that occurs."""
     shown = [size for size in next(iter(sizes.values())) if any(values[size]["n"] for values in sizes.values())]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(ylabel="MAE")
@@ -53,7 +53,7 @@ def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int = 2) -> bytes:
     """Rows of (text, images), the images side by side below their text, in `columns` columns.
 
-    Images: (H, W, 3) or (H, W), uint8; as many in each row.
+    Images: (H, W, 3) or (H, W), uint8; the same number in each row.
     """
     width, height = len(rows[0][1]) * (TILE[0] + GAP) + GAP, TILE[1] + LINE + GAP
     sheet = Image.new("RGB", (width * min(columns, len(rows)), height * -(-len(rows) // columns) + GAP), "white")
@@ -70,7 +70,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int
 
 
 def _latin(text: str) -> str:
-    """For fonts with Latin letters only, and for names that are not valid text."""
+    """Escapes what a Latin font lacks, and invalid bytes of file names."""
     return text.encode("latin-1", "backslashreplace").decode("latin-1")
 
 

@@ -25,19 +25,19 @@ from u2mamba.runtime.environment import HeapRetention, out_of_memory
 from u2mamba.runtime.errors import UserError
 
 PRETRAINED_DIR = Path(__file__).parents[2] / "saved_models"
-PRETRAINED = {"small": "u2mambap.pth", "large": "u2mamba.pth"}  # what --checkpoint may name instead of a path
-MAX_GRAPHS = 4  # batch shapes that are kept as CUDA graphs; others run eagerly
+PRETRAINED = {"small": "u2mambap.pth", "large": "u2mamba.pth"}  # names that --checkpoint accepts instead of a path
+MAX_GRAPHS = 4  # maximum number of batch shapes with a CUDA graph; others run eagerly
 
 
 def weights_path(checkpoint: str | Path = "small") -> Path:
     """The weights file that `checkpoint` names: "small" and "large" are included, anything else is a path.
 
-    Raises UserError where there is no such file.
+    Raises UserError if an included file is missing.
     """
     path = PRETRAINED_DIR / PRETRAINED[checkpoint] if checkpoint in PRETRAINED else Path(checkpoint)
     if checkpoint in PRETRAINED and not path.is_file():
         raise UserError(
-            f'"{checkpoint}": {path} is not there; give the path of a weights file (your own, or U-2-Net\'s public '
+            f'"{checkpoint}": {path} not found; give the path of a weights file (your own, or U-2-Net\'s public '
             "u2net.pth or u2netp.pth)"
         )
     return path
@@ -57,7 +57,7 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
         raise UserError(str(error)) from None
     if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
         raise UserError(
-            f"{checkpoint}: takes {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
+            f"{checkpoint}: expects {channels} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}"
         )
     if (outputs := net.settings.get("out_ch", 1)) > 1:
         print(f"{checkpoint}: has {outputs} outputs; a map is 1 minus the probability of the first, the background")
@@ -71,9 +71,7 @@ def input_size(net: nn.Module, size: int = 0) -> int:
     if 0 < size < 32:
         raise UserError(f"size = {size}: must be from 32 to 4096, or 0 for the training size")
     if not size and "size" not in net.settings:
-        print(
-            f"the weights do not say at which size they were trained: {weights.DEFAULT_SIZE} pixels are used (--size)"
-        )
+        print(f"the weights file does not record its training size: using {weights.DEFAULT_SIZE} pixels (see --size)")
     return size or net.settings.get("size", weights.DEFAULT_SIZE)
 
 
@@ -91,9 +89,9 @@ class Predictor:
     """Saliency maps of batches of images, by a copy of `net` (copy=False: by `net`): batch norm folded, channels_last.
 
     precision: "fp32"; or "bf16": convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
-    graph: on CUDA, replay one CUDA graph per batch shape. tta: flip test-time augmentation, the mean with the map of
-    the horizontally flipped image. On a CPU memory is kept from one batch to the next (`HeapRetention`), which saves a
-    sixth of the time.
+    graph: on CUDA, replay one CUDA graph per batch shape. tta: flip test-time augmentation, averaged with the map of
+    the horizontally flipped image. On a CPU, memory is reused between batches (`HeapRetention`), which saves a sixth of
+    the time.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""OUT/<mode>/settings.json: with which settings, and from which state of its image, each output was predicted."""
+"""OUT/<mode>/settings.json: the settings and the version of the image that each output was predicted from."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
 class Provenance:
-    """The record of one folder of outputs; `outputs`: those that it lists, as paths below it.
+    """The record of one output folder; `outputs`: relative paths of the recorded outputs.
 
-    Outputs are recorded before they are written, since a killed process could not do so afterward: from then on, a
-    complete file at a recorded path is done.
+    Outputs are recorded before they are written, since a killed process could not record them afterward. A complete
+    file at a recorded path counts as done.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -37,7 +37,7 @@ class Provenance:
     def is_done(self, output: Path, image: Path) -> bool:
         """Whether `output` was predicted from `image` with these settings.
 
-        Raises UserError if it exists and was not: it must neither count as done nor be lost.
+        Raises UserError if it exists but was not: such a file must neither count as done nor be overwritten.
         """
         if not os.path.lexists(output):
             return False
@@ -45,7 +45,7 @@ class Provenance:
         before = self._variants[entry["settings"]] if entry else {}
         changed = [f"{k} {before.get(k)}" for k, v in self.settings.items() if k != "weights" and before.get(k) != v]
         if not entry or not output.is_file():
-            reason = f"and {self.path} does not list it"
+            reason = f"but {self.path} does not list it"
         elif changed:
             reason = f"predicted by {before.get('weights')} with {', '.join(changed)}"
         elif _state(image) != {key: entry[key] for key in _state(image)}:
@@ -55,8 +55,8 @@ class Provenance:
         raise UserError(f"{output} exists, {reason}: choose another --out, or give --overwrite")
 
     def start(self, images: Mapping[Path, Path]) -> None:
-        """Records {output: image}, and deletes those that exist, which would count as done from now on."""
-        self._read()  # another process may have recorded outputs of its own
+        """Records {output: image}, and deletes existing outputs, which would otherwise count as done."""
+        self._read()  # another process may have recorded outputs since
         if self.settings not in self._variants:
             self._variants.append(self.settings)
         for output, image in images.items():
@@ -70,13 +70,13 @@ class Provenance:
 def _state(path: Path) -> dict[str, int]:
     try:
         status = path.stat()
-    except OSError:  # reading it will fail too, and says why
+    except OSError:  # reading the image will fail too, with the reason
         return {"bytes": -1, "modified": -1}
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def _is_complete(path: Path) -> bool:
-    """False for what a power cut leaves of a file that was written without a flush."""
+    """False for a file that a power cut has truncated, since outputs are not flushed."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 8), os.SEEK_END)
         return file.read().endswith(ENDINGS)

@@ -20,7 +20,7 @@ from u2mamba.inference.inputs import Source
 from u2mamba.inference.pipeline import compute_maps
 from u2mamba.inference.predictor import Predictor
 
-# map: 8-bit gray; mask: 0 and 255; cutout: the image with the map as alpha; overlay: the background gray and dark;
+# map: 8-bit gray; mask: 0 and 255; cutout: the image with the map as alpha; overlay: dark gray background;
 # sheet: image, map and cut-out side by side, small
 MODES = {"map": ".png", "mask": ".png", "cutout": ".png", "overlay": ".jpg", "sheet": ".jpg"}
 NEEDS_IMAGE = {"cutout", "overlay", "sheet"}
@@ -30,7 +30,7 @@ SHEET_TILE = 512  # pixels: longest side
 @contextlib.contextmanager
 def open_rgb(path: Path) -> Iterator[tuple[np.ndarray, bytes | None]]:
     """The image of a file, (H, W, 3) uint8, upright, and its ICC profile, without which the colors of a cut-out would
-    change; None for one that Pillow would refuse to read from a PNG. Inside the block the image counts as decoded.
+    change; None for one that Pillow could not read back from a PNG. The block counts toward DECODE_BUDGET.
 
     Raises BadFile, also for errors inside the block.
     """
@@ -55,7 +55,7 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Any) 
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
-    photo = Image.fromarray(image[..., :3])  # an edit may add channels
+    photo = Image.fromarray(image[..., :3])  # edited code may add channels
     if mode == "overlay":
         ground = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, (20, 30, 60)), 0.6)
         return Image.composite(photo, ground, alpha)
@@ -76,7 +76,7 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Any) 
 
 
 def encode(result: tuple, modes: Iterable[str], cfg: Any) -> Iterator[tuple[str, memoryview]]:
-    """(mode, PNG or JPEG file) of one result of `compute_maps`, one after the other; cfg: as of `render`.
+    """(mode, PNG or JPEG file) of one result of `compute_maps`, one at a time; cfg: see `render`.
 
     Raises BadFile.
     """
@@ -85,9 +85,9 @@ def encode(result: tuple, modes: Iterable[str], cfg: Any) -> Iterator[tuple[str,
         raise saliency
     low, high = np.rint(255 * saliency.min()), np.rint(255 * saliency.max())
     if low == high:
-        tqdm.write(f"{source.image}: its map is {low:.0f} of 255 everywhere", file=sys.stderr)
+        tqdm.write(f"{source.image}: its map is constant ({low:.0f} of 255)", file=sys.stderr)
     opaque = read_alpha(source.image) if "cutout" in modes else None
-    # the image is decoded again: between network and writing only maps wait, however large the images are
+    # the image is decoded again: only small maps are queued between network and writing
     with (open_rgb if NEEDS_IMAGE & set(modes) else errors_as_bad_file)(source.image) as opened:
         image, profile = opened or (None, None)
         saliency = resize_map(saliency, shape)

@@ -1,6 +1,6 @@
-"""Work on files in threads, in order: NumPy, SciPy and Pillow hold Python's lock for little of the time.
+"""Work on files in threads, in order: NumPy, SciPy and Pillow mostly release the GIL.
 
-Nothing here imports torch, which an evaluation of saved maps does without.
+Nothing here imports torch, which evaluating saved maps does not need.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from u2mamba.runtime.cores import granted_cores
 
-THREADS = min(16, granted_cores())  # that read and write files
+THREADS = min(16, granted_cores())  # threads that read and write files
 T = TypeVar("T")
 
 
@@ -19,15 +19,15 @@ def ordered_map(
 ) -> Iterator[tuple[T, Any]]:
     """(item, task(item)) in the order of `items`; at most `ahead` of them are started before they are asked for.
 
-    Where the system allows fewer threads, those that there are do the work, or this one. A generator that is closed
-    waits for the tasks that run.
+    If the system allows fewer threads, the existing ones or this one do the work. Closing the generator waits for
+    running tasks.
     """
     pool, waiting, limited = ThreadPoolExecutor(threads), deque(), False
     try:
         for item in items:
             try:
                 future = pool.submit(task, item)
-            except RuntimeError as error:  # no thread can be started: a limit of the system
+            except RuntimeError as error:  # no more threads can be started: a system limit
                 if not limited:
                     print(f"fewer than {threads} threads can be started ({error})", flush=True)
                 future, limited = Future(), True

@@ -33,7 +33,7 @@ CountOrZero = Annotated[int, Range(0, 10**9)]
 Fraction = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0, 1000)]
 
-OLD_NAMES = {  # options, values and the preset of before -> what took their place
+OLD_NAMES = {  # options, values and the preset of 0.1.0 -> their replacement
     "--flip_upside_down": "now --vflip_prob",
     "--mirror": "now --hflip_prob",
     "--crop_early": "now --early_crop",
@@ -48,28 +48,28 @@ OLD_NAMES = {  # options, values and the preset of before -> what took their pla
     "--warmup": "now --warmup_iters",
     "--iou_loss": "now --iou_weight",
     "--edge_loss": "now --edge_weight",
-    "--optimizer": "gone (AdamW where weight_decay is above 0, else Adam)",
+    "--optimizer": "removed (AdamW if weight_decay is above 0, else Adam)",
     "--stretch": "now --normalize",
     "--resume anyway": "now --resume force",
     "--mode soft": "now --mode map",
     "--mode binary": "now --mode mask",
     "--mode rgba": "now --mode cutout",
-    "--mamba_norm scan": "gone (use gate)",
+    "--mamba_norm scan": "removed (use gate)",
     "best": "now fast_4gpu",
-    "--paste": "gone (it lowered the scores)",
-    "--mamba_residual": "gone (always on: without it nothing changed beyond noise)",
-    "--mamba_directions": "gone (a second direction brought no gain)",
-    "--mamba_zero": "gone (--pretrained with plain U²-Net weights does it)",
-    "--sync_batch_norm": "gone (each GPU normalizes by its own batch)",
-    "--scan_backend": "gone (the fastest that works; --plain takes PyTorch's)",
-    "--channels_last": "gone (--precision bf16 implies it)",
-    "--fused_kernels": "gone (--precision bf16 implies them; --plain leaves them out)",
-    "--cuda_graph": "gone (always used on CUDA; --plain leaves it out)",
-    "--cache": "gone (pairs are cached where they fit into memory)",
-    "--num_workers": "gone (chosen by the cores)",
-    "--batch_size_val": "gone (validation uses batches of its own)",
-    "--max_bad_steps": "gone (20 NaN/Inf steps in a row end a run)",
-    "--save_minutes": "gone (last.pth is written every 5 minutes)",
+    "--paste": "removed (it lowered the scores)",
+    "--mamba_residual": "removed (always on)",
+    "--mamba_directions": "removed (a second direction brought no gain)",
+    "--mamba_zero": "removed (--pretrained with plain U²-Net weights does it)",
+    "--sync_batch_norm": "removed (each GPU normalizes its own batch)",
+    "--scan_backend": "removed (always the fastest available; --plain uses PyTorch's)",
+    "--channels_last": "removed (--precision bf16 implies it)",
+    "--fused_kernels": "removed (--precision bf16 implies them; --plain disables them)",
+    "--cuda_graph": "removed (always used on CUDA; --plain disables it)",
+    "--cache": "removed (pairs are cached if they fit into memory)",
+    "--num_workers": "removed (set by the number of cores)",
+    "--batch_size_val": "removed (the validation batch size is fixed)",
+    "--max_bad_steps": "removed (20 NaN/Inf steps in a row end a run)",
+    "--save_minutes": "removed (last.pth is written every 5 minutes)",
 }
 
 
@@ -77,7 +77,7 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
     """The settings in `default`, or in the preset named by the first word, changed by `--key value` words.
 
     argv: words after the script's name (None: the process's). Raises UserError for a value of the wrong type or out of
-    range, a name of before and a misspelled `--key`; exits with 2 for any other unknown one.
+    range, an option of 0.1.0 or a misspelled one; exits with code 2 for any other unknown option.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
     names, description = ", ".join(presets), type(default).__doc__
@@ -86,7 +86,7 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
         description = f"presets (first word): {names}; the defaults below are those of the chosen one"
         if argv and not argv[0].startswith("-"):
             if argv[0] not in presets:
-                raise UserError(f"{argv[0]}: {OLD_NAMES.get(argv[0], f'no preset; there are {names}')}")
+                raise UserError(f"{argv[0]}: {OLD_NAMES.get(argv[0], f'no such preset; choose one of {names}')}")
             default = presets[argv.pop(0)]
     for before, word in itertools.pairwise(argv):
         if word in presets and (not before.startswith("-") or before.startswith(("--no-", "--no_"))):
@@ -118,7 +118,7 @@ def _refuse_wrong_options(argv: Sequence[str], hints: Mapping[str, Any]) -> None
             if key in OLD_NAMES and key[2:] not in hints:
                 raise UserError(f"{key}: {OLD_NAMES[key]}")
         if is_option and name not in hints and (close := difflib.get_close_matches(name, hints, 1)):
-            raise UserError(f"{word}: there is no such option; is --{close[0]} meant?")
+            raise UserError(f"{word}: there is no such option; did you mean --{close[0]}?")
 
 
 def check_settings(config: Any) -> None:
@@ -147,6 +147,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) -> list[str]:
-    """`key: a -> b` for each setting in which two runs differ; one that only one of them knows counts too."""
+    """`key: a -> b` for each setting in which two runs differ; one that only one run has counts too."""
     keys = [k for k in dict.fromkeys((*a, *b)) if k not in ignore]
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys if a.get(k) != b.get(k)]

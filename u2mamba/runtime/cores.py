@@ -1,4 +1,4 @@
-"""How many CPU cores are granted; without PyTorch, which an evaluation of saved maps does not load."""
+"""The number of CPU cores granted to the process. Without PyTorch, which evaluating saved maps does not load."""
 
 import contextlib
 import os

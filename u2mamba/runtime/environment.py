@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision, memory format, cores, memory, random numbers. Chosen once, at start."""
+"""The environment of a run: device, precision, memory format, cores, memory, random seeds. Chosen once, at start."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ from u2mamba.runtime.errors import UserError
 VERSION = "0.2.0"
 ROOT = Path(__file__).parents[2]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
-MMAP_BLOCK = 128 << 10  # bytes: glibc's default for the size of a block that is mapped by itself
+MMAP_BLOCK = 128 << 10  # bytes: glibc's default size above which a block gets its own mapping
 CGROUP_FILES = (  # memory limit and use of a container, control groups version 2 and version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -38,15 +38,15 @@ class Environment:
 
     @classmethod
     def choose(cls, cfg: Any, dist: Any) -> "Environment":
-        """The environment for the settings `device`, `gpu`, `precision`, `seed`, `deterministic`; prints what it is.
+        """The environment for the settings `device`, `gpu`, `precision`, `seed`, `deterministic`; prints it.
 
-        dist: the `DistContext`. bf16 implies channels_last. Raises UserError for a device that is not there.
+        dist: the `DistContext`. bf16 implies channels_last. Raises UserError for an unavailable device.
         """
         seed_everything(cfg.seed, cfg.deterministic)
         device, device_line = choose_device(cfg.device, cfg.gpu + dist.local_rank)
         precision, precision_line = choose_precision(cfg.precision, device)
         print(f"device: {device_line}\nprocesses: {dist.describe(cfg.batch_size_train)}\nprecision: {precision_line}")
-        # in what stays fp32 TF32 is as exact as the bf16 around it
+        # for operations that stay in fp32, TF32 is as precise as the bf16 around them
         torch.set_float32_matmul_precision("high" if precision == "bf16" and device.type == "cuda" else "highest")
         return cls(device, precision, channels_last=precision == "bf16")
 
@@ -55,14 +55,14 @@ class Environment:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
-        """A context for the forward pass. No cache of casted weights, which a captured CUDA graph must not hold."""
+        """A context for the forward pass. No cache of cast weights, which a captured CUDA graph must not hold."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False)
 
 
 def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str]:
-    """The best device there is, or the one wanted ("auto", "cuda", "mps" or "cpu"), and a line that names it.
+    """The requested device ("cuda", "mps" or "cpu"; "auto": the best available), and a line that describes it.
 
-    gpu: index among the GPUs that CUDA shows. Raises UserError when the one wanted is not there.
+    gpu: index among the GPUs visible to CUDA. Raises UserError if the device is unavailable.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(wanted, True):
@@ -84,7 +84,7 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
 
 
 def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """ "fp32" or "bf16", where the device is faster in bf16, and a line with the reason for a fallback."""
+    """The precision, "bf16" only where the device is fast in it, and a line with the reason for a fallback."""
     reason = ""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         reason = "bf16 requires compute capability 8.0"
@@ -104,16 +104,16 @@ def _cpu_has_bf16() -> bool:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seeds all generators. deterministic: bitwise identical runs for one seed on a GPU too.
+    """Seeds all generators. deterministic: bitwise reproducible runs on a GPU too.
 
-    Call it before the first work on a GPU, since cuBLAS reads its setting once. The Triton kernels write each output
-    from one place in a fixed order, without atomic additions, and need nothing.
+    Call it before the first GPU operation, since cuBLAS reads its setting once. The Triton kernels are deterministic:
+    they sum in a fixed order, without atomic additions.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = not deterministic  # images of one size: the fastest convolution is found once
     torch.backends.cudnn.deterministic = deterministic
-    # warn_only: PyTorch counts max pooling without overlap and histograms as nondeterministic, and they are not
+    # warn_only: PyTorch flags non-overlapping max pooling and histograms as nondeterministic, which they are not
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     random.seed(seed)
@@ -123,7 +123,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 @contextlib.contextmanager
 def cudnn_benchmark_disabled() -> Iterator[None]:
-    """Within it cuDNN uses its default algorithm: the search takes seconds, too long for a few passes of one size."""
+    """Inside the block, cuDNN uses its default algorithm: the search takes seconds, too long for a few passes."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -152,8 +152,8 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Maximum in GiB of what tensors occupied on a GPU so far, or this process (where the system does not keep the
-    maximum, as Windows: now)."""
+    """Peak GPU memory of tensors in GiB, or on a CPU peak memory of this process (Windows and Apple GPUs: the current
+    value)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps" or os.name == "nt":
@@ -170,11 +170,11 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class HeapRetention:
-    """Within it, from the second time on, the process keeps the memory that tensors free on a CPU (glibc only).
+    """Inside the block, from the second entry on, the process keeps memory that CPU tensors free (glibc only).
 
     glibc returns each large block to the system and maps another, whose pages the kernel zeroes one by one: 4 to 30 %
-    of a training step. Retention takes up to 40 % more memory, so half of the peak has to be free besides. Outside,
-    large blocks are mapped as usual: retained ones made other work grow from 2 to 16 GB.
+    of a training step. Retention uses up to 40 % more memory, so half of the peak must be free in addition. Outside
+    the block, glibc's defaults apply: retention made other work grow from 2 to 16 GB.
     """
 
     def __init__(self, device: torch.device):
@@ -183,13 +183,13 @@ class HeapRetention:
         self.mallopt = ctypes.CDLL(None).mallopt if glibc else None
 
     def __enter__(self) -> None:
-        if not self.ran_before or not self.mallopt:  # what it takes is known once it ran
+        if not self.ran_before or not self.mallopt:  # the peak is known once the block has run
             return
         free, peak = available_memory() / 2**30 + memory_in_use(self.device), peak_memory(self.device)
         was_active, self.active = self.active, free > 1.5 * peak
         if self.active:
             self.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
-            self.mallopt(M_MMAP_MAX, 0)  # no block is mapped by itself
+            self.mallopt(M_MMAP_MAX, 0)  # no block gets its own mapping
         elif was_active:
             self.mallopt(M_TRIM_THRESHOLD, MMAP_BLOCK)
 
@@ -201,7 +201,7 @@ class HeapRetention:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """What config.json and last.pth record of where a run was made: version, git commit, PyTorch, device."""
+    """What config.json and last.pth record about the origin of a run: version, git commit, PyTorch, device."""
     commit = "unknown"
     git = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= with changes"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -1,4 +1,5 @@
-"""How a command ends: exit codes, one line for an error that the user can fix, signals that wait for the iteration."""
+"""How a command ends: exit codes, one-line errors for what the user can fix, signals deferred to the end of an
+iteration."""
 
 import contextlib
 import os
@@ -35,7 +36,7 @@ def one_line_errors() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot display
     try:
         yield
     except UserError as error:
@@ -50,14 +51,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _catchable(*numbers: int) -> set[int]:
-    """Those that are not ignored, as nohup ignores SIGHUP, and a shell SIGINT in a background job."""
+    """The signals that are not ignored: nohup ignores SIGHUP, a shell ignores SIGINT in background jobs."""
     return {number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)}
 
 
 class StopSignal:
-    """Within it SIGINT, SIGTERM and SIGHUP are remembered, so that the loop can save first; a second Ctrl-C interrupts.
+    """Inside the block SIGINT, SIGTERM and SIGHUP are deferred, so that the loop can save; a second Ctrl-C interrupts.
 
-    `exit_code` is 0 until a signal is received, then 130, 143 or 129. The handlers of before come back at the end.
+    `exit_code` is 0 until a signal is received, then 130, 143 or 129. The previous handlers are restored at the end.
     Outside the main thread, where Python allows no handlers, no signal is caught.
     """
 

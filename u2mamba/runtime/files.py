@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from u2mamba.runtime.errors import UserError
 
 
 def check_folder(folder: Path) -> None:
-    """Makes `folder` and writes a file as `replacing` does, before the work is done whose results go there.
+    """Creates `folder` and checks that files can be written there, before hours of work depend on it.
 
     Raises UserError.
     """
@@ -27,13 +27,13 @@ def check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name next to `path`; flushed to the disk, then renamed, where nothing failed.
+    """A file to write under a temporary name next to `path`; flushed to disk, then renamed if nothing failed.
 
-    A reader of `path` sees the old file or the new one, never a part. flush: False for one of many small files, which
-    a crash of the machine may lose. Raises OSError.
+    A reader of `path` sees the old file or the new one, never a part. flush: False for many small
+    files, which a system crash may lose. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not by tempfile, whose permissions would need a chmod, which Samba, S3 and vfat refuse; short for long names
+    # not tempfile: its permissions would require a chmod, which Samba, S3 and vfat refuse; cut, since names may be long
     temporary = path.with_name(f".{path.stem.lstrip('.')[:40]}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as file:

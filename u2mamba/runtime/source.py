@@ -1,10 +1,10 @@
-"""Checksums of source files: whether the code that made a run or a cache is the code here."""
+"""Checksums of source files: detect that the code has changed since a run or a cache was written."""
 
 import ast
 from pathlib import Path
 from zlib import crc32
 
-PUBLISHED_LOADER = 2273336099  # source_checksum of data_loader.py, which a test holds to what a run does
+PUBLISHED_LOADER = 2273336099  # source_checksum of data_loader.py, which a test compares with what a run does
 SETTINGS = {"Config", "PRESETS"}  # of a script; compared as settings, not as code
 
 
@@ -27,7 +27,7 @@ def source_checksum(path: Path) -> int:
                 if isinstance(field, ast.AnnAssign):
                     field.value = None
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in SETTINGS)]
-    return crc32(ast.unparse(tree).encode())  # which all versions of Python write alike
+    return crc32(ast.unparse(tree).encode())  # ast.unparse gives the same text on all Python versions
 
 
 def source_checksums(root: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Imported first by the scripts: what can go wrong before their packages are loaded ends them without a traceback.
+"""Imported first by the scripts: problems before their packages are loaded end them without a traceback.
 
 A missing package is named. Ctrl-C in the seconds that PyTorch takes to load ends the script at once;
 `runtime.errors.one_line_errors` takes over from there.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 COMMON = ("torch", "numpy", "skimage", "PIL", "tyro", "psutil", "tqdm")
-REQUIRED = {  # script -> packages that it cannot do without
+REQUIRED = {  # script -> packages that it requires
     "u2mamba_train.py": (*COMMON, "filelock", "torchvision", "torchmetrics"),
     "u2mamba_eval.py": (*COMMON, "matplotlib", "py_sod_metrics"),
     "u2mamba_predict.py": COMMON,
@@ -21,10 +21,10 @@ REQUIRED = {  # script -> packages that it cannot do without
 
 
 def find_problem(packages: tuple[str, ...]) -> str:
-    """One line on those of `packages` that are missing, or do not fit PyTorch; empty where all is well."""
+    """One line naming `packages` that are missing or do not match PyTorch; empty if all is well."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing == ["py_sod_metrics"] and sys.version_info >= (3, 14):
-        return "the metrics of papers need pysodmetrics, which Python 3.14 does not have: evaluate with 3.10 to 3.13"
+        return "evaluation requires pysodmetrics, which does not support Python 3.14: use 3.10 to 3.13"
     if missing:
         return (
             f"{sys.executable} has no {', '.join(missing)}: activate the environment with the packages "
@@ -35,8 +35,8 @@ def find_problem(packages: tuple[str, ...]) -> str:
             importlib.import_module(name)
         except Exception as error:  # a torchvision that was built for another PyTorch raises RuntimeError
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            # an OSError is about the machine, as where there is no folder for temporary files
-            fix = "" if isinstance(error, OSError) else ": reinstall it with the PyTorch here"
+            # an OSError is about the machine, such as no usable folder for temporary files
+            fix = "" if isinstance(error, OSError) else ": reinstall it to match the installed PyTorch"
             return f"{name} cannot be imported ({reason}){fix}"
     return ""
 
