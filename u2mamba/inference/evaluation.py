@@ -34,6 +34,7 @@ from u2mamba.dataset.decode import (
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
 from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
 from u2mamba.dataset.rescale import resize_map
+from u2mamba.inference.provenance import SETTINGS_FILE
 from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
@@ -250,6 +251,7 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     except OSError as error:
         absolute = Path(error.filename).absolute()
         raise UserError(f"{absolute}: {error.strerror}; give a folder of images, maps or masks") from None
+    names = [name for name in names if name != SETTINGS_FILE]  # which u2mamba_predict.py writes beside its maps
     pairs, unpaired = pair_names(names, masks, MAP_TYPES if pred else IMAGE_TYPES)
     unpaired.others.extend(others + more)
     if not pairs:
