@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_the_printed_scores_and_no_part_of_a_file(three, tmp_
 def test_names_of_data_sets():
     assert dataset_names(Config(gt=("a/DUTS-TE/masks", "b/ECSSD"))) == ["DUTS-TE", "ECSSD"]
     assert dataset_names(Config(gt=("a/x",), name=("y",))) == ["y"]
-    with pytest.raises(UserError, match="give --name"):
+    with pytest.raises(UserError, match="give one --name"):
         dataset_names(Config(gt=("a/x", "b/x")))
 
 

@@ -51,7 +51,7 @@ def test_constant_maps_of_small_transparent_and_large_images(value, tmp_path, ca
     cfg = Config((str(tmp_path / "photos"),), str(tmp_path / "net.pth"), str(tmp_path / "out"), tuple(MODES), 48)
     assert main(cfg) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert sum(f"its map is {value} of 255 everywhere" in line for line in lines) == 2
+    assert sum(f"its map is constant ({value} of 255)" in line for line in lines) == 2
     assert sum("large.png: declares 8193x8192 pixels" in line for line in lines) == 1
     assert len([p for p in (tmp_path / "out").rglob("*") if p.is_file()]) == 3 * len(MODES)  # with settings.json
     for name, pixel in (("pixel", (10, 130, 250, value)), ("transparent", (255, 255, 255, min(value, 70)))):

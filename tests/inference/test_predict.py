@@ -147,7 +147,7 @@ def test_folders_are_kept_and_what_is_done_is_skipped(photos, predict, tmp_path,
     assert files(out) == ["map/a.png", "map/below/b.png", "map/settings.json"]
     times = [p.stat().st_mtime_ns for p in sorted(out.rglob("*.png"))]
     assert predict(photos, out=str(out)) == 0
-    assert "images: 2, of which 2 are done" in capsys.readouterr().out
+    assert "images: 2, of which 2 are already done" in capsys.readouterr().out
     assert [p.stat().st_mtime_ns for p in sorted(out.rglob("*.png"))] == times
     assert predict(photos, out=str(out), mode=("map", "mask")) == 0
     assert [n for n in files(out) if n.endswith("png")] == [
@@ -220,7 +220,7 @@ def test_outputs_of_another_image_or_of_unknown_origin_do_not_count_as_done(phot
     cutout.rmdir()
     for content in ("{}", "[]", '{"settings": [1], "outputs": {"a.png": {"settings": 0}}}', "notes"):
         (out / "sheet/settings.json").write_text(content)
-        with pytest.raises(UserError, match=r"a\.jpg exists, and .*settings\.json does not list it"):
+        with pytest.raises(UserError, match=r"a\.jpg exists, but .*settings\.json does not list it"):
             predict(photos, mode=("sheet",))
 
 
