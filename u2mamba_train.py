@@ -128,7 +128,7 @@ PRESETS = {
     "finetune": Config(
         model_name="finetune", arch="u2mambap", pretrained="small", precision="bf16", batch_size_train=8, epoch_num=40,
         lr=1e-4, lr_schedule="cosine", warmup_iters=20, weight_decay=0.02, grad_clip=1.0,
-        crop=320, scale_min=0.8, scale_max=1.0, whole_fraction=0.4, vflip_prob=0.0, hflip_prob=0.5,
+        crop=320, vflip_prob=0.0, hflip_prob=0.5,
     ),
     "demo": Config(
         model_name="demo", data_dir="train_data/demo", arch="u2mambap", rescale=96, crop=96, precision="bf16",
