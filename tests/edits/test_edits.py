@@ -164,7 +164,7 @@ def test_group_norm_attention_folds_plateau(project, data):
 
 def test_instance_norm_head_one_cycle(project, data):
     project.edit("Instance norm", "A different head", "An unused module", "d0 alone", "One cycle")
-    assert '--pretrained "" starts without' in project.train(*U2NETP, code=2)
+    assert '--pretrained "" trains from scratch' in project.train(*U2NETP, code=2)
     lines = project.train("--arch", "u2netp", "--epoch_num", "2", "--lr", "1e-3")
     assert printed_rates(lines) == pytest.approx([9.36e-4, 8.12e-4, 2.83e-4, 4e-9], rel=0.01)
     assert "d1" not in (project.saved / "log.csv").read_text().splitlines()[0].split(",")
