@@ -235,7 +235,7 @@ def test_a_compiled_network_other_losses_and_a_new_setting_resume_a_run_and_best
     project.edit("torch.compile", old="compile(net)", new='compile(net, backend="eager")')
     project.edit("Weights of the outputs", "Weight of the object", "SSIM, with its own setting")
     project.edit("Best by another score")
-    assert "the code has changed since: u2mamba_train.py; --resume never trains" in project.train(*average, code=2)
+    assert "the code has changed since: u2mamba_train.py; use --resume never" in project.train(*average, code=2)
     lines = project.train(*average, "--epoch_num", "2")
     assert "the code has changed since this run was saved: u2mamba_train.py" in lines and "ssim" not in lines
     state = project.load("last.pth")["state"]

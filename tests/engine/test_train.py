@@ -133,7 +133,7 @@ def test_other_settings_are_not_mixed_into_a_run(finished, data, tmp_path):
     [
         (["--lr", "-1"], "lr = -1.0: must be from 0 to 10"),
         (["--crop", "64"], "crop = 64: cannot be larger than rescale = 48"),
-        (["fats"], "no preset"),
+        (["fats"], "no such preset"),
         (["--tra_image_dir", "nowhere"], "nowhere"),
         (["--tra_image_dir", "nowhere", "--tra_label_dir", "nowhere"], "u2mamba_train.py demo"),
         (["--device", "cuda"], 'device = "cuda"'),
