@@ -136,4 +136,4 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
     if begins and weights and not weights.is_file():
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.crop < 0.6 * cfg.rescale:
-        print(f"warning: crop = {cfg.crop} is far below rescale = {cfg.rescale}, the size of prediction")
+        print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")
