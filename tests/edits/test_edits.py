@@ -303,7 +303,7 @@ def test_suffixes_links_batches_of_one_and_published_classes(project, data, tmp_
     lines = project.train("--batch_size_train", "1", *sizes, data=both)
     assert "ite: 2]" in lines and "data: 2 pairs for training, 2 for validation" in lines
     assert "data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py" in lines
-    assert "warning: crop = 64 is of rescale = 128, the size of prediction" in lines
+    assert "warning: crop 64 of rescale 128: trained at 64 pixels, used at 128" in lines
 
 
 def test_four_channels(project, tmp_path):

@@ -99,7 +99,7 @@ def test_unusable_words_end_with_code_2(argv, capsys):
         (("--mirror", "0.5"), "--mirror: now --hflip_prob"),
         (("fast", "--crop-early=128"), "--crop_early: now --early_crop"),
         (("--beyond", "0.3"), "--beyond: now --scale_max, 1 plus its value"),
-        (("--no-cache",), "--cache: removed"),
+        (("--no-cache",), "--cache: gone"),
         (("--paste", "0.1"), "--paste: gone (it lowered the scores)"),
         (("--resume", "anyway"), "--resume anyway: now --resume force"),
         (("--resume=anyway",), "--resume anyway: now --resume force"),
