@@ -101,9 +101,8 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
     """
     state = uncompiled(net).state_dict()
     result = OrderedDict((k, v.detach().to("cpu", copy=True).contiguous()) for k, v in state.items())
-    settings = {
-        k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"
-    }  # the backend depends on the machine
+    # without the backend, which depends on the machine
+    settings = {k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"}
     settings |= {"size": size} if size else {}
     result._metadata = OrderedDict(getattr(state, "_metadata", {})) | ({METADATA_KEY: settings} if settings else {})
     return result
@@ -244,9 +243,11 @@ def load_pretrained(net: nn.Module, path: str | Path, size: int | None = None) -
     net, (state, settings) = uncompiled(net), read_state_dict(path)
     report = _compare(net, state)
     if 2 * len(report.unfit) > len(state):
+        made = ", ".join(f"{k} = {settings[k]}" for k in ("arch", "mamba_at", "mamba_norm") if k in settings)
+        hint = f"the file has {made}" if made else FITS
         raise ValueError(
             f"{path}: {len(report.unfit)} of its {len(state)} tensors do not fit arch {_arch(net)!r}, first "
-            f'{report.unfit[0]}; {FITS}; --pretrained "" trains from scratch'
+            f'{report.unfit[0]}; {hint}; --pretrained "" trains from scratch'
         )
     try:
         _copy(net, state, report)

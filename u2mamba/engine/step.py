@@ -224,9 +224,8 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        groups = self.optimizer.state_dict()[
-            "param_groups"
-        ]  # not restored: learning rates come from the schedule, the rest from the settings
+        # not restored: learning rates come from the schedule, the rest from the settings
+        groups = self.optimizer.state_dict()["param_groups"]
         shapes = dict(enumerate(p.shape for group in self.optimizer.param_groups for p in group["params"]))
         saved, names = state["optimizer"], _names_of_moments(self.optimizer)
         if all(
