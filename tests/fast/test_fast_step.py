@@ -8,7 +8,6 @@ from torch import nn
 
 from model import U2MAMBAP
 from tests.engine.test_step import script
-from tests.fast.test_install import cosines
 from u2mamba import fast
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.step import TrainStep
@@ -62,18 +61,6 @@ def test_the_graph_computes_what_the_plain_step_computes(options):
     # cuDNN adds up weight gradients in no fixed order, which seven steps amplify: 1.4e-3 was measured
     assert b.loss == pytest.approx(a.loss, rel=5e-3)
     assert b.iou == pytest.approx(a.iou, abs=0.02)
-
-
-def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
-    """An untrained network multiplies rounding: PyTorch's own bf16 autocast leaves a median cosine of 0.24 to 0.47
-    (measured on a CPU), so that is the yardstick and not 1."""
-    steps = make(), make(precision="bf16"), make(fast.TrainStep, "bf16")
-    for step in steps:
-        step.set_learning_rate(0.0)
-    train(steps, [1])
-    autocast, fused = cosines(steps[1], steps[0]), cosines(steps[2], steps[0])
-    assert fused.median() > autocast.median() - 0.1
-    assert fused.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
 @pytest.mark.parametrize("mamba_norm", ["none", "gate"])
