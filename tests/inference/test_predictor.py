@@ -68,7 +68,7 @@ def test_the_graph_computes_what_the_network_does(images):
 def test_the_included_weights_find_the_cup_and_not_the_table():
     """On scikit-image's photo of a cup of coffee, which was not in their training data."""
     net = load_model()
-    assert weights_path().stat().st_size < 6e6
+    assert weights_path().stat().st_size < 6e6 and weights_path("large").stat().st_size <= 47e6
     image = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
     d0 = Predictor(net, torch.device("cpu"))(image[None])[0, 0]
     assert d0[80:160, 130:190].mean() > 0.9  # the coffee
