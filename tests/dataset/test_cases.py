@@ -207,7 +207,7 @@ def test_the_one_pair_is_for_validation(tmp_path):
 
 
 def scores(pred: Path, gt: Path, tmp_path: Path) -> dict:
-    assert evaluate(EvalConfig(pred=(str(pred),), gt=(str(gt),), workers=1, json=str(tmp_path / "s.json"))) == 0
+    assert evaluate(EvalConfig(pred=(str(pred),), gt=(str(gt),), json=str(tmp_path / "s.json"))) == 0
     return json.loads((tmp_path / "s.json").read_text())[0]
 
 

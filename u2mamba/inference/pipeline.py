@@ -7,19 +7,17 @@ for source, saliency, extra in compute_maps(predict, sources, read, batch=8):
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from u2mamba.dataset.decode import MEAN, BadFile, Pair, open_pair
+from u2mamba.dataset.decode import BadFile, Pair, open_pair
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
 from u2mamba.inference.workers import THREADS, ordered_map
-from u2mamba.runtime.environment import peak_memory
 
 if TYPE_CHECKING:  # prediction does not need PySODMetrics
     from u2mamba.inference.evaluation import Item
@@ -69,18 +67,3 @@ def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: i
 
     for item, saliency, mask in compute_maps(predict, items, read, batch):
         yield item._replace(map=saliency, mask=item.mask if mask is None else mask)
-
-
-def measure_speed(predict: Predictor, size: int, batch: int) -> dict[str, float]:
-    """{"img_s": images per second of the network alone, over at least three seconds, "memory_GiB": peak memory}.
-
-    The memory is that of tensors on a GPU, and of the process on a CPU.
-    """
-    images = torch.randint(256, (batch, size, size, len(MEAN)), dtype=torch.uint8)
-    for _ in range(2):
-        predict(images)
-    start, calls = time.perf_counter(), 0
-    while calls < 3 or time.perf_counter() - start < 3:
-        predict(images)[-1].sum().item()  # .item() waits for the device
-        calls += 1
-    return {"img_s": calls * batch / (time.perf_counter() - start), "memory_GiB": peak_memory(predict.device)}
