@@ -57,10 +57,6 @@ from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_er
 from u2mamba.runtime.files import atomic_write, check_folder
 
 SHEET_IMAGES = 20  # with the lowest IoU
-LABELS = (
-    "MAE", "max F, A", "max F, B", "mean F, A", "mean F, B", "weighted F", "S-measure", "max E", "mean E",
-    "IoU, mean over images", "IoU, whole set",
-)  # fmt: skip
 MASK_FOLDERS = {"gt", "gts", "gt_aug", "mask", "masks", "ground_truth", "groundtruth", "annotations"}
 
 
@@ -133,7 +129,7 @@ def report_files(metrics: DatasetMetrics) -> list[str]:
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """A column per dataset, a row per metric."""
     rows = [["", *(s["name"] for s in summaries)], ["images", *(f"{s['n']:,}" for s in summaries)]]
-    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in zip(METRICS, LABELS, strict=True)]
+    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in METRICS.items()]
     return align(rows)
 
 
@@ -218,8 +214,7 @@ def main(cfg: Config) -> int:
         from u2mamba.inference import plots  # imports matplotlib: half a second
 
         curves = {metrics.name: metrics.curves() for metrics, *_ in datasets}
-        atomic_write(Path(cfg.out, "precision_recall.png"), plots.precision_recall(curves))
-        atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
+        atomic_write(Path(cfg.out, "curves.png"), plots.curves(curves))
         sizes = {metrics.name: metrics.by_size() for metrics, *_ in datasets}
         atomic_write(Path(cfg.out, "error_by_size.png"), plots.error_by_size(sizes))
         for metrics, *_ in datasets:

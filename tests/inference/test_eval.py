@@ -208,7 +208,7 @@ def test_two_sets_in_one_call(folders, tmp_path):
     assert sets == expected
     assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
     assert {p.name for p in report.iterdir()} == {
-        "s.json", "precision_recall.png", "f_threshold.png", "error_by_size.png",
+        "s.json", "curves.png", "error_by_size.png",
         *(f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")),
     }  # fmt: skip
     rows = list(csv.DictReader((report / "first_images.csv").read_text().splitlines()))

@@ -38,9 +38,11 @@ from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009)
-METRICS = (
-    "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
-)  # fmt: skip
+METRICS = {
+    "mae": "MAE", "maxf_a": "max F, A", "maxf_b": "max F, B", "meanf_a": "mean F, A", "meanf_b": "mean F, B",
+    "wf": "weighted F", "sm": "S-measure", "em_max": "max E", "em_mean": "mean E",
+    "iou_mean": "IoU, mean over images", "iou_set": "IoU, whole set",
+}  # fmt: skip
 SIZES = {  # of an image's object
     "small": "under 10 % of the image", "medium": "10 to 30 %", "large": "over 30 %", "empty": "no object",
     "full": "all of the image",

@@ -49,10 +49,9 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
     `net.settings` holds what it was built with, and "size", its training size in pixels, where the file specifies it.
     Raises UserError with one line where the file cannot be used.
     """
+    path = weights_path(checkpoint)
     try:
-        net = weights.load_model(weights_path(checkpoint), **options)
-    except UserError:
-        raise
+        net = weights.load_model(path, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
