@@ -31,7 +31,7 @@ def compute_maps(
 ) -> Iterator[tuple[S, np.ndarray | BadFile, Any]]:
     """(source, saliency map (S, S) float32 or why there is none, what `read` returned with the image).
 
-    Files are read ahead of the network. Maps come in the order of `sources`, after the bad files of their batch.
+    In the order of `sources`. Files are read ahead of the network.
     """
 
     def read_or_say_why(source: S) -> tuple[np.ndarray | BadFile, Any]:
@@ -42,16 +42,20 @@ def compute_maps(
         except MemoryError:
             return BadFile(source.image, "does not fit into memory"), None
 
-    results = ordered_map(read_or_say_why, sources, ahead=2 * batch + THREADS)
-    while chunk := list(itertools.islice(results, batch)):
-        yield from ((source, image, None) for source, (image, _) in chunk if isinstance(image, BadFile))
-        if group := [entry for entry in chunk if not isinstance(entry[1][0], BadFile)]:
-            maps = predict(torch.from_numpy(np.stack([image for _, (image, _) in group]))).cpu().numpy()
-            for (source, (_, extra)), saliency in zip(group, maps[:, 0], strict=True):
-                if not np.isfinite(saliency).all():
-                    reason = "its map has NaN/Inf values: damaged weights, or try --precision fp32"
-                    saliency = BadFile(source.image, reason)
-                yield source, saliency, extra
+    def launch() -> Iterator[tuple[list, torch.Tensor | None]]:
+        results = ordered_map(read_or_say_why, sources, ahead=2 * batch + THREADS)
+        while chunk := list(itertools.islice(results, batch)):
+            images = [image for _, (image, _) in chunk if not isinstance(image, BadFile)]
+            yield chunk, predict(torch.from_numpy(np.stack(images))) if images else None
+
+    # pairwise is one batch ahead: a GPU computes its maps while those before are used
+    for (chunk, maps), _ in itertools.pairwise(itertools.chain(launch(), (None,))):
+        values = iter(() if maps is None else maps[:, 0].cpu().numpy())
+        for source, (image, extra) in chunk:
+            saliency = image if isinstance(image, BadFile) else next(values)
+            if saliency is not image and not np.isfinite(saliency).all():
+                saliency = BadFile(source.image, "its map has NaN/Inf values: damaged weights, or try --precision fp32")
+            yield source, saliency, extra
 
 
 def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: int, rule: MaskRule) -> Iterator[Item]:
