@@ -376,8 +376,11 @@ def test_a_stopped_command_continues_where_it_was(number, code, photos, predict,
     assert predict(photos, checkpoint=other, size=160, out=str(tmp_path / "expected")) == 0
     words = f"{photos} --checkpoint {other} --size 160 --batch 1 --device cpu --precision fp32 --overwrite --out"
     command, out = [sys.executable, str(ROOT / "u2mamba_predict.py"), *words.split()], tmp_path / "out"
+    before = (out / "map/settings.json").stat().st_mtime_ns
     process = subprocess.Popen([*command, str(out)], stderr=subprocess.PIPE, text=True)
-    while not 0 < len(list(out.rglob("*.png"))) < 42 and process.poll() is None:  # it deletes them at its start
+    while process.poll() is None:  # it deletes all outputs, then records the new ones, then writes them
+        if (out / "map/settings.json").stat().st_mtime_ns != before and list(out.rglob("*.png")):
+            break
         time.sleep(0.005)
     process.send_signal(getattr(signal, number))
     _, err = process.communicate(timeout=60)
