@@ -112,7 +112,7 @@ def check_pairs(
                     store.images[index].numpy()[:] = rescale_image(image, size)
                     store.masks[index].numpy()[:] = small
                 edges = np.concatenate([mask.values[[0, -1]].ravel(), mask.values[:, [0, -1]].ravel()])
-                black = not image.any()
+                black = not image.max()
             checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
             return _Visit(
                 checksum, mask.kind, np.bincount(edges, minlength=256), int(small.max()), resized, untagged, black
@@ -163,7 +163,7 @@ def check_pairs(
             "white": object_ == 1,
             "inverted": object_ < 1 and border > 0.5,
             "vanished": object_ and lookup[visited.top] <= OBJECT,
-            "trimap": soft and {*np.unique(lookup[levels]).tolist()} in ({0, 127, 255}, {0, 128, 255}),
+            "trimap": soft and {*lookup[levels].tolist()} in ({0, 127, 255}, {0, 128, 255}),
             "untagged": bool(visited.untagged),
             "gray": soft > 0.2,
         }

@@ -54,14 +54,14 @@ def rescale_image(image: np.ndarray, size: int) -> np.ndarray:
     if (height, width) == (size, size):
         return image
     vertical, horizontal = axis_operator(height, size), axis_operator(width, size)
-    rows = np.zeros((size, width * channels), np.float32)
-    step = max(1, BLOCK // width)
+    rows, step = np.zeros((), np.float32), max(1, BLOCK // width)
     for top in range(0, height, step):  # a 48-megapixel image as float32 would take 0.6 GB per thread
         block = image[top : top + step].reshape(-1, width * channels).astype(np.float32)
-        rows += (vertical if height <= step else vertical[:, top : top + step]) @ block
+        part = (vertical if height <= step else vertical[:, top : top + step]) @ block
+        rows = rows + part if top else part
     columns = horizontal @ rows.reshape(size, width, channels).swapaxes(0, 1).reshape(width, size * channels)
     # skimage clips to the range of its input; it matters at the border, where mode="constant" mixes in black
-    out = np.rint(columns).clip(image.min(), image.max()).astype(np.uint8)
+    out = np.rint(columns, out=columns).clip(image.min(), image.max(), out=columns).astype(np.uint8)
     return np.ascontiguousarray(out.reshape(size, size, channels).swapaxes(0, 1))
 
 
@@ -69,7 +69,7 @@ def rescale_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """(H, W) uint8 -> (size, size) uint8, exactly `RescaleT`'s (order 0)."""
     if mask.shape == (size, size):
         return mask
-    return mask[axis_index(mask.shape[0], size)[:, None], axis_index(mask.shape[1], size)]
+    return mask.take(axis_index(mask.shape[0], size), 0).take(axis_index(mask.shape[1], size), 1)
 
 
 def resize_map(saliency: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
