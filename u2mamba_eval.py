@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import csv
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from u2mamba.dataset.decode import BadFile, read_image
 from u2mamba.dataset.masks import MaskRule
-from u2mamba.dataset.pairs import Unpaired, truncate_list
+from u2mamba.dataset.pairs import truncate_list
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.evaluation import (
     METRICS,
@@ -56,10 +57,6 @@ from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_er
 from u2mamba.runtime.files import atomic_write, check_folder
 
 SHEET_IMAGES = 20  # with the lowest IoU
-LABELS = (
-    "MAE", "max F, A", "max F, B", "mean F, A", "mean F, B", "weighted F", "S-measure", "max E", "mean E",
-    "IoU, mean over images", "IoU, whole set",
-)  # fmt: skip
 MASK_FOLDERS = {"gt", "gts", "gt_aug", "mask", "masks", "ground_truth", "groundtruth", "annotations"}
 
 
@@ -112,20 +109,16 @@ def check(cfg: Config) -> None:
         check_folder(folder)
 
 
-def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:
-    """One line per kind of problem with the files of a dataset; kind: "map" or "image"."""
+def report_files(metrics: DatasetMetrics) -> list[str]:
+    """One line per kind of problem with the paired files of a dataset."""
     flagged = {
         flag: [stem for stem, s in metrics.images if getattr(s, flag)] for flag in ("resized", "constant", "empty")
     }
     remarks = (
-        (unpaired.images, f"skipped {kind}s without a mask"),
-        (unpaired.masks, f"skipped masks without {'an image' if kind == 'image' else 'a map'}"),
-        (unpaired.duplicates, "skipped files with a duplicate name"),
         ([str(error) for error in metrics.bad], "skipped files that cannot be used"),
         (flagged["resized"], "maps that were resized to the size of their mask"),
         (flagged["constant"], "constant maps (used)"),
         (flagged["empty"], "masks without an object (used)"),
-        (unpaired.others, "other entries (ignored)"),
     )
     lines = [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
     if metrics.images and all(scores.faint for _, scores in metrics.images):
@@ -136,7 +129,7 @@ def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """A column per dataset, a row per metric."""
     rows = [["", *(s["name"] for s in summaries)], ["images", *(f"{s['n']:,}" for s in summaries)]]
-    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in zip(METRICS, LABELS, strict=True)]
+    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in METRICS.items()]
     return align(rows)
 
 
@@ -185,7 +178,8 @@ def main(cfg: Config) -> int:
     datasets = []
     for index, (name, gt) in enumerate(zip(dataset_names(cfg), cfg.gt, strict=True)):
         folders = (Path(paths[index]) if paths else None for paths in (cfg.pred, cfg.image))
-        datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders)))
+        log = functools.partial(print, f"{name}:")
+        datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders, log)))
     if cfg.checkpoint:
         from u2mamba.inference import pipeline, predictor  # imports torch: seconds
         from u2mamba_predict import prepare
@@ -195,7 +189,7 @@ def main(cfg: Config) -> int:
         predict = prepare(net, size, cfg)
     threads = min(granted_cores(), sum(len(items) for _, items, _ in datasets))
     lines, worst = [], {}
-    for metrics, items, unpaired in datasets:
+    for metrics, items, _ in datasets:
         rule = mask_rule(items, threads)
         source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items
         results = evaluate(source, threads, cfg.normalize, rule)
@@ -209,7 +203,7 @@ def main(cfg: Config) -> int:
                     del ranking[SHEET_IMAGES:]
         worst[metrics.name] = ranking, rule
         lines += [f"{metrics.name}: {rule.line}"] if rule.line else []
-        lines += report_files(metrics, unpaired, "map" if cfg.pred else "image")
+        lines += report_files(metrics)
     summaries = [metrics.summary() for metrics, *_ in datasets]
     print("\n".join([*lines, table(summaries), *("\n" + size_table(metrics) for metrics, *_ in datasets)]), flush=True)
 
@@ -220,15 +214,14 @@ def main(cfg: Config) -> int:
         from u2mamba.inference import plots  # imports matplotlib: half a second
 
         curves = {metrics.name: metrics.curves() for metrics, *_ in datasets}
-        atomic_write(Path(cfg.out, "precision_recall.png"), plots.precision_recall(curves))
-        atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
+        atomic_write(Path(cfg.out, "curves.png"), plots.curves(curves))
         sizes = {metrics.name: metrics.by_size() for metrics, *_ in datasets}
         atomic_write(Path(cfg.out, "error_by_size.png"), plots.error_by_size(sizes))
         for metrics, *_ in datasets:
             atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), images_csv(metrics))
             sheet = plots.contact_sheet(sheet_rows(*worst[metrics.name]))
             atomic_write(Path(cfg.out, f"{metrics.name}_worst.png"), sheet)
-    skipped = any(metrics.bad or unpaired.skipped for metrics, _, unpaired in datasets)
+    skipped = any(metrics.bad or skipped for metrics, _, skipped in datasets)
     return EXIT_SKIPPED if skipped else EXIT_OK
 
 

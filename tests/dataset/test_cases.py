@@ -251,7 +251,7 @@ def test_other_entries_are_named_and_maps_of_0_and_1_get_a_hint(tmp_path, capsys
     (pred / "old").mkdir()
     scores(pred, gt, tmp_path)
     out = capsys.readouterr().out
-    assert "2 other entries (ignored): Thumbs.db, old (a folder)" in out and "no map value exceeds" not in out
+    assert "2 entries of other types, ignored: Thumbs.db, old (a folder)" in out and "no map value exceeds" not in out
     for path in pred.glob("*.png"):
         gray(np.asarray(Image.open(path)) > 128).save(path)
     scores(pred, gt, tmp_path)

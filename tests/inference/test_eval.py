@@ -208,7 +208,7 @@ def test_two_sets_in_one_call(folders, tmp_path):
     assert sets == expected
     assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
     assert {p.name for p in report.iterdir()} == {
-        "s.json", "precision_recall.png", "f_threshold.png", "error_by_size.png",
+        "s.json", "curves.png", "error_by_size.png",
         *(f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")),
     }  # fmt: skip
     rows = list(csv.DictReader((report / "first_images.csv").read_text().splitlines()))
@@ -279,8 +279,8 @@ def test_files_that_cannot_be_used_are_named_and_the_exit_code_is_1(folders, tmp
     assert main(cfg) == 1 and pools == [3, 3]
     out = capsys.readouterr().out
     for line in (
-        "1 skipped maps without a mask: 00004.png",
-        "1 skipped masks without a map: 00003.png",
+        "warning: skipped 1 maps without a mask: 00004.png",
+        "warning: skipped 1 masks without a map: 00003.png",
         f"2 skipped files that cannot be used: {maps / '00005.png'}: not an image",
         "1 maps that were resized to the size of their mask: 00001",
         "1 constant maps (used): 00000",
@@ -316,8 +316,8 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"name": ("a", "b")}, "--name has 2 entries, --gt 1"),
         ({"name": ("../a",)}, "without a path"),
         ({"gt": ("nowhere",)}, "nowhere: No such file"),
-        ({"pred": ("masks",)}, "is given for both masks and maps"),
-        ({"gt": ("empty",)}, "maps has 3 maps, empty 0 masks, and no two have the same name"),
+        ({"pred": ("masks",)}, "masks is used for maps and masks"),
+        ({"gt": ("empty",)}, "no pairs: 3 maps in maps, 0 masks in empty"),
         ({"tta": True}, "--tta requires a network"),
         ({"json": "masks/00000.png/s.json"}, "cannot be written"),
         ({"out": "masks/00000.png"}, "cannot be written"),
