@@ -44,6 +44,9 @@ def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
+    elif path.suffix == ".npz":
+        np.savez(path, array)
+        path = path.rename(path.with_suffix(".npy"))
     else:
         Image.fromarray(array).save(path)
     return path
@@ -193,6 +196,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.png", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.png", np.array([[0, 13107], [65535, 1]], np.uint16), [[0, 0.2], [1, 1 / 65535]]),
         ("a.tif", np.array([[0, 0.2], [1, 0.5]], np.float32), [[0, 0.2], [1, 0.5]]),
+        ("a.png", np.full((2, 2, 3), (0, 90, 255), np.uint8), "holds colors"),
         ("a.npy", np.array([[[[0, 0.2], [1, 0.5]]]], np.float32), [[0, 0.2], [1, 0.5]]),
         ("a.npy", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.npy", np.array([[0, 1 + 1e-7], [1, -1e-8]]), [[0, 1], [1, 0]]),
@@ -201,6 +205,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
         ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
         ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
+        ("a.npz", np.zeros((3, 3)), "a map is (H, W)"),
     ],
 )
 def test_maps_of_any_depth(name, array, expected, tmp_path):
@@ -341,7 +346,7 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"name": ("../a",)}, "without a path"),
         ({"gt": ("nowhere",)}, "nowhere: No such file"),
         ({"pred": ("masks",)}, "is given for both masks and maps"),
-        ({"gt": ("empty",)}, "maps has 3 maps, empty 0 masks, and no two have the same name"),
+        ({"gt": ("empty",)}, "no pairs: 3 maps in maps, 0 masks in empty"),
         ({"speed": True}, "--speed requires a network"),
         ({"tta": True}, "--tta requires a network"),
         ({"json": "masks/00000.png/s.json"}, "cannot be written"),
