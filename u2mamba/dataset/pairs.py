@@ -47,14 +47,16 @@ class Unpaired(NamedTuple):
         """Number of files that count for the exit code; notes and the like, in `others`, do not."""
         return len(self.images) + len(self.masks) + len(self.duplicates)
 
-    @property
-    def near_miss(self) -> str:
-        """An image and a mask whose names differ only in case or spaces, if any."""
+    def no_pairs(self, folder: Path, mask_dir: Path, what: str = "images") -> str:
+        """The message where no two names agree."""
+        message = f"no pairs: {len(self.images)} {what} in {folder}, {len(self.masks)} masks in {mask_dir}"
+        if self.images and self.masks:
+            message += f", and no two have the same name ({self.images[0]}, {self.masks[0]}, ...)"
         masks = {"".join(os.path.splitext(name)[0].lower().split()): name for name in self.masks}
         for name in self.images:
             if mask := masks.get("".join(os.path.splitext(name)[0].lower().split())):
-                return f": {name!r} and {mask!r} differ only in case or spaces"
-        return ""
+                return f"{message}: {name!r} and {mask!r} differ only in case or spaces"
+        return message + (f"; ignored: {truncate_list(self.others)}" if self.others else "")
 
 
 class PairList(list[Pair]):
@@ -129,11 +131,7 @@ def pair_folders(
     paired, unpaired = pair_names(*names)
     unpaired.others.extend(irregular)
     if not paired:
-        message = f"no pairs: {len(unpaired.images)} images in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
-        if unpaired.images and unpaired.masks:
-            message += f", and no image has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
-            message += unpaired.near_miss
-        raise DataError(message + (f"; ignored: {truncate_list(unpaired.others)}" if unpaired.others else ""))
+        raise DataError(unpaired.no_pairs(image_dir, mask_dir))
     for skipped, what in (
         (unpaired.images, "images without a mask"),
         (unpaired.masks, "masks without an image"),

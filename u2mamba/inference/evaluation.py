@@ -255,10 +255,7 @@ def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) ->
     pairs, unpaired = pair_names(names, masks, MAP_TYPES if pred else IMAGE_TYPES)
     unpaired.others.extend(others + more)
     if not pairs:
-        raise UserError(
-            f"{folder} has {len(unpaired.images)} {'maps' if pred else 'images'}, {gt} {len(unpaired.masks)} masks, "
-            f"and no two have the same name (without the extension){unpaired.near_miss}"
-        )
+        raise UserError(unpaired.no_pairs(folder, gt, "maps" if pred else "images"))
     photo = {stem: image / name for stem, name, _ in pair_names(photos, masks)[0]} if image else {}
     return [
         Item(stem, photo.get(stem), gt / mask, pred / name if pred else None) for stem, name, mask in pairs
