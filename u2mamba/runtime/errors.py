@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130, SIGTERM 143, SIGHUP 129.
+    """UserError and OSError become one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143, SIGHUP 129.
 
     Signals unwind the stack as Ctrl-C does, so that temporary files are removed; training catches them (`StopSignal`).
     """
@@ -45,9 +45,12 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of the pipe (head, less) has exited; nobody is left to read a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_TERMINATED)
+    except OSError as error:
+        broken = isinstance(error, BrokenPipeError)  # the reader of the pipe (head, less) has exited
+        if not broken:  # such as a full disk under standard output
+            print(f"error: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(EXIT_TERMINATED if broken else EXIT_USAGE)
 
 
 def _catchable(*numbers: int) -> set[int]:
