@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.dirname(__file__))  # PYTHONSAFEPATH leaves it out
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 import contextlib
 import csv
+import functools
 import io
 import json
 from collections.abc import Sequence
@@ -37,12 +38,13 @@ from tqdm import tqdm
 
 from u2mamba.dataset.decode import BadFile, read_image
 from u2mamba.dataset.masks import MaskRule
-from u2mamba.dataset.pairs import Unpaired, truncate_list
+from u2mamba.dataset.pairs import truncate_list
 from u2mamba.dataset.rescale import resize_map
 from u2mamba.inference.evaluation import (
     METRICS,
     SIZES,
     DatasetMetrics,
+    ImageScores,
     Item,
     evaluate,
     list_items,
@@ -55,10 +57,6 @@ from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_er
 from u2mamba.runtime.files import atomic_write, check_folder
 
 SHEET_IMAGES = 20  # with the lowest IoU
-LABELS = (
-    "MAE", "max F, A", "max F, B", "mean F, A", "mean F, B", "weighted F", "S-measure", "max E", "mean E",
-    "IoU, mean over images", "IoU, whole set",
-)  # fmt: skip
 MASK_FOLDERS = {"gt", "gts", "gt_aug", "mask", "masks", "ground_truth", "groundtruth", "annotations"}
 
 
@@ -71,18 +69,14 @@ class Config:
     pred: tuple[str, ...] = ()  # folders of saved maps (images, or .npy of floats), in the order of --gt
     name: tuple[str, ...] = ()  # names of the datasets; default: from the mask folders
     json: str = ""  # file for the scores: an object per dataset
-    csv: str = ""  # file for the scores: a row per dataset
     out: str = ""  # folder for curves, scores per image, and a contact sheet of the worst maps
     normalize: bool = False  # min-max normalize each map first
-    workers: Annotated[int, Range(0, 1024)] = 0  # threads for the metrics; 0: one per core
     # with --checkpoint
     size: Annotated[int, Range(0, 4096)] = 0  # pixels: input size of the network; 0: its training size
     batch: Annotated[int, Range(1, 4096)] = 8  # images per forward pass
     precision: Literal["fp32", "bf16"] = "fp32"
     tta: bool = False  # flip test-time augmentation: takes twice as long
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    gpu: Annotated[int, Range(0, 1024)] = 0  # GPU index
-    speed: bool = False  # measure the network's images per second and peak memory
 
 
 def dataset_names(cfg: Config) -> list[str]:
@@ -107,31 +101,24 @@ def check(cfg: Config) -> None:
     for option in ("pred", "image", "name"):
         if (given := getattr(cfg, option)) and len(given) != len(cfg.gt):
             raise UserError(f"--{option} has {len(given)} entries, --gt {len(cfg.gt)}: they are matched in order")
-    for option in ("speed", "tta"):
-        if getattr(cfg, option) and not cfg.checkpoint:
-            raise UserError(f"--{option} requires a network: give --checkpoint")
-    files = [Path(f) for f in (cfg.json, cfg.csv) if f]
-    for folder in dict.fromkeys([f.parent for f in files] + [Path(cfg.out)] * bool(cfg.out)):
+    if cfg.tta and not cfg.checkpoint:
+        raise UserError("--tta requires a network: give --checkpoint")
+    if cfg.json and Path(cfg.json).is_dir():
+        raise UserError(f"{cfg.json} is a folder: give the name of a file")
+    for folder in [Path(cfg.json).parent] * bool(cfg.json) + [Path(cfg.out)] * bool(cfg.out):
         check_folder(folder)
-    for file in files:
-        if file.is_dir():
-            raise UserError(f"{file} is a folder: give the name of a file")
 
 
-def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list[str]:
-    """One line per kind of problem with the files of a dataset; kind: "map" or "image"."""
+def report_files(metrics: DatasetMetrics) -> list[str]:
+    """One line per kind of problem with the paired files of a dataset."""
     flagged = {
         flag: [stem for stem, s in metrics.images if getattr(s, flag)] for flag in ("resized", "constant", "empty")
     }
     remarks = (
-        (unpaired.images, f"skipped {kind}s without a mask"),
-        (unpaired.masks, f"skipped masks without {'an image' if kind == 'image' else 'a map'}"),
-        (unpaired.duplicates, "skipped files with a duplicate name"),
         ([str(error) for error in metrics.bad], "skipped files that cannot be used"),
         (flagged["resized"], "maps that were resized to the size of their mask"),
         (flagged["constant"], "constant maps (used)"),
         (flagged["empty"], "masks without an object (used)"),
-        (unpaired.others, "other entries (ignored)"),
     )
     lines = [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
     if metrics.images and all(scores.faint for _, scores in metrics.images):
@@ -142,9 +129,7 @@ def report_files(metrics: DatasetMetrics, unpaired: Unpaired, kind: str) -> list
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """A column per dataset, a row per metric."""
     rows = [["", *(s["name"] for s in summaries)], ["images", *(f"{s['n']:,}" for s in summaries)]]
-    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in zip(METRICS, LABELS, strict=True)]
-    for key, label in (("img_s", "network, images/s"), ("memory_GiB", "network, peak GiB")):
-        rows += [[label, *(f"{s[key]:.4g}" for s in summaries)]] if key in summaries[0] else []
+    rows += [[label, *(f"{s[key]:.4f}" for s in summaries)] for key, label in METRICS.items()]
     return align(rows)
 
 
@@ -164,26 +149,26 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def sheet_rows(metrics: DatasetMetrics, worst: Sequence[Item], rule: MaskRule) -> list[tuple[str, list[np.ndarray]]]:
+def sheet_rows(worst: Sequence[tuple[Item, ImageScores]], rule: MaskRule) -> list[tuple[str, list[np.ndarray]]]:
     """For `plots.contact_sheet`: name and scores above the image (if any is known), mask and map."""
-    scores, rows = dict(metrics.images), []
-    for item in worst:
+    rows = []
+    for item, s in worst:
         mask, saliency = read_item(item, rule)
         images = [mask, np.rint(resize_map(saliency, mask.shape) * 255).astype(np.uint8)]
-        if any(w.image for w in worst):
+        if any(other.image for other, _ in worst):
             images.insert(0, np.zeros((1, 1), np.uint8))
             with contextlib.suppress(BadFile, TypeError):  # an image is optional here
                 images[0] = read_image(item.image)
-        s = scores[item.stem]
         rows.append((f"{item.stem[:48]}  IoU {s.iou:.3f}  MAE {s.mae:.3f}  wF {s.wf:.3f}", images))
     return rows
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
+def images_csv(metrics: DatasetMetrics) -> bytes:
+    """The scores of each image: a row per image."""
+    keys = ("mae", "missed", "extra", "area", "wf", "sm", "iou", "empty", "constant", "resized")
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    rows = [("image", *keys), *((stem, *(getattr(s, key) for key in keys)) for stem, s in metrics.images)]
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")
 
 
@@ -193,54 +178,50 @@ def main(cfg: Config) -> int:
     datasets = []
     for index, (name, gt) in enumerate(zip(dataset_names(cfg), cfg.gt, strict=True)):
         folders = (Path(paths[index]) if paths else None for paths in (cfg.pred, cfg.image))
-        datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders)))
+        log = functools.partial(print, f"{name}:")
+        datasets.append((DatasetMetrics(name), *list_items(Path(gt), *folders, log)))
     if cfg.checkpoint:
         from u2mamba.inference import pipeline, predictor  # imports torch: seconds
         from u2mamba_predict import prepare
 
         net = predictor.load_model(cfg.checkpoint)
         size = predictor.input_size(net, cfg.size)
-        predict = prepare(net, size, cfg, cfg.gpu)
-    speed = pipeline.measure_speed(predict, size, cfg.batch) if cfg.speed else {}
-    workers = min(cfg.workers or granted_cores(), sum(len(items) for _, items, _ in datasets))
-    lines, worst = [], {}  # worst: dataset -> items, the worst first, and how their masks are read
-    for metrics, items, unpaired in datasets:
-        rule = mask_rule(items, workers)
+        predict = prepare(net, size, cfg)
+    threads = min(granted_cores(), sum(len(items) for _, items, _ in datasets))
+    lines, worst = [], {}
+    for metrics, items, _ in datasets:
+        rule = mask_rule(items, threads)
         source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items
-        results = evaluate(source, workers, cfg.normalize, rule)
-        ranking = []
+        results = evaluate(source, threads, cfg.normalize, rule)
+        ranking = []  # the worst first
         with contextlib.closing(results):
             for item, scores in tqdm(results, metrics.name, len(items), unit="img", disable=None, leave=False):
                 metrics.add(item.stem, scores)
                 if cfg.out and not isinstance(scores, BadFile):
-                    ranking = sorted([*ranking, (scores.iou, -scores.mae, item.stem, item)], key=lambda r: r[:3])
+                    ranking.append((item, scores))
+                    ranking.sort(key=lambda entry: (entry[1].iou, -entry[1].mae, entry[0].stem))
                     del ranking[SHEET_IMAGES:]
-        worst[metrics.name] = [entry[-1] for entry in ranking], rule
+        worst[metrics.name] = ranking, rule
         lines += [f"{metrics.name}: {rule.line}"] if rule.line else []
-        lines += report_files(metrics, unpaired, "map" if cfg.pred else "image")
-    summaries = [metrics.summary() | speed for metrics, *_ in datasets]
+        lines += report_files(metrics)
+    summaries = [metrics.summary() for metrics, *_ in datasets]
     print("\n".join([*lines, table(summaries), *("\n" + size_table(metrics) for metrics, *_ in datasets)]), flush=True)
 
     if cfg.json:
         rows = [s | {"by_size": metrics.by_size()} for s, (metrics, *_) in zip(summaries, datasets, strict=True)]
         atomic_write(Path(cfg.json), (json.dumps(rows, indent=1) + "\n").encode())
-    if cfg.csv:
-        atomic_write(Path(cfg.csv), as_csv(summaries))
     if cfg.out:
         from u2mamba.inference import plots  # imports matplotlib: half a second
 
         curves = {metrics.name: metrics.curves() for metrics, *_ in datasets}
-        atomic_write(Path(cfg.out, "precision_recall.png"), plots.precision_recall(curves))
-        atomic_write(Path(cfg.out, "f_threshold.png"), plots.f_against_threshold(curves))
+        atomic_write(Path(cfg.out, "curves.png"), plots.curves(curves))
         sizes = {metrics.name: metrics.by_size() for metrics, *_ in datasets}
         atomic_write(Path(cfg.out, "error_by_size.png"), plots.error_by_size(sizes))
-        keys = ("mae", "missed", "extra", "area", "wf", "sm", "iou", "empty", "constant", "resized")
         for metrics, *_ in datasets:
-            rows = [{"image": stem} | {k: getattr(s, k) for k in keys} for stem, s in metrics.images]
-            atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), as_csv(rows))
-            sheet = plots.contact_sheet(sheet_rows(metrics, *worst[metrics.name]))
+            atomic_write(Path(cfg.out, f"{metrics.name}_images.csv"), images_csv(metrics))
+            sheet = plots.contact_sheet(sheet_rows(*worst[metrics.name]))
             atomic_write(Path(cfg.out, f"{metrics.name}_worst.png"), sheet)
-    skipped = any(metrics.bad or unpaired.skipped for metrics, _, unpaired in datasets)
+    skipped = any(metrics.bad or skipped for metrics, _, skipped in datasets)
     return EXIT_SKIPPED if skipped else EXIT_OK
 
 

@@ -88,12 +88,12 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
 # -------------------------------------------------------------------------------------------------- predicting
 
 
-def prepare(net: torch.nn.Module, size: int, cfg: Any, gpu: int = 0) -> Predictor:
+def prepare(net: torch.nn.Module, size: int, cfg: Any) -> Predictor:
     """A predictor for `net`, which it modifies, on the device and in the precision of `cfg`; prints all three.
 
-    cfg: of this script or of u2mamba_eval.py. gpu: index, if there are several.
+    cfg: of this script or of u2mamba_eval.py.
     """
-    device, device_line = choose_device(cfg.device, gpu)
+    device, device_line = choose_device(cfg.device)
     precision, precision_line = choose_precision("bf16" if cfg.precision == "auto" else cfg.precision, device)
     parameters = sum(p.numel() for p in net.parameters())
     print(

@@ -6,18 +6,19 @@
 The photographs were chosen by name before any saliency map of them was seen; docs/README.md gives their licenses.
 """
 
-import tempfile
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import u2mamba_predict
 from benchmarks.hardware import cli
+from u2mamba.dataset.decode import read_image
+from u2mamba.dataset.demo import PHOTOGRAPHS
+from u2mamba.inference import Predictor, load_model
+from u2mamba.inference.render import render
 
-PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 WIDTH, GAP = 900, 8  # pixels of the figure, and between the parts of a sheet
 
 
@@ -28,22 +29,19 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    folder = Path(find_spec("skimage").origin).parent / "data"
-    inputs = tuple(str(folder / name) for name in PHOTOGRAPHS)
-    rows: list[list[np.ndarray]] = [[] for _ in PHOTOGRAPHS]  # of each photograph, a sheet from each network
+    images = [read_image(PHOTOGRAPHS / name) for name in NAMES]
+    rows: list[list[np.ndarray]] = [[] for _ in NAMES]  # of each photograph, a sheet from each network
     for checkpoint in ("small", *cfg.checkpoint):
-        with tempfile.TemporaryDirectory() as out:
-            wanted = u2mamba_predict.Config(inputs, checkpoint, out, mode=("sheet",), precision="fp32", device="cpu")
-            u2mamba_predict.main(wanted)
-            for row, name in zip(rows, PHOTOGRAPHS, strict=True):
-                sheet = np.asarray(Image.open(Path(out, "sheet", name).with_suffix(".jpg")))
-                third = (sheet.shape[1] + GAP) // 3  # the photograph and the gap after it: once is enough
-                row.append(sheet[:, third - GAP if row else 0 :])
+        predict = Predictor(load_model(checkpoint))
+        for row, image in zip(rows, images, strict=True):
+            sheet = np.asarray(render("sheet", predict.saliency(image), image, u2mamba_predict.Config()))
+            third = (sheet.shape[1] + GAP) // 3  # the photograph and the gap after it: once is enough
+            row.append(sheet[:, third - GAP if row else 0 :])
     wide = [Image.fromarray(np.hstack(row)) for row in rows]
     wide = [w.resize((WIDTH, round(w.height * WIDTH / w.width)), Image.Resampling.LANCZOS) for w in wide]
     figure = np.vstack([np.pad(w, ((0, 4), (0, 0), (0, 0)), constant_values=255) for w in wide])
     Image.fromarray(figure).save(cfg.out, quality=88)
-    print(f"{cfg.out}: photograph, then map and cut-out by each network, of {', '.join(PHOTOGRAPHS)}")
+    print(f"{cfg.out}: photograph, then map and cut-out by each network, of {', '.join(NAMES)}")
 
 
 if __name__ == "__main__":

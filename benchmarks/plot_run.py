@@ -3,8 +3,8 @@
 python -m benchmarks.plot_run saved_models/fast
 """
 
+import contextlib
 import csv
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,16 +37,12 @@ def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
         raise UserError(f"{path}: {error.strerror or error}; give the folder of a run") from None
     if not rows:
         raise UserError(f"{path} is not the log of a run, or has no row yet")
-    columns = {name: [(int(row["ite"]), number(row[name])) for row in rows] for name in rows[0]}
-    return {name: [(x, y) for x, y in points if not math.isnan(y)] for name, points in columns.items()}
-
-
-def number(text: str | None) -> float:
-    """NaN for an empty cell, and for one that a crash has cut."""
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
+    columns: dict[str, list[tuple[int, float]]] = {name: [] for name in rows[0]}
+    for row in rows:
+        for name, points in columns.items():
+            with contextlib.suppress(ValueError, TypeError):  # an empty cell, or one that a crash has cut
+                points.append((int(row["ite"]), float(row[name])))
+    return columns
 
 
 def main(cfg: Config) -> None:

@@ -23,9 +23,7 @@ from u2mamba.runtime.environment import choose_device, choose_precision
 @dataclass
 class Config:
     checkpoint: str = "saved_models/u2mambap.pth"
-    data_dir: str = "train_data"
-    tra_image_dir: str = "DUTS-TR/DUTS-TR/im_aug"
-    tra_label_dir: str = "DUTS-TR/DUTS-TR/gt_aug"
+    data: str = "train_data/DUTS-TR/DUTS-TR"
     each: bool = False  # remove each layer by itself too
     every: int = 1  # use every n-th validation pair
     size: int = 320  # pixels
@@ -58,7 +56,7 @@ def scores(net: nn.Module, cfg: Config, source, removed: dict[str, nn.Module]) -
 def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
     print("\n".join(lines(device)))
-    folders = [Path(cfg.data_dir, name) for name in (cfg.tra_image_dir, cfg.tra_label_dir)]
+    folders = [Path(cfg.data, name) for name in ("im_aug", "gt_aug")]
     source = open_data(*train_val_split(pair_folders(*folders)), cfg.size).val.to(device)
     net = load_model(cfg.checkpoint).to(device)
     layers = {name: m for name, m in net.named_modules() if isinstance(m, MambaLayer)}

@@ -113,17 +113,16 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
 def quantize(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     """A quarter of the size: `<key>.int8` and, one for each output channel (first dimension), `<key>.scale` in fp16.
 
-    Biases, norms and other small tensors stay unchanged, and so do weights that fp16 scales cannot represent.
+    Biases, norms and other small tensors stay unchanged.
     """
     result = OrderedDict()
     for key, weight in state.items():
-        scale = None
-        if key.endswith("weight") and weight.dim() > 1 and weight.numel() >= MIN_ROW * len(weight):
-            scale = (weight.float().flatten(1).abs().amax(1) / 127).half().clamp(min=2**-24)  # of an empty channel
-        if scale is None or not scale.isfinite().all():
+        if not key.endswith("weight") or weight.dim() < 2 or weight.numel() < MIN_ROW * len(weight):
             result[key] = weight
             continue
-        levels = weight.float().flatten(1) / scale.float()[:, None]
+        rows = weight.float().flatten(1)
+        scale = (rows.abs().amax(1) / 127).half().clamp(min=2**-24)  # of an empty channel
+        levels = rows / scale.float()[:, None]
         result[f"{key}.int8"] = levels.round().clamp(-127, 127).to(torch.int8).view(weight.shape)
         result[f"{key}.scale"] = scale
     result._metadata = state._metadata

@@ -103,7 +103,7 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
         raise DataError(f"{source}: contains no folders {' and '.join(FOLDERS)} with files{hint}")
     paired, unpaired = pair_names(*entries)
     if not paired:
-        raise DataError(unpaired.no_pairs(source, source))
+        raise DataError(f"{source}: no image has a mask of the same name{unpaired.near_miss}")
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)

@@ -211,7 +211,7 @@ def test_the_one_pair_is_for_validation(tmp_path):
 
 
 def scores(pred: Path, gt: Path, tmp_path: Path) -> dict:
-    assert evaluate(EvalConfig(pred=(str(pred),), gt=(str(gt),), workers=1, json=str(tmp_path / "s.json"))) == 0
+    assert evaluate(EvalConfig(pred=(str(pred),), gt=(str(gt),), json=str(tmp_path / "s.json"))) == 0
     return json.loads((tmp_path / "s.json").read_text())[0]
 
 
@@ -255,7 +255,7 @@ def test_other_entries_are_named_and_maps_of_0_and_1_get_a_hint(tmp_path, capsys
     (pred / "old").mkdir()
     scores(pred, gt, tmp_path)
     out = capsys.readouterr().out
-    assert "2 other entries (ignored): Thumbs.db, old (a folder)" in out and "no map value exceeds" not in out
+    assert "2 entries of other types, ignored: Thumbs.db, old (a folder)" in out and "no map value exceeds" not in out
     for path in pred.glob("*.png"):
         gray(np.asarray(Image.open(path)) > 128).save(path)
     scores(pred, gt, tmp_path)

@@ -135,7 +135,7 @@ def predict(project, data, mode="map"):
 
 def evaluate(project, data):
     files = "--image", data / "val/images", "--gt", data / "val/masks", "--json", "scores.json"
-    project.run("u2mamba_eval.py", "--checkpoint", BEST, *files, "--workers", "1", "--device", "cpu")
+    project.run("u2mamba_eval.py", "--checkpoint", BEST, *files, "--device", "cpu")
     return json.loads((project.folder / "scores.json").read_text())[0]
 
 

@@ -56,21 +56,19 @@ def test_weights_of_unknown_size_and_of_several_outputs_are_said(tmp_path, capsy
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA GPU")
-def test_graph_and_eager_predictor_agree(images):
-    net, device = trained(U2MAMBAP()), torch.device("cuda")
-    graph, eager = Predictor(net, device), Predictor(net, device, graph=False)
-    first = graph(images)
-    kept = first.clone()
-    assert (first - eager(images)).abs().max() <= 1e-5
-    other = images.flip(1)
-    assert (graph(other) - eager(other)).abs().max() <= 1e-5
-    assert torch.equal(first, kept)  # a later call does not write into an earlier result
+@torch.no_grad()
+def test_the_graph_computes_what_the_network_does(images):
+    net = trained(U2MAMBAP())
+    predict, batches = Predictor(net, torch.device("cuda")), (images, images.flip(1))
+    found = [predict(batch) for batch in batches]  # a later call does not write into an earlier result
+    for batch, maps in zip(batches, found, strict=True):
+        assert (maps.cpu() - net(normalize(batch))[0]).abs().max() <= 1e-4
 
 
 def test_the_included_weights_find_the_cup_and_not_the_table():
     """On scikit-image's photo of a cup of coffee, which was not in their training data."""
     net = load_model()
-    assert weights_path().stat().st_size < 6e6
+    assert weights_path().stat().st_size < 6e6 and weights_path("large").stat().st_size <= 47e6
     image = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
     d0 = Predictor(net, torch.device("cpu"))(image[None])[0, 0]
     assert d0[80:160, 130:190].mean() > 0.9  # the coffee

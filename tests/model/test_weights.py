@@ -108,7 +108,6 @@ def test_an_int8_file_is_read_as_any_other_and_by_no_plain_loader(path):
     weight = net.stage2.rebnconv1.conv_s1.weight
     with torch.no_grad():
         weight[0], weight[1] = 0, 1e-7  # an empty channel, and one below the range of fp16 scales
-        net.stage3.rebnconv1.conv_s1.weight[0] = math.inf  # stays in fp32
     state = cpu_state_dict(net, size=96)
     torch.save(quantize(state), path)
     again = load_model(path)
@@ -116,7 +115,7 @@ def test_an_int8_file_is_read_as_any_other_and_by_no_plain_loader(path):
     stored = torch.load(path, weights_only=True)
     for key, value in again.state_dict().items():
         if f"{key}.int8" not in stored:
-            assert value.dim() < 2 or value[0].numel() < 32 or key == "stage3.rebnconv1.conv_s1.weight"
+            assert value.dim() < 2 or value[0].numel() < 32
             assert torch.equal(value, state[key])
         else:
             step = state[key].flatten(1).abs().amax(1) / 127
@@ -125,11 +124,6 @@ def test_an_int8_file_is_read_as_any_other_and_by_no_plain_loader(path):
     with pytest.raises(RuntimeError, match="Missing key"):
         U2MAMBAP(mamba_norm="gate").load_state_dict(stored, strict=True)
     assert "tensors matched, 0 new" in load_pretrained(U2MAMBAP(mamba_norm="gate"), path)
-
-
-def test_the_large_int8_file_is_small_enough_to_be_included(path):
-    torch.save(quantize(cpu_state_dict(build_model({"arch": "u2mamba", "mamba_norm": "gate"}), 320)), path)
-    assert path.stat().st_size <= 47e6
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ class DataSource:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def to(self, device: str | torch.device) -> DataSource:
+    def to(self, device: str | torch.device, log: Callable[[str], None] = print) -> DataSource:
         """Makes batches on `device`. The cache, which training and validation share, moves to a GPU if it needs at most
         a quarter of the free memory there: the training step needs the rest."""
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
@@ -63,10 +63,10 @@ class DataSource:
             return self
         need, free = PairCache.bytes_for(len(self.cache.images), self.size), torch.cuda.mem_get_info(self.device)[0]
         if need > free / 4:
-            print(f"cache: stays in CPU memory, {format_bytes(need)} exceeds 1/4 of {format_bytes(free)} GPU memory")
+            log(f"cache: stays in CPU memory, {format_bytes(need)} exceeds 1/4 of {format_bytes(free)} GPU memory")
         else:
             self.cache.images, self.cache.masks = (t.to(self.device) for t in (self.cache.images, self.cache.masks))
-            print(f"cache: {format_bytes(need)} moved to GPU memory")
+            log(f"cache: {format_bytes(need)} moved to GPU memory")
         return self
 
     def in_gpu_memory(self) -> bool:
@@ -119,7 +119,7 @@ class DataSource:
 
 
 class Batch(NamedTuple):
-    """x and y as `augment` makes them, their rows of the plan, seconds waited for them (0 from GPU memory)."""
+    """x and y as `augment` makes them, their rows of the plan, seconds that the device waited for them."""
 
     x: Tensor
     y: Tensor
@@ -142,11 +142,14 @@ def batches(
     """
     parts = [part for part in plan.split(batch_size) if len(part)]
     fetched = source._fetch(parts)
-    ready = source.in_gpu_memory()  # the time below would be that of waiting for the GPU, which lags many steps behind
+    on_gpu = source.device.type == "cuda"
     for part in parts:
         start = time.perf_counter()
-        x, y = augment(*next(fetched), crop=crop, channels_last=channels_last, augmentation=augmentation)
-        yield Batch(x, y, part, 0.0 if ready else time.perf_counter() - start)
+        earlier = torch.cuda.current_stream(source.device).record_event() if on_gpu else None
+        images, masks, rows = next(fetched)
+        busy = on_gpu and not earlier.query()  # the GPU still has earlier steps to do, so it does not wait for data
+        x, y = augment(images, masks, rows, crop=crop, channels_last=channels_last, augmentation=augmentation)
+        yield Batch(x, y, part, 0.0 if busy else time.perf_counter() - start)
 
 
 def validation_batches(
@@ -170,7 +173,7 @@ class Data(NamedTuple):
 
     def to(self, device: str | torch.device) -> Data:
         """Makes batches on `device`; see `DataSource.to`."""
-        return self._replace(train=self.train.to(device), val=self.val.to(device))
+        return self._replace(train=self.train.to(device), val=self.val.to(device, log=lambda line: None))
 
 
 def open_data(

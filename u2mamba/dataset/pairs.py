@@ -47,16 +47,14 @@ class Unpaired(NamedTuple):
         """Number of files that count for the exit code; notes and the like, in `others`, do not."""
         return len(self.images) + len(self.masks) + len(self.duplicates)
 
-    def no_pairs(self, folder: Path, mask_dir: Path, what: str = "images") -> str:
-        """The message where no two names agree."""
-        message = f"no pairs: {len(self.images)} {what} in {folder}, {len(self.masks)} masks in {mask_dir}"
-        if self.images and self.masks:
-            message += f", and no two have the same name ({self.images[0]}, {self.masks[0]}, ...)"
+    @property
+    def near_miss(self) -> str:
+        """An image and a mask whose names differ only in case or spaces, if any."""
         masks = {"".join(os.path.splitext(name)[0].lower().split()): name for name in self.masks}
         for name in self.images:
             if mask := masks.get("".join(os.path.splitext(name)[0].lower().split())):
-                return f"{message}: {name!r} and {mask!r} differ only in case or spaces"
-        return message + (f"; ignored: {truncate_list(self.others)}" if self.others else "")
+                return f": {name!r} and {mask!r} differ only in case or spaces"
+        return ""
 
 
 class PairList(list[Pair]):
@@ -111,30 +109,36 @@ def pair_folders(
     mask_dir: str | os.PathLike,
     log: Callable[[str], None] = print,
     options: tuple[str, str] = ("tra_image_dir", "tra_label_dir"),
+    types: tuple[str, ...] = IMAGE_TYPES,
 ) -> PairList:
     """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
 
-    options: names of the options that set the folders, for messages. Raises DataError if a folder is missing or there
-    are no pairs.
+    options: names of the options that set the folders, for messages. types: IMAGE_TYPES or MAP_TYPES. Raises DataError
+    if a folder is missing or there are no pairs.
     """
+    kind, a_kind = ("image", "an image") if types is IMAGE_TYPES else ("map", "a map")
     image_dir, mask_dir = Path(image_dir), Path(mask_dir)
     names, irregular = [], []
-    for folder, kind, option in ((image_dir, "image", options[0]), (mask_dir, "mask", options[1])):
+    for folder, name, option in ((image_dir, kind, options[0]), (mask_dir, "mask", options[1])):
         try:
             files, others = list_folder(folder)
         except OSError as error:
-            raise DataError(f"{kind} folder {folder.absolute()}: {error.strerror}; set {option}") from None
+            raise DataError(f"{name} folder {folder.absolute()}: {error.strerror}; set {option}") from None
         names.append(files)
         irregular.extend(others)
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"{image_dir} is used for images and masks; set {' and '.join(options)} to two folders")
-    paired, unpaired = pair_names(*names)
+        raise DataError(f"{image_dir} is used for {kind}s and masks; set {' and '.join(options)} to two folders")
+    paired, unpaired = pair_names(*names, types)
     unpaired.others.extend(irregular)
     if not paired:
-        raise DataError(unpaired.no_pairs(image_dir, mask_dir))
+        message = f"no pairs: {len(unpaired.images)} {kind}s in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
+        if unpaired.images and unpaired.masks:
+            message += f", and no {kind} has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
+            message += unpaired.near_miss
+        raise DataError(message + (f"; ignored: {truncate_list(unpaired.others)}" if unpaired.others else ""))
     for skipped, what in (
-        (unpaired.images, "images without a mask"),
-        (unpaired.masks, "masks without an image"),
+        (unpaired.images, f"{kind}s without a mask"),
+        (unpaired.masks, f"masks without {a_kind}"),
         (unpaired.duplicates, "files with a duplicate name"),
     ):
         if skipped:

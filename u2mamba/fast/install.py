@@ -144,7 +144,8 @@ def _install_kernels(net: nn.Module, device: torch.device) -> str:
     weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
     last = any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
     problem = launch.why_not(device) or ("" if last else "they require bf16 and channels_last")
-    if problem := problem or ("" if owners else "no layer of the network has ops = PlainOps"):
+    problem = problem or ("" if owners else "no layer of the network has ops = PlainOps")
+    if problem := problem or ("" if any(m.training for m in net.modules()) else "they are for training"):
         return f"kernels: none, plain PyTorch layers ({problem})"
     ops, failed = FusedOps(), _trial(device)
     for name in failed:

@@ -3,7 +3,7 @@
 __all__ = ["Predictor", "load_model"]
 
 
-def __getattr__(name: str):  # lazy, because the worker processes of evaluation.py do without PyTorch
+def __getattr__(name: str):  # lazy, because evaluating saved maps does without PyTorch
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from u2mamba.inference import predictor

@@ -14,7 +14,7 @@ dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +32,17 @@ from u2mamba.dataset.decode import (
     read_raw_mask,
 )
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
-from u2mamba.dataset.pairs import IMAGE_TYPES, MAP_TYPES, Unpaired, list_folder, pair_names
+from u2mamba.dataset.pairs import MAP_TYPES, pair_folders
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.provenance import SETTINGS_FILE
 from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
 
 BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009)
-METRICS = (
-    "mae", "maxf_a", "maxf_b", "meanf_a", "meanf_b", "wf", "sm", "em_max", "em_mean", "iou_mean", "iou_set",
-)  # fmt: skip
+METRICS = {
+    "mae": "MAE", "maxf_a": "max F, A", "maxf_b": "max F, B", "meanf_a": "mean F, A", "meanf_b": "mean F, B",
+    "wf": "weighted F", "sm": "S-measure", "em_max": "max E", "em_mean": "mean E",
+    "iou_mean": "IoU, mean over images", "iou_set": "IoU, whole set",
+}  # fmt: skip
 SIZES = {  # of an image's object
     "small": "under 10 % of the image", "medium": "10 to 30 %", "large": "over 30 %", "empty": "no object",
     "full": "all of the image",
@@ -237,26 +238,17 @@ class DatasetMetrics:
         }
 
 
-def list_items(gt: Path, pred: Path | None = None, image: Path | None = None) -> tuple[list[Item], Unpaired]:
-    """The masks in `gt` paired by file stem with saved maps or photos, and the names without a partner.
+def list_items(
+    gt: Path, pred: Path | None = None, image: Path | None = None, log: Callable[[str], None] = print
+) -> tuple[list[Item], int]:
+    """The masks in `gt` paired by file stem with saved maps or photos, and the number of files without a partner.
 
     pred: a folder of maps; photos in `image` are then optional. Without `pred` the photos are paired with the masks,
     and a network has to predict the maps. Raises UserError for a missing folder, or if there are no pairs.
     """
-    folder = pred or image
-    if folder.resolve() == gt.resolve():
-        raise UserError(f"{gt} is given for both masks and {'maps' if pred else 'images'}: give two folders")
-    try:
-        (names, others), (masks, more), (photos, _) = map(list_folder, (folder, gt, image or gt))
-    except OSError as error:
-        absolute = Path(error.filename).absolute()
-        raise UserError(f"{absolute}: {error.strerror}; give a folder of images, maps or masks") from None
-    names = [name for name in names if name != SETTINGS_FILE]  # which u2mamba_predict.py writes beside its maps
-    pairs, unpaired = pair_names(names, masks, MAP_TYPES if pred else IMAGE_TYPES)
-    unpaired.others.extend(others + more)
-    if not pairs:
-        raise UserError(unpaired.no_pairs(folder, gt, "maps" if pred else "images"))
-    photo = {stem: image / name for stem, name, _ in pair_names(photos, masks)[0]} if image else {}
-    return [
-        Item(stem, photo.get(stem), gt / mask, pred / name if pred else None) for stem, name, mask in pairs
-    ], unpaired
+    photos = pair_folders(image, gt, (lambda _: None) if pred else log, ("--image", "--gt")) if image else ()
+    if not pred:
+        return [Item(*pair[:3], None) for pair in photos], photos.skipped
+    photo = {pair.stem: pair.image for pair in photos}
+    maps = pair_folders(pred, gt, log, ("--pred", "--gt"), MAP_TYPES)
+    return [Item(pair.stem, photo.get(pair.stem), pair.mask, pair.image) for pair in maps], maps.skipped

@@ -7,19 +7,17 @@ for source, saliency, extra in compute_maps(predict, sources, read, batch=8):
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from u2mamba.dataset.decode import MEAN, BadFile, Pair, open_pair
+from u2mamba.dataset.decode import BadFile, Pair, open_pair
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
 from u2mamba.inference.workers import THREADS, ordered_map
-from u2mamba.runtime.environment import peak_memory
 
 if TYPE_CHECKING:  # prediction does not need PySODMetrics
     from u2mamba.inference.evaluation import Item
@@ -33,7 +31,7 @@ def compute_maps(
 ) -> Iterator[tuple[S, np.ndarray | BadFile, Any]]:
     """(source, saliency map (S, S) float32 or why there is none, what `read` returned with the image).
 
-    Files are read ahead of the network. Maps come in the order of `sources`, after the bad files of their batch.
+    In the order of `sources`. Files are read ahead of the network.
     """
 
     def read_or_say_why(source: S) -> tuple[np.ndarray | BadFile, Any]:
@@ -44,16 +42,20 @@ def compute_maps(
         except MemoryError:
             return BadFile(source.image, "does not fit into memory"), None
 
-    results = ordered_map(read_or_say_why, sources, ahead=2 * batch + THREADS)
-    while chunk := list(itertools.islice(results, batch)):
-        yield from ((source, image, None) for source, (image, _) in chunk if isinstance(image, BadFile))
-        if group := [entry for entry in chunk if not isinstance(entry[1][0], BadFile)]:
-            maps = predict(torch.from_numpy(np.stack([image for _, (image, _) in group]))).cpu().numpy()
-            for (source, (_, extra)), saliency in zip(group, maps[:, 0], strict=True):
-                if not np.isfinite(saliency).all():
-                    reason = "its map has NaN/Inf values: damaged weights, or try --precision fp32"
-                    saliency = BadFile(source.image, reason)
-                yield source, saliency, extra
+    def launch() -> Iterator[tuple[list, torch.Tensor | None]]:
+        results = ordered_map(read_or_say_why, sources, ahead=2 * batch + THREADS)
+        while chunk := list(itertools.islice(results, batch)):
+            images = [image for _, (image, _) in chunk if not isinstance(image, BadFile)]
+            yield chunk, predict(torch.from_numpy(np.stack(images))) if images else None
+
+    # pairwise is one batch ahead: a GPU computes its maps while those before are used
+    for (chunk, maps), _ in itertools.pairwise(itertools.chain(launch(), (None,))):
+        values = iter(() if maps is None else maps[:, 0].cpu().numpy())
+        for source, (image, extra) in chunk:
+            saliency = image if isinstance(image, BadFile) else next(values)
+            if saliency is not image and not np.isfinite(saliency).all():
+                saliency = BadFile(source.image, "its map has NaN/Inf values: damaged weights, or try --precision fp32")
+            yield source, saliency, extra
 
 
 def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: int, rule: MaskRule) -> Iterator[Item]:
@@ -65,18 +67,3 @@ def predict_items(predict: Predictor, items: Iterable[Item], size: int, batch: i
 
     for item, saliency, mask in compute_maps(predict, items, read, batch):
         yield item._replace(map=saliency, mask=item.mask if mask is None else mask)
-
-
-def measure_speed(predict: Predictor, size: int, batch: int) -> dict[str, float]:
-    """{"img_s": images per second of the network alone, over at least three seconds, "memory_GiB": peak memory}.
-
-    The memory is that of tensors on a GPU, and of the process on a CPU.
-    """
-    images = torch.randint(256, (batch, size, size, len(MEAN)), dtype=torch.uint8)
-    for _ in range(2):
-        predict(images)
-    start, calls = time.perf_counter(), 0
-    while calls < 3 or time.perf_counter() - start < 3:
-        predict(images)[-1].sum().item()  # .item() waits for the device
-        calls += 1
-    return {"img_s": calls * batch / (time.perf_counter() - start), "memory_GiB": peak_memory(predict.device)}

@@ -10,28 +10,21 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 TILE = (240, 180)  # pixels of an image on the sheet
 LINE = 18  # pixels of the text above it
 GAP = 6
-Curves = Mapping[str, Mapping[str, np.ndarray]]  # dataset -> `DatasetMetrics.curves()`
 
 
-def precision_recall(curves: Curves) -> bytes:
-    """One curve per dataset."""
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
-    for name, values in curves.items():
+def curves(datasets: Mapping[str, Mapping[str, np.ndarray]]) -> bytes:
+    """dataset -> `DatasetMetrics.curves()`: precision over recall; both definitions of F over the thresholds."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    right.set(xlabel="threshold", ylabel="F (β² = 0.3)", xlim=(0, 255), ylim=(0, 1))
+    for name, values in datasets.items():
         label = f"{_label(name)}, max F (A) {values['f_a'].max():.3f}"
-        axes.plot(values["recall"], values["precision"], label=label)
-    return _png(figure, axes)
-
-
-def f_against_threshold(curves: Curves) -> bytes:
-    """Both definitions of F over the thresholds, one color per dataset."""
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="threshold", ylabel="F (β² = 0.3)", xlim=(0, 255), ylim=(0, 1))
-    thresholds = np.arange(255, -1, -1)
-    for name, values in curves.items():
-        (line,) = axes.plot(thresholds, values["f_a"], label=f"{_label(name)}, A: of mean precision and recall")
-        axes.plot(thresholds, values["f_b"], "--", color=line.get_color(), label=f"{_label(name)}, B: mean of F")
-    return _png(figure, axes)
+        (line,) = left.plot(values["recall"], values["precision"], label=label)
+        for key, style, what in (("f_a", "-", "A: of mean precision and recall"), ("f_b", "--", "B: mean of F")):
+            color = line.get_color()
+            right.plot(range(255, -1, -1), values[key], style, color=color, label=f"{_label(name)}, {what}")
+    return _png(figure)
 
 
 def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
@@ -47,16 +40,17 @@ def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
         color = (*bars[0].get_facecolor()[:3], 0.4)
         axes.bar(x, extra, width, missed, label=f"{_label(name)}, extra", color=color, edgecolor="white")
     axes.set_xticks(range(len(shown)), shown)
-    return _png(figure, axes)
+    return _png(figure)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: int = 2) -> bytes:
-    """Rows of (text, images), the images side by side below their text, in `columns` columns.
+def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> bytes:
+    """Rows of (text, images), the images side by side below their text, in two columns.
 
     Images: (H, W, 3) or (H, W), uint8; the same number in each row.
     """
+    columns = min(2, len(rows))
     width, height = len(rows[0][1]) * (TILE[0] + GAP) + GAP, TILE[1] + LINE + GAP
-    sheet = Image.new("RGB", (width * min(columns, len(rows)), height * -(-len(rows) // columns) + GAP), "white")
+    sheet = Image.new("RGB", (width * columns, height * -(-len(rows) // columns) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for index, (text, images) in enumerate(rows):
         left, top = index % columns * width + GAP, index // columns * height + GAP
@@ -78,9 +72,10 @@ def _label(name: str) -> str:
     return _latin(name).replace("$", r"\$")  # matplotlib would read it as the start of a formula
 
 
-def _png(figure: Figure, axes) -> bytes:
-    axes.grid(alpha=0.3)
-    axes.legend()
+def _png(figure: Figure) -> bytes:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()

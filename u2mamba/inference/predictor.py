@@ -49,10 +49,9 @@ def load_model(checkpoint: str | Path = "small", **options: Any) -> nn.Module:
     `net.settings` holds what it was built with, and "size", its training size in pixels, where the file specifies it.
     Raises UserError with one line where the file cannot be used.
     """
+    path = weights_path(checkpoint)
     try:
-        net = weights.load_model(weights_path(checkpoint), **options)
-    except UserError:
-        raise
+        net = weights.load_model(path, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     if (channels := net.settings.get("in_ch", len(MEAN))) != len(MEAN):
@@ -99,12 +98,11 @@ class Predictor:
         net: nn.Module,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
         precision: str = "fp32",
-        graph: bool = True,
         tta: bool = False,
         copy: bool = True,
     ):
         self.device, self.tta, self.memory = device, tta, HeapRetention(device)
-        self._uses_graphs, self._graphs = graph and device.type == "cuda", {}
+        self._graphs = {}
         self.net = fold_batch_norm(net, copy).to(device, memory_format=torch.channels_last)
         self.dtype = torch.float32
         if precision == "bf16":
@@ -138,7 +136,7 @@ class Predictor:
 
     def _predict(self, images: Tensor) -> Tensor:
         try:
-            if not self._uses_graphs:
+            if self.device.type != "cuda":
                 with self.memory:
                     return self._forward(images.to(self.device))
             if images.shape not in self._graphs:

@@ -70,6 +70,10 @@ OLD_NAMES = {  # options, values and the preset of 0.1.0 -> their replacement
     "--batch_size_val": "gone (the validation batch size is fixed)",
     "--max_bad_steps": "gone (20 NaN/Inf steps in a row end a run)",
     "--save_minutes": "gone (last.pth is written every 5 minutes)",
+    "--csv": "gone (--json writes the scores)",
+    "--speed": "gone (python -m benchmarks.inference measures it)",
+    "--workers": "gone (one thread per core)",
+    "--gpu": "gone (CUDA_VISIBLE_DEVICES chooses the GPU)",
 }
 
 
