@@ -33,13 +33,14 @@ import skimage.data
 import torch
 from torch import Tensor, nn
 
+from model.u2net import as_list, saliency_map
 from model.weights import cpu_state_dict, quantize
 from u2mamba.dataset.augment import MEAN, STD, normalize
 from u2mamba.dataset.decode import BadFile, read_image, read_pair
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.inference.inputs import find_images
-from u2mamba.inference.predictor import fold_batch_norm, input_size, load_model, saliency_map, weights_path
+from u2mamba.inference.predictor import fold_batch_norm, input_size, load_model, weights_path
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
@@ -71,7 +72,7 @@ class SaliencyModel(nn.Module):
         self.net = net
 
     def forward(self, image: Tensor) -> Tensor:
-        return saliency_map(self.net(image, logits=True)[0])
+        return saliency_map(as_list(self.net(image, logits=True))[0])
 
 
 def export(net: nn.Module, path: Path, size: int, opset: int) -> None:

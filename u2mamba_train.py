@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from data_loader import DataError, find_pairs, open_data, train_val_split, validation_batches
 from model import build_model
+from model.u2net import as_list
 from u2mamba.dataset.demo import make_demo
 from u2mamba.engine.checkpoint import Checkpointer, warm_start
 from u2mamba.engine.distributed import DistContext, init_distributed
@@ -142,7 +143,7 @@ PRESETS = {
 
 def stack(logits: tuple[Tensor, ...] | Tensor) -> Tensor:
     """d0, ..., d6, each (B, 1, H, W), as one fp32 tensor (7, B, 1, H, W); one already stacked is returned."""
-    return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits)).float()
+    return logits if getattr(logits, "ndim", 0) == 5 else torch.stack(as_list(logits)).float()
 
 
 def multi_bce_loss_fusion(logits: tuple[Tensor, ...], masks: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -285,7 +286,7 @@ def run(cfg: Config, dist: DistContext) -> int:
                 raise
             print(f"stopped at iteration {state.iteration}; {checkpoints.resume_hint()}")
             return reason.exit_code
-        if state.iteration % cfg.save_frq:  # else it was just done
+        if step.read().steps:  # else it was just done
             save_weights()  # before last.pth says that the run is finished
         checkpoints.save_last(state, finished=True)
     return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)

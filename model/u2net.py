@@ -6,7 +6,7 @@ Source: Qin et al., "U²-Net: Going deeper with nested U-structure for salient o
 Glossary: RSU(L, in, mid, out) is a residual U-block of height L; d1..d6 are the side outputs, d0 their fusion.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,13 @@ def saliency_map(logits: Tensor) -> Tensor:
     """Logits (B, K, H, W) -> probability of an object (B, 1, H, W): sigmoid, or for K > 1 classes, of which the first
     is the background, 1 - its softmax."""
     return torch.sigmoid(logits) if logits.shape[1] == 1 else 1 - logits.softmax(1)[:, :1]
+
+
+def as_list(outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[Tensor]:
+    """[d0, d1, ...]: a network may return one tensor, several, or a dict of them."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return list(outputs.values() if isinstance(outputs, Mapping) else outputs)
 
 
 class U2NET(nn.Module):

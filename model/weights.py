@@ -175,9 +175,13 @@ def load_model(path: str | Path, **options: Any) -> nn.Module:
 
     `net.settings` holds its settings, and "size", the training size in pixels, where the file specifies it.
     """
+    return from_state_dict(*read_state_dict(path), path, **options)
+
+
+def from_state_dict(state: Mapping[str, Tensor], settings: dict[str, Any], path: str | Path, **options: Any):
+    """As `load_model`; path: for messages."""
     from . import build_model  # ARCHS is read when the network is built
 
-    state, settings = read_state_dict(path)
     try:
         net = build_model((settings if "arch" in settings else infer_settings(state) | settings) | options)
     except (ValueError, TypeError) as error:

@@ -42,6 +42,7 @@ def padded(left: int) -> torch.Tensor:
         (Augmentation(1, 1), {}, BOTH),  # numbers in the middle change nothing
         (Augmentation(rotation_degrees=30), {}, BOTH),
         (Augmentation(color_jitter=0.5), {}, BOTH),
+        (Augmentation(color_jitter=0.5, sharpness=1), {"image": IMAGE[:, :1]}, BOTH[:, [0, 3]]),
         (Augmentation(0.5, 1), {"scale": 0, "size": 16}, BOTH[..., 8:24, 8:24]),
         (Augmentation(rotation_degrees=90), {"angle": 1}, BOTH.rot90(1, (2, 3))),
         (Augmentation(1, 1), {"flips": [[-1, 1]]}, BOTH.flip(3)),

@@ -175,12 +175,12 @@ def test_instance_norm_head_one_cycle(project, data):
 def test_gelu_rsu8_tar_and_loss_poly_score_logging(project, data):
     (project.folder / "wandb.py").write_text("def log(values, step):\n    print('wandb', values, step)\n")
     project.edit("GELU", "RSU-8", "tar and loss, as in U-2-Net", "Poly schedule", "Another score")
-    project.edit("Logging to another tool", "Crops and augmentation")
+    project.edit("Logging to another tool", "Crops and augmentation", "Weights of each epoch")
     lines = project.train("--arch", "u2netp")
     assert "wandb {'val/val_meanF'" in lines and "wandb {'train/lr'" in lines
     assert "val_meanF" in (project.saved / "log.csv").read_text().splitlines()[0]
     loss, tar = map(float, re.findall(r"train loss: (\S+), tar: (\S+),", lines)[-1])
-    assert 4 < loss / tar < 10
+    assert 4 < loss / tar < 10 and len(list(project.saved.glob("run_bce_*.pth"))) == 1
     assert printed_rates(lines) == pytest.approx([1e-4 * 0.5**0.9, 0], rel=0.01)
     export(project)
 
@@ -297,13 +297,18 @@ def test_suffixes_links_batches_of_one_and_published_classes(project, data, tmp_
             name = f"{file.stem}_mask.png" if "masks" in folder else file.name
             (both / folder / name).symlink_to(file)
     project.edit("Masks with a suffix")
-    source = project.folder / "data_loader.py"
-    source.write_text(source.read_text().replace("torch.rand(()) >= 0.5", "torch.rand(()) >= 0.9"))
+    for name, old, new in (
+        ("data_loader.py", "torch.rand(()) >= 0.5", "torch.rand(()) >= 0.9"),
+        ("u2mamba_train.py", "    step_class =", "    net.more = torch.nn.Linear(1, 1)\n    step_class ="),
+    ):
+        source = project.folder / name
+        source.write_text(source.read_text().replace(old, new))
     sizes = "--rescale", "128", "--scale_max", "1"
     lines = project.train("--batch_size_train", "1", *sizes, data=both)
     assert "ite: 2]" in lines and "data: 2 pairs for training, 2 for validation" in lines
     assert "data_loader.py was edited, but no run uses its classes: edit u2mamba/dataset/augment.py" in lines
     assert "warning: crop 64 of rescale 128: trained at 64 pixels, used at 128" in lines
+    assert "first more.weight; it belongs to another or a changed network; no other command can load" in lines
 
 
 def test_four_channels(project, tmp_path):
@@ -332,6 +337,12 @@ CANNOT_WORK = {  # what the line says: file, what stands there, and in its place
     "score maxF of SODMetric.compute": ("u2mamba/engine/validation.py", "f.max()}", "f.max() * float('nan')}"),
     "to have 4 channels, but got 3": ("model/__init__.py", "nn.Conv2d(3, 7", "nn.Conv2d(4, 7"),
     "BEST_BY = 'Sm'": ("u2mamba_train.py", 'BEST_BY = "maxF"', 'BEST_BY = "Sm"'),
+    "TypeError: SGD": ("u2mamba_train.py", "torch.optim.AdamW if", "torch.optim.SGD if"),
+    "first output is of (32, 32) pixels": (
+        "model/__init__.py",
+        "return self.conv(x)",
+        "return self.conv(x[..., ::2, ::2])",
+    ),
     "1 channels, but MEAN": ("u2mamba/dataset/decode.py", 'asarray(file.convert("RGB"))', "asarray(file)[..., :1]"),
     "arch = 'one': must be one of u2net, ": ("model/__init__.py", 'ARCHS["one"]', 'ARCHS["two"]'),
 }

@@ -198,10 +198,18 @@ def test_a_renamed_folder_is_resumed(run, tmp_path):
     assert code == 0 and "resuming from" in out and "iteration 6" in out
 
 
-def test_a_longer_run_would_have_small_crops_for_longer(run):
+def test_a_finished_run_can_be_longer_unless_it_would_have_small_crops_for_longer(run, tmp_path):
     run(early_crop=33)
     with pytest.raises(UserError, match="epoch_num: 1 -> 2"):
         run(early_crop=33, epoch_num=2)
+    run(lr_schedule="cosine", resume="never")
+    out = run(lr_schedule="cosine", epoch_num=2)[1]
+    assert "epoch_num: 1 -> 2: lr follows the longer run's schedule" in out and "lr 5.05e-05" not in out
+    saved = read_file(tmp_path / "tiny" / "last.pth")
+    saved["state"]["finished"] = False
+    torch.save(saved, tmp_path / "tiny" / "last.pth")
+    with pytest.raises(UserError, match="epoch_num: 2 -> 3"):  # a stopped one: not by itself
+        run(lr_schedule="cosine", epoch_num=3)
 
 
 def test_a_setting_that_the_run_did_not_know_counts_as_its_default_and_one_that_is_gone_by_its_own(run, tmp_path):

@@ -231,12 +231,6 @@ def test_names_that_are_not_text_are_used(data, tmp_path):
     assert "5 pairs" in done.stdout
 
 
-def test_drop_last_leave_out_the_pairs_that_do_not_fill_one(data, tmp_path):
-    done = train(data, tmp_path, "--drop_last")
-    assert done.returncode == 0, done.stderr
-    assert "batch: 20/23, ite: 5]" in done.stdout and "done: 10 iterations" in done.stdout
-
-
 def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
     """As `python u2mamba_train.py 2>&1 | tee log` and Ctrl-C, which ends tee as well."""
     more = ("--epoch_num", "500", "--save_frq", "100000", "--val_frq", "1000")

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from model import U2MAMBAP, U2NETP, build_model
+from model.u2net import REBNCONV
 from model.weights import cpu_state_dict
 from u2mamba.dataset.augment import normalize
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import Predictor, load_model
-from u2mamba.inference.predictor import input_size, weights_path
+from u2mamba.inference.predictor import fold_batch_norm, input_size, weights_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,27 @@ def test_predictor_gives_the_networks_d0(precision, tolerance, images):
     assert next(net.parameters()).dtype == torch.float32 and next(net.parameters()).requires_grad  # left as it was
 
 
+def norm_last(block, x, residual=0):
+    return block.bn_s1(block.conv_s1(x).relu()) + residual
+
+
+def norm_first(block, x, residual=0):
+    return block.conv_s1(block.bn_s1(x).relu()) + residual
+
+
+@pytest.mark.parametrize("forward", [norm_last, norm_first])
+def test_edited_blocks_are_predicted_as_they_were_trained(forward, images, monkeypatch):
+    monkeypatch.setattr(REBNCONV, "forward", forward)
+    net = U2NETP()
+    net.side1 = torch.nn.Sequential(torch.nn.PReLU(), net.side1)
+    for block in net.modules():
+        if forward is norm_first and isinstance(block, REBNCONV):
+            block.bn_s1 = torch.nn.BatchNorm2d(block.conv_s1.in_channels)
+    expected = trained(net)(normalize(images))[0].detach()
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.1)):
+        assert (Predictor(net, torch.device("cpu"), precision)(images) - expected).abs().max() <= tolerance
+
+
 def test_weights_of_unknown_size_and_of_several_outputs_are_said(tmp_path, capsys):
     torch.save(U2NETP(out_ch=4).state_dict(), tmp_path / "net.pth")
     assert input_size(load_model(tmp_path / "net.pth")) == 320
@@ -69,6 +91,7 @@ def test_the_included_weights_find_the_cup_and_not_the_table():
     """On scikit-image's photo of a cup of coffee, which was not in their training data."""
     net = load_model()
     assert weights_path().stat().st_size < 6e6 and weights_path("large").stat().st_size <= 47e6
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fold_batch_norm(net).modules())
     image = torch.from_numpy(rescale_image(skimage.data.coffee(), 320))
     d0 = Predictor(net, torch.device("cpu"))(image[None])[0, 0]
     assert d0[80:160, 130:190].mean() > 0.9  # the coffee

@@ -1,6 +1,7 @@
 """Settings of the wrong type or out of range are refused by name; presets and keys change what they should."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -17,6 +18,8 @@ class Settings:
     shuffle: bool = True
     name: str = "u2net"
     mode: tuple[Literal["map", "mask"], ...] = ("map",)
+    weights: Annotated[list[float], Range(0, 2)] = field(default_factory=lambda: [1.0, 0.5])
+    listing: Path = Path("names.txt")
 
 
 PRESETS = {"fast": Settings(lr=1e-3, batch=32)}
@@ -32,7 +35,8 @@ def test_defaults_presets_and_keys():
     check_settings(Settings(lr=1))
     assert read("fast", "--lr", "0.5", "--arch", "b", "--no-shuffle") == Settings(0.5, 32, "b", False)
     assert read("--batch", "3", "--mode", "mask", "map") == Settings(batch=3, mode=("mask", "map"))
-    assert to_dict(read("--batch", "3"))["mode"] == ["map"]
+    plain = to_dict(read("--weights", "2", "1"))
+    assert (plain["mode"], plain["weights"], plain["listing"]) == (["map"], [2.0, 1.0], "names.txt")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,7 @@ def test_defaults_presets_and_keys():
         ({"shuffle": 1}, "shuffle = 1: must be of type bool"),
         ({"name": None}, "name = None"),
         ({"mode": ("map", "x")}, "mode = ('map', 'x')"),
+        ({"weights": [1.0, 3.0]}, "weights = [1.0, 3.0]: must be from 0 to 2"),
     ],
 )
 def test_wrong_settings_are_named(wrong, says):

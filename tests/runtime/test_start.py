@@ -81,7 +81,7 @@ NO_FOLDER = "import tempfile\ntempfile._get_default_tempdir = lambda: open('no t
     [
         (NO_FOLDER, "- --out -", "standard input cannot be copied to a temporary folder: No such file or directory"),
         ("import sys; sys.stdin = None", "- --out - --device cpu", "standard input: empty file"),
-        ("import sys; sys.stdout = open('/dev/full', 'w')", "a.png", "[Errno 28] No space left on device"),
+        ("import sys; sys.stdout = open('/dev/full', 'w')", "a.png", "No space left on device"),
     ],
 )
 def test_a_machine_without_a_folder_input_or_space_is_one_line(machine, words, line, tmp_path):
@@ -90,4 +90,5 @@ def test_a_machine_without_a_folder_input_or_space_is_one_line(machine, words, l
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     words = words.replace("a.png", str(tmp_path / "a.png")).split()
     done = start(tmp_path, {"sitecustomize": machine}, "u2mamba_predict.py", *words, stdin=subprocess.DEVNULL)
-    assert done.returncode == 2 and done.stderr.endswith(f"error: {line}\n") and "Traceback" not in done.stderr
+    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert done.returncode == 2 and line in error and "Traceback" not in done.stderr

@@ -58,7 +58,8 @@ def augment_batch(
     x = torch.cat((images, masks), 1)
     grid = F.affine_grid(_affine_params(random, flips, augmentation), [*x.shape[:2], size, size], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    image, mask = x[:, :3], x[:, 3:]
+    colors = 3 if images.shape[1] > 2 else 1  # further channels, such as depth, keep their values
+    image, mask = x[:, :colors], x[:, colors:]
     if augmentation.color_jitter:
         image = _color_jitter(image, random, augmentation.color_jitter)
     if augmentation.sharpness:
@@ -103,7 +104,8 @@ def _add_noise(x: Tensor, random: Tensor, strength: float) -> Tensor:
     size = x.shape[2]
     top, left = (random[:, (NOISE_Y, NOISE_X)] * NOISE_SHIFT).long()[:, :, None].unbind(1)  # (B, 1)
     rows, columns = (start + torch.arange(size, device=x.device) for start in (top, left))
-    noise = _noise_field(x.device, size + NOISE_SHIFT)[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+    field = _noise_field(x.device, size + NOISE_SHIFT)[: x.shape[1]]
+    noise = field[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
     return (x + noise * (strength * random[:, NOISE]).view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -114,7 +116,7 @@ def _noise_field(device: torch.device, size: int) -> Tensor:
 
 
 def _gray(x: Tensor) -> Tensor:
-    return sum(weight * channel for weight, channel in zip(LUMA, x.split(1, dim=1), strict=True))
+    return x if x.shape[1] == 1 else sum(w * channel for w, channel in zip(LUMA, x.split(1, dim=1), strict=True))
 
 
 def epoch_plan(

@@ -87,8 +87,6 @@ class Checkpointer:
             state = TrainState(**saved["state"])
             if [*map(type, astuple(state))] != [*map(type, astuple(TrainState()))]:
                 raise TypeError(f"state is {state}")
-            # a larger epoch_num continues a finished run, including one that was stopped early
-            state.finished &= self.cfg.epoch_num <= saved["run"]["settings"]["epoch_num"]
             self._check_settings(saved["run"], state, path)
             load_state_dict(self.step.net, saved["model"], path)
             if saved["step"] is not None:  # else it is a weights file
@@ -144,7 +142,10 @@ class Checkpointer:
     def _check_settings(self, run: Mapping[str, Any], state: TrainState, path: Path) -> None:
         before, after, auto = run["settings"], self.settings, self.cfg.resume == "auto"
         gone = {k for k in before if k not in after and before[k] == run["defaults"].get(k)}
-        extendable = self.cfg.lr_schedule == "constant" and not self.cfg.early_crop  # neither depends on epoch_num
+        # a larger epoch_num continues a finished run, including one that was stopped early
+        longer = state.finished and after["epoch_num"] > before["epoch_num"]
+        state.finished &= not longer
+        extendable = (longer or self.cfg.lr_schedule == "constant") and not self.cfg.early_crop
         ignored = RESUME_IGNORED_KEYS | gone | ({"epoch_num"} if extendable else set())
         # a setting that the saved run does not have counts as its default
         other = differences(self.run["defaults"] | before, after, ignored)
@@ -159,6 +160,8 @@ class Checkpointer:
                 "--model_name, or use --resume force (resume with the new ones, at the learning rate of a run of "
                 f"{self.cfg.epoch_num} epochs) or --resume never (start over)"
             )
+        if longer and self.cfg.lr_schedule != "constant":
+            print(f"epoch_num: {before['epoch_num']} -> {after['epoch_num']}: lr follows the longer run's schedule")
         old, new = run["code"], self.run["code"]
         if code := ", ".join(file for file in old | new if old.get(file) != new.get(file)):
             if state.finished and auto:

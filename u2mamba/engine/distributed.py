@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from u2mamba.runtime.config import differences
-from u2mamba.runtime.errors import EXIT_USAGE, Stopped, StopSignal, UserError, one_line_errors
+from u2mamba.runtime.errors import EXIT_USAGE, Stopped, StopSignal, UserError, locate, one_line_errors
 
 # of a collective; long because the main process decodes the dataset first. A crashed process is detected at once
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -175,15 +175,13 @@ def _rank0_logging(store: dist.Store, context: DistContext) -> Iterator[None]:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         yield
-    except (UserError, RuntimeError) as error:
-        text = str(error)
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else locate(error)
         if isinstance(error, dist.DistError) or "gloo" in text:
             text = (
                 "another process of this run has ended; the same command resumes from last.pth "
                 "(torchrun --max-restarts does so automatically)"
             )
-        elif not isinstance(error, UserError):
-            raise
         if store.add("failed", 1) > 1:
             sys.exit(EXIT_USAGE)
         raise UserError(text if context.is_main else f"process {context.rank}: {text}") from None

@@ -3,17 +3,17 @@
 import itertools
 import math
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from model.u2net import as_list
+from model.weights import METADATA_KEY, cpu_state_dict, from_state_dict
 from u2mamba.dataset.batches import Batch, DataSource, validation_batches
 from u2mamba.engine.logger import write_image
 from u2mamba.engine.step import TrainStep
 from u2mamba.engine.validation import eval_mode, preview, validate
-from u2mamba.runtime.environment import ROOT
 from u2mamba.runtime.errors import EXIT_OK, Stopped, StopSignal, UserError
 
 TARGET_IOU = 0.95
@@ -24,24 +24,23 @@ MAX_STEPS = 500  # the small network needs 50 to 100 for one pair
 def try_batch(step: TrainStep, batch: Batch, best_by: str) -> None:
     """Network, loss and scores of a batch before anything is written: an edit that cannot work ends here, in one line.
 
-    Runs in every process; changes neither statistics nor random state. Raises UserError with file and line.
+    Runs in every process; changes neither statistics nor random state. Warns where a command could not load the
+    weights. Raises UserError, and what edited code raises.
     """
-    try:
-        with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), eval_mode(step.net) as net:
-            scores = validate(net, [batch], StopSignal(), step.dist)
-            with torch.no_grad(), step.env.autocast():
-                logits = net(batch.x, logits=True)
-            several = isinstance(logits, (tuple, list))
-            logits = tuple(d.requires_grad_() for d in logits) if several else logits.requires_grad_()
-            step.compute_loss(logits, batch.y)
-    except UserError:
-        raise
-    except Exception as error:  # whatever edited code raises
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in frames[1:] if Path(f.filename).resolve().is_relative_to(ROOT)]
-        file, line = ((ours or frames)[-1].filename, (ours or frames)[-1].lineno)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{file}, line {line}: fails for images {tuple(batch.x.shape)}: {reason}") from error
+    with torch.random.fork_rng([step.device] if step.device.type == "cuda" else []), eval_mode(step.net) as net:
+        with torch.no_grad(), step.env.autocast():
+            logits = net(batch.x, logits=True)
+        if (size := as_list(logits)[0].shape[2:]) != batch.y.shape[2:]:
+            raise UserError(f"the network's first output is of {tuple(size)} pixels, not {tuple(batch.y.shape[2:])}")
+        scores = validate(net, [batch], StopSignal(), step.dist)
+        for d in as_list(logits):
+            d.requires_grad_()
+        step.compute_loss(logits, batch.y)
+        state = cpu_state_dict(net)
+        try:
+            from_state_dict(state, state._metadata.get(METADATA_KEY, {}), "the network of this script")
+        except ValueError as error:
+            print(f"warning: {error}; no other command can load its weights: edit model/ instead")
     for name, value in scores.items():
         if not math.isfinite(value):
             raise UserError(f"the score {name} of SODMetric.compute (u2mamba/engine/validation.py) is {value}")
@@ -77,12 +76,9 @@ def overfit(step: TrainStep, source: DataSource, count: int, batch_size: int, fo
                 print(f"[ite: {steps}] train loss: {means.loss:.3f}, tar: {means.tar:.3f}, IoU: {iou:.3f}", flush=True)
         except Stopped as signal:
             return signal.exit_code
-    shown, where = next(batches(chosen[:6])), str(folder / "preview.png")
-    try:
-        write_image(preview(step.net, shown.x, shown.y), folder / "preview.png")
-    except OSError as error:
-        where += f" (could not be written: {error.strerror or error})"
-    result = f"IoU {iou:.3f} after {steps} iterations, {time.monotonic() - started:.0f} s; {where}"
+    shown, path = next(batches(chosen[:6])), folder / "preview.png"
+    write_image(preview(step.net, shown.x, shown.y), path)
+    result = f"IoU {iou:.3f} after {steps} iterations, {time.monotonic() - started:.0f} s; {path}"
     if iou <= TARGET_IOU:
         raise UserError(
             f"overfit failed, {result} shows image, mask, map: check that the masks match the images, then try "

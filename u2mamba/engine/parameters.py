@@ -21,7 +21,8 @@ def flatten_statistics(net: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     buffers = {name: buffer for name, buffer in floats.items() if owners[name].training}
     flat = torch.cat([next(net.parameters()).new_zeros(0), *(buffer.flatten() for buffer in buffers.values())])
     parts = flat.split([buffer.numel() for buffer in buffers.values()])
-    views = {name: part.view(b.shape) for part, (name, b) in zip(parts, buffers.items(), strict=True)}
+    # .data: each with a version counter of its own, as autograd would refuse what reads one and updates another
+    views = {name: part.view(b.shape).data for part, (name, b) in zip(parts, buffers.items(), strict=True)}
     for name, view in views.items():
         setattr(owners[name], name.rpartition(".")[2], view)
     return flat, views

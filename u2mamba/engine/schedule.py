@@ -52,8 +52,8 @@ class Schedule:
 
     def __init__(self, cfg: Any, pairs: int, processes: int = 1):
         self.cfg, self.pairs, self.processes = cfg, pairs, processes
-        batch = cfg.batch_size_train * processes
-        self.pairs_per_epoch = pairs - pairs % batch if cfg.drop_last and pairs >= batch else pairs
+        self.batch = batch = cfg.batch_size_train * processes
+        self.pairs_per_epoch = len(self.plan(0))
         self.total_iterations = 0  # of the run, known once it has a state
         if batch > pairs:
             print(f"warning: batch size {batch} exceeds the {pairs} training pairs: one step per epoch")
@@ -97,7 +97,8 @@ class Schedule:
             self.pairs, epoch, cfg.seed, cfg.rescale, self.crop_size(epoch), cfg.vflip_prob, cfg.hflip_prob,
             random=any(self.augmentation(epoch)),
         )  # fmt: skip
-        return plan[: self.pairs_per_epoch]
+        dropped = len(plan) % self.batch if cfg.drop_last and len(plan) >= self.batch else 0
+        return plan[: len(plan) - dropped]
 
 
 def train_batches(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.u2net import saliency_map
+from model.u2net import as_list, saliency_map
 from model.weights import uncompiled
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.gradients import GradientAverager
@@ -148,8 +148,7 @@ class TrainStep:
             logits = self.net(images, logits=True)
         loss, values = self.compute_loss(logits, masks)
         (loss * share).backward()
-        d0 = (logits[0] if isinstance(logits, (tuple, list)) else logits).detach().float()
-        maps = saliency_map(d0)
+        maps = saliency_map(as_list(logits)[0].detach().float())
         iou = iou_per_image(maps, masks).sum() if maps.shape == masks.shape else torch.full_like(loss, math.nan)
         return torch.cat((iou.view(1).float(), torch.cat((loss.view(1), values)).detach().float() * share))
 
@@ -165,7 +164,7 @@ class TrainStep:
         name = getattr(getattr(self.loss, "func", self.loss), "__name__", type(self.loss).__name__)
         kind = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         kind += "" if getattr(loss, "requires_grad", True) else " without a gradient"
-        wanted = "it must return a number, one value per output or (tar, loss)"
+        wanted = "it must return a number, a tensor with one value per output, or (tar, loss)"
         raise UserError(f"the loss {name} returned {kind}: {wanted}")
 
     @torch.no_grad()

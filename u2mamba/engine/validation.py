@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_stat_scores
 
+from model.u2net import as_list, saliency_map
 from u2mamba.dataset.augment import MEAN, STD
 from u2mamba.dataset.batches import Batch, Data, validation_batches
 from u2mamba.engine.distributed import DistContext
-from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled, out_of_memory
-from u2mamba.runtime.errors import StopSignal, UserError
+from u2mamba.runtime.environment import HeapRetention, cudnn_benchmark_disabled
+from u2mamba.runtime.errors import StopSignal
 
 BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009), as in all SOD papers
 LEVELS = 256  # thresholds
@@ -93,7 +94,7 @@ def validate(
 ) -> dict[str, float]:
     """The scores of d0 over the `batches` of all processes; {} if there are none.
 
-    Raises Stopped in every process if one received a signal, UserError if memory runs out.
+    Raises Stopped in every process if one received a signal.
     """
     device = next(net.parameters()).device
     metric, memory = SODMetric().to(device), HeapRetention(device)
@@ -101,14 +102,9 @@ def validate(
         for batch in batches:
             if stop:
                 break
-            try:
-                with memory:
-                    d0 = net(batch.x)[0]
-                metric.update(d0, batch.y)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                raise UserError(f"validation: a batch of {len(batch.x)} images does not fit into memory") from None
+            with memory:
+                d0 = saliency_map(as_list(net(batch.x, logits=True))[0])
+            metric.update(d0, batch.y)
     dist.raise_if_stopped(stop)
     return metric.compute() if dist.all_reduce_max(metric.update_count) else {}
 
@@ -126,9 +122,10 @@ def preview(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     from torchvision.utils import make_grid
 
     with eval_mode(net):
-        d0 = net(images)[0].float().cpu()
-    mean, std = (torch.tensor(v[:3]).view(1, 3, 1, 1) for v in (MEAN, STD))
-    photos = (images[:, :3].float().cpu() * std + mean).clamp(0, 1)
-    columns = [photos, masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
+        d0 = saliency_map(as_list(net(images, logits=True))[0]).float().cpu()
+    colors = 3 if len(MEAN) > 2 else 1
+    mean, std = (torch.tensor(v[:colors]).view(1, -1, 1, 1) for v in (MEAN, STD))
+    photos = (images[:, :colors].float().cpu() * std + mean).clamp(0, 1)
+    columns = [photos.expand(-1, 3, -1, -1), masks.float().cpu().expand(-1, 3, -1, -1), d0.expand(-1, 3, -1, -1)]
     tiles = torch.stack(columns, 1).flatten(0, 1)
     return (make_grid(tiles, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8)

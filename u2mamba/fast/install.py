@@ -74,7 +74,8 @@ class FusedOps(PlainOps):
         statistics = norm.training and getattr(norm, "track_running_stats", False) and norm.momentum is not None
         fits = type(norm) is nn.BatchNorm2d and norm.affine and statistics
         fits &= type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-        last = conv.weight.is_contiguous(memory_format=torch.channels_last)
+        fits &= not conv._forward_pre_hooks  # of weight_norm, say
+        last = fits and conv.weight.is_contiguous(memory_format=torch.channels_last)
         launch.require(x, layers=fits, channels_last_weights=last)
         # without the bias, which batch norm cancels: its gradient is zero, and a reduction over all pixels to find that
         weight, may_wait = self._weight(conv)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from model.u2net import as_list
 from u2mamba.engine import step
 from u2mamba.fast.conv2d import wait_for_weight_grads
 from u2mamba.fast.install import FusedOps
@@ -71,7 +72,7 @@ class TrainStep(step.TrainStep):
         with compile_only():
             with self.env.autocast():
                 outputs = net(images.chunk(self.grad_accum_steps)[0], logits=True)
-            total = sum(d.float().sum() for d in (outputs if isinstance(outputs, (tuple, list)) else [outputs]))
+            total = sum(d.float().sum() for d in as_list(outputs))
             if total.requires_grad:
                 with torch.autograd.set_multithreading_enabled(False):
                     total.backward()

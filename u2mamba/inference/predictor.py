@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import weights
-from model.u2net import REBNCONV, saliency_map
+from model.u2net import REBNCONV, as_list, saliency_map
 from u2mamba.dataset.augment import MEAN, normalize
 from u2mamba.dataset.decode import read_image
 from u2mamba.dataset.rescale import rescale_image, resize_map
@@ -75,13 +75,26 @@ def input_size(net: nn.Module, size: int = 0) -> int:
 
 
 def fold_batch_norm(net: nn.Module, copy: bool = True) -> nn.Module:
-    """A copy of `net`, or `net` itself, in eval mode, each batch norm folded into the convolution before it."""
+    """A copy of `net`, or `net` itself, in eval mode, each batch norm folded into the convolution before it, unless the
+    block, which may be edited, then computes something else."""
     net = (deepcopy(net) if copy else net).eval().requires_grad_(False)
     for block in net.modules():
-        if isinstance(block, REBNCONV) and isinstance(block.bn_s1, nn.BatchNorm2d):
-            block.conv_s1 = fuse_conv_bn_eval(block.conv_s1, block.bn_s1)
-            block.bn_s1 = nn.Identity()
+        conv, norm = getattr(block, "conv_s1", None), getattr(block, "bn_s1", None)
+        fits = isinstance(block, REBNCONV) and (type(conv), type(norm)) == (nn.Conv2d, nn.BatchNorm2d)
+        if fits and norm.track_running_stats and norm.num_features == conv.out_channels:
+            image = torch.linspace(-1, 1, 16 * conv.in_channels).view(1, -1, 4, 4).to(conv.weight)
+            expected = block(image)
+            block.conv_s1, block.bn_s1 = fuse_conv_bn_eval(conv, norm), nn.Identity()
+            if not torch.allclose(block(image), expected, 1e-3, 1e-3 * float(expected.abs().max())):
+                block.conv_s1, block.bn_s1 = conv, norm
     return net
+
+
+def _cast_inputs(layer: nn.Module, inputs: tuple) -> tuple:
+    """To the type of the layer's own weights, if it has any."""
+    weight = next(layer.parameters(recurse=False), None)
+    floats = [weight is not None and isinstance(v, Tensor) and v.is_floating_point() for v in inputs]
+    return tuple(v.to(weight.dtype) if cast else v for v, cast in zip(inputs, floats, strict=True))
 
 
 class Predictor:
@@ -110,8 +123,7 @@ class Predictor:
             for layer in self.net.modules():
                 if isinstance(layer, nn.Conv2d) and layer is not fusion:
                     layer.to(self.dtype)
-            if fusion is not None:
-                fusion.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+                layer.register_forward_pre_hook(_cast_inputs)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -155,8 +167,8 @@ class Predictor:
             raise UserError(f"{n} images of {w}x{h} do not fit into the memory of {self.device}: try {less}") from None
 
     def _forward(self, images: Tensor) -> Tensor:
-        logits = self.net(normalize(images, channels_last=True).to(self.dtype), logits=True)[0]
-        return saliency_map(logits.float())
+        logits = self.net(normalize(images, channels_last=True).to(self.dtype), logits=True)
+        return saliency_map(as_list(logits)[0].float())
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         static_input = images.clone()

@@ -55,7 +55,7 @@ def render(mode: str, saliency: np.ndarray, image: np.ndarray | None, cfg: Any) 
     alpha = Image.fromarray(np.rint(saliency * 255).astype(np.uint8))
     if mode == "map":
         return alpha
-    photo = Image.fromarray(image[..., :3])  # edited code may add channels
+    photo = Image.fromarray(image[..., :3] if image.shape[2] > 2 else image[..., (0, 0, 0)])  # of edited code
     if mode == "overlay":
         ground = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, (20, 30, 60)), 0.6)
         return Image.composite(photo, ground, alpha)

@@ -8,6 +8,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import tyro
@@ -103,8 +104,8 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
 
 def _expand_home(value: Any) -> Any:
     """`~/...` at the start of a path; the shell does it in most places, but not behind `=`."""
-    if isinstance(value, tuple):
-        return tuple(map(_expand_home, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_expand_home, value))
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
@@ -130,24 +131,25 @@ def check_settings(config: Any) -> None:
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
         hint, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-        several = typing.get_origin(hint) is tuple
+        several = typing.get_origin(hint) in (tuple, list)
         kind = typing.get_args(hint)[0] if several else hint
         choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        values = value if several and isinstance(value, tuple) else (value,)
+        values = value if several and isinstance(value, (tuple, list)) else (value,)
         if choices and not all(v in choices for v in values):
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
         types = (int, float) if kind is float else type(choices[0]) if choices else kind
         right = all(isinstance(v, types) and isinstance(v, bool) == (kind is bool) for v in values)
-        if not right or several != isinstance(value, tuple):
+        if not right or several != (values is value):
             raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
         for low, high in (note for note in notes if isinstance(note, Range)):
-            if not low <= value <= high:  # "not <=", so that NaN is refused too
+            if not all(low <= v <= high for v in values):  # "not <=", so that NaN is refused too
                 raise UserError(f"{field} = {value!r}: must be from {low:g} to {high:g}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as a dict of plain values, which a checkpoint may hold under weights_only=True."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    plain = {tuple: list, type(Path()): str}
+    return {k: plain.get(type(v), lambda v: v)(v) for k, v in dataclasses.asdict(config).items()}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], ignore: set[str]) -> list[str]:

@@ -7,7 +7,9 @@ import signal
 import stat
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed; Windows has no such signal
@@ -26,7 +28,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """UserError and OSError become one line on stderr and exit code 2, Ctrl-C exit code 130, SIGTERM 143, SIGHUP 129.
+    """Turns an exception into one line on stderr and exit code 2, Ctrl-C into exit code 130, SIGTERM 143, SIGHUP 129.
 
     Signals unwind the stack as Ctrl-C does, so that temporary files are removed; training catches them (`StopSignal`).
     """
@@ -45,12 +47,31 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except OSError as error:
-        broken = isinstance(error, BrokenPipeError)  # the reader of the pipe (head, less) has exited
-        if not broken:  # such as a full disk under standard output
-            print(f"error: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(EXIT_TERMINATED if broken else EXIT_USAGE)
+    except BrokenPipeError:  # the reader of the pipe (head, less) has exited; nobody is left to read a message
+        _discard_output()
+        sys.exit(EXIT_TERMINATED)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {locate(error)} (python -X dev shows the traceback)", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            _discard_output()
+        sys.exit(EXIT_USAGE)
+
+
+def _discard_output() -> None:
+    """Else Python's own flush at exit fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def locate(error: Exception) -> str:
+    """An exception that nobody expected, of edited code say, in one line: file, line, what it says."""
+    root, frames = Path(__file__).parents[2], traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).resolve().is_relative_to(root)]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{(ours or frames)[-1].filename}, line {(ours or frames)[-1].lineno}: {reason}"
 
 
 def _catchable(*numbers: int) -> set[int]:
