@@ -17,10 +17,11 @@ from model import U2MAMBAP
 from model.weights import cpu_state_dict
 from u2mamba.dataset.augment import MEAN, STD, normalize
 from u2mamba.dataset.decode import read_image
+from u2mamba.dataset.demo import PHOTOGRAPHS
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.inference.predictor import load_model
 from u2mamba.runtime.errors import UserError
-from u2mamba_export import PHOTO_DIR, Config, main
+from u2mamba_export import Config, main
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -32,7 +33,7 @@ NAMES = ("astronaut", "chelsea", "coffee")
 
 
 def photo(name: str) -> Image.Image:
-    return Image.fromarray(read_image(PHOTO_DIR / f"{name}.png")).resize((90, 70))
+    return Image.fromarray(read_image(PHOTOGRAPHS / f"{name}.png")).resize((90, 70))
 
 
 def prepared(name: str) -> torch.Tensor:
@@ -223,7 +224,7 @@ def test_rembg_uses_the_file_and_gives_our_maps(exported, tmp_path):
     images = []
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):  # a person, an animal, things
         images.append(tmp_path / f"{name[:-4]}.png")
-        Image.fromarray(read_image(PHOTO_DIR / name)).save(images[-1])
+        Image.fromarray(read_image(PHOTOGRAPHS / name)).save(images[-1])
     u2mamba_export.export(network(), tmp_path / "ours.onnx", 320, 17)
     words = [REMBG, "-c", REMBG_CODE, str(tmp_path / "ours.onnx"), *map(str, images)]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "U2NET_HOME")}
