@@ -42,6 +42,9 @@ def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
+    elif path.suffix == ".npz":
+        np.savez(path, array)
+        path = path.rename(path.with_suffix(".npy"))
     else:
         Image.fromarray(array).save(path)
     return path
@@ -171,6 +174,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.png", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.png", np.array([[0, 13107], [65535, 1]], np.uint16), [[0, 0.2], [1, 1 / 65535]]),
         ("a.tif", np.array([[0, 0.2], [1, 0.5]], np.float32), [[0, 0.2], [1, 0.5]]),
+        ("a.png", np.full((2, 2, 3), (0, 90, 255), np.uint8), "holds colors"),
         ("a.npy", np.array([[[[0, 0.2], [1, 0.5]]]], np.float32), [[0, 0.2], [1, 0.5]]),
         ("a.npy", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.npy", np.array([[0, 1 + 1e-7], [1, -1e-8]]), [[0, 1], [1, 0]]),
@@ -179,6 +183,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
         ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
         ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
+        ("a.npz", np.zeros((3, 3)), "a map is (H, W)"),
     ],
 )
 def test_maps_of_any_depth(name, array, expected, tmp_path):
