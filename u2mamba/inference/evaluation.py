@@ -1,7 +1,6 @@
-"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics.
 
-Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
-torch, which the evaluation of saved maps does not need.
+Nothing here imports torch, which the evaluation of saved maps does not need.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
