@@ -46,11 +46,12 @@ from u2mamba.inference.evaluation import (
     DatasetMetrics,
     ImageScores,
     Item,
-    evaluate,
     list_items,
     mask_rule,
     read_item,
+    score_item,
 )
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
@@ -193,7 +194,8 @@ def main(cfg: Config) -> int:
     for metrics, items, _ in datasets:
         rule = mask_rule(items, threads)
         source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items
-        results = evaluate(source, threads, cfg.normalize, rule)
+        score = functools.partial(score_item, normalize=cfg.normalize, rule=rule)
+        results = ordered_map(score, source, threads, ahead=2 * threads)
         ranking = []  # the worst first
         with contextlib.closing(results):
             for item, scores in tqdm(results, metrics.name, len(items), unit="img", disable=None, leave=False):

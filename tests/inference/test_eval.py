@@ -27,7 +27,7 @@ from tests.inference.pysodmetrics import make_set
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import workers
-from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
+from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
 from u2mamba.inference.workers import ordered_map
@@ -77,8 +77,8 @@ def evaluate_maps(folders: tuple[Path, Path], **more) -> int:
 
 def scores_of(pred: Path, gt: Path) -> DatasetMetrics:
     scores = DatasetMetrics("set")
-    for item, result in evaluate(list_items(gt, pred)[0]):
-        scores.add(item.stem, result)
+    for item in list_items(gt, pred)[0]:
+        scores.add(item.stem, score_item(item))
     return scores
 
 
