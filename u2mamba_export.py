@@ -29,7 +29,6 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
-import skimage.data
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from model.u2net import as_list, saliency_map
 from model.weights import cpu_state_dict, quantize
 from u2mamba.dataset.augment import MEAN, STD, normalize
 from u2mamba.dataset.decode import BadFile, read_image, read_pair
+from u2mamba.dataset.demo import PHOTOGRAPHS
 from u2mamba.dataset.pairs import pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.inference.inputs import find_images
@@ -47,7 +47,6 @@ from u2mamba.runtime.files import atomic_write, check_folder
 
 TOLERANCE = 1e-4  # maximum difference to PyTorch's probabilities in fp32
 MAX_IMAGES = 100  # of --images, evenly spaced: for the comparison, and to calibrate int8
-PHOTO_DIR = Path(skimage.data.__file__).parent  # scikit-image's wheel includes these photos
 PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "ihc.png", "rocket.jpg")
 
 
@@ -163,7 +162,7 @@ def load_images(cfg: Config, size: int) -> tuple[Tensor, Tensor | None, int]:
     elif cfg.images:
         files = [source.image for source in find_images([cfg.images])[0]]
     else:
-        files = [PHOTO_DIR / name for name in PHOTOS]
+        files = [PHOTOGRAPHS / name for name in PHOTOS]
     images, masks, skipped = [], [], 0
     for file in files[:: -(-len(files) // MAX_IMAGES)]:
         try:
@@ -238,7 +237,7 @@ def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg)
+    cfg = check_settings(cfg)
     out = Path(cfg.out)
     if out.suffix not in (".onnx", ".pth"):
         raise UserError(f"--out {out}: must end in .onnx, or in .pth for a weights file")

@@ -157,7 +157,7 @@ def progress(results: Iterable[tuple], total: int) -> Iterator[tuple]:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg)
+    cfg = check_settings(cfg)
     if "-" in (*cfg.inputs, cfg.out):
         return predict_stream(cfg)
     start, out = time.monotonic(), Path(cfg.out)
@@ -176,13 +176,11 @@ def main(cfg: Config) -> int:
     }
     own = {"mask": {"threshold": cfg.threshold}} | {m: {"foreground": cfg.foreground} for m in ("cutout", "sheet")}
     records = {mode: Provenance(out / mode, settings | own.get(mode, {})) for mode in cfg.mode}
-    outputs = {s: {m: out / m / f"{s.name}{MODES[m]}" for m in records} for s in sources}
-    if not cfg.overwrite:
-        outputs = {
-            s: {m: path for m, path in paths.items() if not records[m].is_done(path, s.image)}
-            for s, paths in outputs.items()
-        }
-    outputs = {s: paths for s, paths in outputs.items() if paths}
+    outputs = {}
+    for source in sources:
+        paths = {m: out / m / f"{source.name}{MODES[m]}" for m in records}
+        if left := {m: p for m, p in paths.items() if cfg.overwrite or not records[m].is_done(p, source.image)}:
+            outputs[source] = left
     print(f"images: {len(sources):,}, of which {len(sources) - len(outputs):,} are already done (see --overwrite)")
     for names, what in ((others, "files of other types"), (made, "outputs of this command")):
         if names:

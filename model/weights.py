@@ -79,7 +79,9 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    inner = [state, *(state.values() if isinstance(state, Mapping) else ())]  # of other wrappers, the first
+    state = next((s for s in inner if isinstance(s, Mapping) and s and all(map(torch.is_tensor, s.values()))), None)
+    if state is None:
         raise ValueError(f"{path}: does not contain a state dict")
     metadata = getattr(state, "_metadata", None)
     settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None

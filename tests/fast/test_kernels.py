@@ -112,23 +112,18 @@ def check_batch_norm(x, extras, dy=None, sums=1e-5):
 BATCH_NORM = [((2, 64, 9, 9), FP32), ((1, 16, 17, 18), BF16), ((1, 3, 9, 9), FP32), ((2, 24, 9, 10), BF16)]
 BATCH_NORM += [((12, 512, 9, 9), BF16), ((12, 64, 288, 288), FP32), ((4, 256, 72, 72), BF16)] * GPU
 BATCH_NORM += [((12, 16, 144, 144), FP32), ((3, 32, 145, 289), BF16)] * GPU
-
-
-@kernels
-@pytest.mark.parametrize("small_m", [1024, 0], ids=["one launch", "several"])
-@pytest.mark.parametrize(("shape", "dtype"), BATCH_NORM, ids=str)
-def test_batch_norm_relu(shape, dtype, small_m, monkeypatch):
-    monkeypatch.setattr(bn, "SMALL_M", small_m)
-    check_batch_norm(images(*shape, dtype=dtype, scale=2.0, offset=0.5), extras=dtype == BF16)
+BATCH_NORM = [(shape, dtype, 2.0, 0.5, 1e-5) for shape, dtype in BATCH_NORM]
+# mean 1000, deviation 0.5: fp32 sums of x² would be wrong by 10^6 * 2^-24 = 0.06 in a variance of 0.25. What remains is
+# the rounding of the mean itself, 2^-15, relative to the deviation: 6e-5
+BATCH_NORM += [((2, 16, 24, 25), FP32, 0.5, 1000.0, 3e-4)]
 
 
 @kernels
 @pytest.mark.parametrize("small_m", [4096, 0], ids=["one launch", "several"])
-def test_batch_norm_of_mean_far_above_deviation(small_m, monkeypatch):
-    """mean 1000, deviation 0.5: fp32 sums of x² would be wrong by 10^6 * 2^-24 = 0.06 in a variance of 0.25. What
-    remains is the rounding of the mean itself, 2^-15, relative to the deviation: 6e-5."""
+@pytest.mark.parametrize(("shape", "dtype", "scale", "offset", "sums"), BATCH_NORM, ids=str)
+def test_batch_norm_relu(shape, dtype, scale, offset, sums, small_m, monkeypatch):
     monkeypatch.setattr(bn, "SMALL_M", small_m)
-    check_batch_norm(images(2, 16, 24, 25, scale=0.5, offset=1000.0), extras=False, sums=3e-4)
+    check_batch_norm(images(*shape, dtype=dtype, scale=scale, offset=offset), extras=dtype == BF16, sums=sums)
 
 
 @kernels

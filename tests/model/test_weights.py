@@ -62,7 +62,8 @@ def test_settings_travel_in_the_file_and_its_keys_stay_the_published_ones(path):
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("wrapper", "prefix"), [("", ""), ("model", "module._orig_mod."), ("state_dict", "net."), ("ema", "my_network.")]
+    ("wrapper", "prefix"),
+    [("", ""), ("model", "module._orig_mod."), ("state_dict", "net."), ("ema", "my_network."), ("params", "")],
 )
 def test_settings_of_files_without_any_are_inferred(settings, wrapper, prefix, path):
     net = build_model(settings)

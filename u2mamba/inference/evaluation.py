@@ -13,8 +13,7 @@ Quadrants without pixels count 0 in the S-measure, where PySODMetrics returns Na
 dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the whole dataset.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,14 +175,6 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
         return error
     except MemoryError:
         return BadFile(item.image or item.map, "computing its metrics ran out of memory")
-
-
-def evaluate(
-    items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
-) -> Iterator[tuple[Item, ImageScores | BadFile]]:
-    """(item, its scores or why it has none), in the order of `items`, by `workers` threads."""
-    task = functools.partial(score_item, normalize=normalize, rule=rule)
-    return ordered_map(task, items, workers, ahead=2 * workers)
 
 
 class DatasetMetrics:
