@@ -14,15 +14,11 @@ from torch import nn
 dependencies = ["torch"]
 ROOT = Path(__file__).parent
 NAME = "u2mamba_networks"  # not "model": the caller may have imported a module of that name
-
-
-def _networks() -> Any:
-    """The package model/ of this repository, under a name of its own."""
-    if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(NAME, ROOT / "model" / "__init__.py")
-        sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[NAME]
+if NAME not in sys.modules:
+    spec = importlib.util.spec_from_file_location(NAME, ROOT / "model" / "__init__.py")
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
+networks = sys.modules[NAME]
 
 
 def u2mambap(pretrained: bool = True, **options: Any) -> nn.Module:
@@ -40,10 +36,10 @@ def u2net_file(path: str, **options: Any) -> nn.Module:
 
     Raises ValueError with one line if the file cannot be used.
     """
-    return _networks().weights.load_model(path, **options)
+    return networks.weights.load_model(path, **options)
 
 
 def _build(arch: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if pretrained:
         return u2net_file(str(ROOT / "saved_models" / f"{arch}.pth"), **options)
-    return _networks().build_model({"arch": arch} | options).eval()
+    return networks.build_model({"arch": arch} | options).eval()

@@ -46,11 +46,12 @@ from u2mamba.inference.evaluation import (
     DatasetMetrics,
     ImageScores,
     Item,
-    evaluate,
     list_items,
     mask_rule,
     read_item,
+    score_item,
 )
+from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
@@ -91,9 +92,9 @@ def dataset_names(cfg: Config) -> list[str]:
     return list(names)
 
 
-def check(cfg: Config) -> None:
-    """Raises UserError for options that conflict, and for files and folders that cannot be written."""
-    check_settings(cfg)
+def check(cfg: Config) -> Config:
+    """The settings with `~` expanded. Raises UserError for options that conflict, and paths that cannot be written."""
+    cfg = check_settings(cfg)
     if bool(cfg.checkpoint) == bool(cfg.pred):
         raise UserError("give either --checkpoint with --image (maps are predicted), or --pred (maps are read)")
     if not cfg.gt or (cfg.checkpoint and not cfg.image):
@@ -107,6 +108,7 @@ def check(cfg: Config) -> None:
         raise UserError(f"{cfg.json} is a folder: give the name of a file")
     for folder in [Path(cfg.json).parent] * bool(cfg.json) + [Path(cfg.out)] * bool(cfg.out):
         check_folder(folder)
+    return cfg
 
 
 def report_files(metrics: DatasetMetrics) -> list[str]:
@@ -174,7 +176,7 @@ def images_csv(metrics: DatasetMetrics) -> bytes:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check(cfg)
+    cfg = check(cfg)
     datasets = []
     for index, (name, gt) in enumerate(zip(dataset_names(cfg), cfg.gt, strict=True)):
         folders = (Path(paths[index]) if paths else None for paths in (cfg.pred, cfg.image))
@@ -192,7 +194,8 @@ def main(cfg: Config) -> int:
     for metrics, items, _ in datasets:
         rule = mask_rule(items, threads)
         source = pipeline.predict_items(predict, items, size, cfg.batch, rule) if cfg.checkpoint else items
-        results = evaluate(source, threads, cfg.normalize, rule)
+        score = functools.partial(score_item, normalize=cfg.normalize, rule=rule)
+        results = ordered_map(score, source, threads, ahead=2 * threads)
         ranking = []  # the worst first
         with contextlib.closing(results):
             for item, scores in tqdm(results, metrics.name, len(items), unit="img", disable=None, leave=False):

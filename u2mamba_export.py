@@ -237,7 +237,7 @@ def write_onnx(net: nn.Module, cfg: Config, size: int, images: Tensor, expected:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg)
+    cfg = check_settings(cfg)
     out = Path(cfg.out)
     if out.suffix not in (".onnx", ".pth"):
         raise UserError(f"--out {out}: must end in .onnx, or in .pth for a weights file")

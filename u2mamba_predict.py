@@ -157,7 +157,7 @@ def progress(results: Iterable[tuple], total: int) -> Iterator[tuple]:
 
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
-    check_settings(cfg)
+    cfg = check_settings(cfg)
     if "-" in (*cfg.inputs, cfg.out):
         return predict_stream(cfg)
     start, out = time.monotonic(), Path(cfg.out)

@@ -198,8 +198,7 @@ def choose_step(net: torch.nn.Module, plain: bool) -> type[TrainStep]:
 @release_run_locks()
 def run(cfg: Config, dist: DistContext) -> int:
     """The whole run, in every process of `dist`; returns the exit code."""
-    pretrained = weights_path(cfg.pretrained) if cfg.pretrained else None
-    validate_config(cfg, pretrained)
+    cfg, pretrained = validate_config(cfg, weights_path)
     env = Environment.choose(cfg, dist)
     folder = Path(cfg.saved_models, cfg.model_name + ("_overfit" if cfg.overfit else ""))
     if dist.is_main:

@@ -7,6 +7,7 @@ Baseline: eval mode, fp32, NCHW, eager. All variants take uint8 images that lie 
 there.
 """
 
+import functools
 import subprocess
 import sys
 import tempfile
@@ -45,12 +46,8 @@ def cold_start(runs: int) -> str:
             "import": ["-c", "import torch, PIL.Image"],
             "cut-out": [f"{root}/u2mamba_predict.py", "photo.jpg", "--mode", "cutout", "--overwrite"],
         }
-        calls = {
-            name: lambda words=words: subprocess.run(
-                [sys.executable, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            for name, words in commands.items()
-        }
+        run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+        calls = {name: functools.partial(run, [sys.executable, *words]) for name, words in commands.items()}
         times = {name: min(t) for name, t in in_turn(calls, torch.device("cpu"), runs).items()}
     ratio = times["cut-out"] / times["import"]
     return f"cold start: {times['cut-out']:.2f} s, {ratio:.2f} × import torch, PIL.Image ({times['import']:.2f} s)"

@@ -79,7 +79,9 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     for key in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    inner = [state, *(state.values() if isinstance(state, Mapping) else ())]  # of other wrappers, the first
+    state = next((s for s in inner if isinstance(s, Mapping) and s and all(map(torch.is_tensor, s.values()))), None)
+    if state is None:
         raise ValueError(f"{path}: does not contain a state dict")
     metadata = getattr(state, "_metadata", None)
     settings = metadata.get(METADATA_KEY) if isinstance(metadata, Mapping) else None
@@ -99,7 +101,8 @@ def cpu_state_dict(net: nn.Module, size: int | None = None) -> OrderedDict[str, 
     size: pixels of the training images. It and `net.settings` travel in `_metadata`, so the keys are those of `net`
     alone, and U-2-Net's code loads the file with strict=True.
     """
-    state = uncompiled(net).state_dict()
+    net = uncompiled(net)
+    state = net.state_dict()
     result = OrderedDict((k, v.detach().to("cpu", copy=True).contiguous()) for k, v in state.items())
     # without the backend, which depends on the machine
     settings = {k: v for k, v in getattr(net, "settings", {}).items() if k != "backend"}
@@ -139,8 +142,8 @@ def _dequantize(state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def uncompiled(net: nn.Module) -> nn.Module:
-    """The module inside a torch.compile wrapper, whose keys lack the prefix "_orig_mod."."""
-    return getattr(net, "_orig_mod", net)
+    """The module inside a torch.compile or DataParallel wrapper, whose keys have a prefix."""
+    return net.module if isinstance(net, nn.DataParallel) else getattr(net, "_orig_mod", net)
 
 
 def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_a_damaged_cache_is_rebuilt(tmp_path, kind):
     content = path.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    for damaged in (content[:-1], content[:9], b"", flipped, content + b"0"):
+    for damaged in (content[:-1], content[:9], b"", b"null", flipped, content + b"0"):
         path.write_bytes(damaged)
         rebuilt, log, _ = open_folders(images, masks)
         assert "is damaged" in log and len(log.splitlines()) < 9

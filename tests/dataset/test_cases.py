@@ -54,6 +54,7 @@ def colored(first: tuple[int, int, int], second: tuple[int, int, int]) -> Image.
 NOISE = np.random.default_rng(0).integers(0, 6, SHAPE)
 BINARY, ONES = gray(OBJECT * 255), gray(OBJECT)
 LABELS, CUTOUT = gray(OBJECT * 1 + (OBJECT & LEFT)), cutout(photo(*SHAPE))
+RED = OBJECT * (photo(*SHAPE)[..., 0] | 32)
 GRADED = gray(np.where(OBJECT & LEFT, 106, OBJECT * 191))  # 5 and 9 of 12 people
 CASES = {  # mask file -> how it is read by itself, or why it is not
     "0 and 255": (BINARY, OBJECT * 255),
@@ -70,17 +71,20 @@ CASES = {  # mask file -> how it is read by itself, or why it is not
     "labels": (LABELS, "is a label map (0, 1, 2)"),
     "labels without 0": (gray(1 + OBJECT + (OBJECT & LEFT)), "is a label map (1, 2, 3)"),
     "labels and a border of 255": (gray(np.where(RING & ~OBJECT, 255, OBJECT * 15)), "is a label map (0, 15, 255)"),
+    "labels and as much of 255": (gray(np.where(OBJECT & LEFT, 2, OBJECT * 255)), "is a label map (0, 2, 255)"),
     "labels by palette": (palette(OBJECT * 1 + (OBJECT & LEFT), VOC), "is a label map (0, 1, 2)"),
     "VOC by palette": (palette(np.where(RING, 255, OBJECT * 15), VOC), "is a label map (0, 15, 255)"),
     "one label by palette": (palette(OBJECT * 15, VOC), OBJECT * 255),
     "gray palette, white first": (palette(~OBJECT, [255, 255, 255, 0, 0, 0]), OBJECT * 255),
     "labels by flat colors": (colored((128, 0, 0), (0, 128, 0)), "is a label map (0, 1, 2)"),
+    "one color with soft edges": (Image.merge("RGB", (gray(RED), *[gray(RED * 0)] * 2)), RED),
     "one flat color": (colored((200, 0, 0), (200, 0, 0)), OBJECT * 255),
     "photograph cut out": (CUTOUT, OBJECT * 255),
     "black object cut out": (cutout(0), OBJECT * 255),
     "white object cut out": (cutout(255), OBJECT * 255),
     "gray object cut out": (cutout(90, bands=1), OBJECT * 255),
     "black and white object cut out": (cutout(LEFT[..., None] * 255), OBJECT * 255),
+    "overlay of one opacity": (cutout((200, 0, 0), OBJECT * 100), OBJECT * 255),
     "soft alpha": (cutout(photo(*SHAPE), np.asarray(GRADED)), np.asarray(GRADED)),
     "transparent color of a palette": (palette(OBJECT, [9, 9, 9, 200, 0, 0]), OBJECT * 255),
     "opaque": (Image.merge("LA", (BINARY, gray(np.full(SHAPE, 255)))), OBJECT * 255),

@@ -40,6 +40,14 @@ def test_own_pixel_limit_holds_where_pillows_is_off(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
+def test_a_bmp_that_pillow_reads_as_black_is_refused(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(tmp_path / "a.bmp")
+    with pytest.raises(BadFile, match="an 8-bit BMP of two colors"):
+        read_image(tmp_path / "a.bmp")
+
+
 def test_what_the_system_says_is_the_reason(tmp_path):
     for name, reason in (("gone.png", "No such file or directory"), ("a" * 300, "File name too long")):
         with pytest.raises(BadFile, match=f"{name}: {reason}"):

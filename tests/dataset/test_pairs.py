@@ -68,7 +68,7 @@ def test_pairs_none_of_which_is_usable_are_an_error_and_five_are_named(tmp_path)
     images, masks = make_folders(tmp_path, 8, (8, 8))
     for path in images.iterdir():
         path.write_bytes(b"")
-    assert check_pairs(pair_folders(images, masks)).lines()[1].endswith("p004.png (empty file) and 3 more")
+    assert check_pairs(pair_folders(images, masks)).lines()[0].endswith("p004.png (empty file) and 3 more")
     with pytest.raises(DataError, match=r"^0 usable"):
         open_folders(images, masks)
 

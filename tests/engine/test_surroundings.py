@@ -1,9 +1,11 @@
 """The trainer where the machine or the caller is not as usual: in a thread, with odd variables, names and packages."""
 
+import os
 import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +15,13 @@ from u2mamba.runtime.errors import UserError
 SIGNALS = [number for number in map(signal.Signals.__members__.get, ("SIGINT", "SIGTERM", "SIGHUP")) if number]
 
 
-def test_run_works_in_a_thread_and_leaves_signal_handlers_as_they_were(run):
+def test_run_works_in_a_thread_and_leaves_signal_handlers_as_they_were(run, tmp_path, monkeypatch):
     before, codes = [signal.getsignal(number) for number in SIGNALS], []
-    assert run(save_frq=1000)[0] == 0
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(save_frq=1000, saved_models=Path("~/runs"))[0] == 0
+    assert (tmp_path / "home" / "runs" / "tiny" / "last.pth").is_file() or os.name == "nt"
+    with pytest.raises(UserError, match="lr = '1e-3': must be of type float"):
+        run(lr="1e-3")
     assert [signal.getsignal(number) for number in SIGNALS] == before
     thread = threading.Thread(target=lambda: codes.append(run(model_name="thread", save_frq=1000)[0]))
     thread.start()

@@ -27,7 +27,7 @@ from tests.inference.pysodmetrics import make_set
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import workers
-from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, evaluate, list_items, score_item, score_map
+from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
 from u2mamba.inference.workers import ordered_map
@@ -42,6 +42,9 @@ def save(path: Path, array: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
+    elif path.suffix == ".npz":
+        np.savez(path, array)
+        path = path.rename(path.with_suffix(".npy"))
     else:
         Image.fromarray(array).save(path)
     return path
@@ -74,8 +77,8 @@ def evaluate_maps(folders: tuple[Path, Path], **more) -> int:
 
 def scores_of(pred: Path, gt: Path) -> DatasetMetrics:
     scores = DatasetMetrics("set")
-    for item, result in evaluate(list_items(gt, pred)[0]):
-        scores.add(item.stem, result)
+    for item in list_items(gt, pred)[0]:
+        scores.add(item.stem, score_item(item))
     return scores
 
 
@@ -171,6 +174,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.png", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.png", np.array([[0, 13107], [65535, 1]], np.uint16), [[0, 0.2], [1, 1 / 65535]]),
         ("a.tif", np.array([[0, 0.2], [1, 0.5]], np.float32), [[0, 0.2], [1, 0.5]]),
+        ("a.png", np.full((2, 2, 3), (0, 90, 255), np.uint8), "holds colors"),
         ("a.npy", np.array([[[[0, 0.2], [1, 0.5]]]], np.float32), [[0, 0.2], [1, 0.5]]),
         ("a.npy", np.array([[0, 51], [255, 128]], np.uint8), [[0, 0.2], [1, 128 / 255]]),
         ("a.npy", np.array([[0, 1 + 1e-7], [1, -1e-8]]), [[0, 1], [1, 0]]),
@@ -179,6 +183,7 @@ def test_an_object_on_the_border_has_an_s_measure():
         ("a.npy", np.zeros((2, 3, 3)), "of shape (2, 3, 3)"),
         ("a.npy", np.zeros((3, 3), np.int64), "holds int64"),
         ("a.npy", np.zeros((0, 3)), "of shape (0, 3)"),
+        ("a.npz", np.zeros((3, 3)), "a map is (H, W)"),
     ],
 )
 def test_maps_of_any_depth(name, array, expected, tmp_path):

@@ -48,7 +48,8 @@ def test_settings_travel_in_the_file_and_its_keys_stay_the_published_ones(path):
     assert all(torch.equal(again.state_dict()[k], v) for k, v in net.state_dict().items())
     twin = U2MAMBAP(out_ch=2, mamba_norm="gate")  # as U-2-Net's code does
     twin.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    assert cpu_state_dict(again)._metadata["u2mamba"]["size"] == 96  # saved again, it keeps its size
+    saved = cpu_state_dict(torch.nn.DataParallel(again))
+    assert saved._metadata["u2mamba"]["size"] == 96 and saved.keys() == state.keys()  # saved again, it keeps its size
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def test_settings_travel_in_the_file_and_its_keys_stay_the_published_ones(path):
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("wrapper", "prefix"), [("", ""), ("model", "module._orig_mod."), ("state_dict", "net."), ("ema", "my_network.")]
+    ("wrapper", "prefix"),
+    [("", ""), ("model", "module._orig_mod."), ("state_dict", "net."), ("ema", "my_network."), ("params", "")],
 )
 def test_settings_of_files_without_any_are_inferred(settings, wrapper, prefix, path):
     net = build_model(settings)

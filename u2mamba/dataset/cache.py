@@ -153,7 +153,7 @@ def cached_pairs(
         del cache
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log(f"cache: {path} is damaged ({error}); rebuilding")
     cache = PairCache.empty(len(pairs), size)
     report = check_pairs(pairs, size, cache, log, granted_cores())

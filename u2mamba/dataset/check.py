@@ -45,7 +45,7 @@ class DataReport:
         """What is printed: one line per finding."""
         pairs, (low, high) = len(self.usable), self.values
         empty = len(self.found.get("empty", []))
-        out = [f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks"]
+        out = [f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks"] if pairs else []
         out += [self.rule.line] if self.rule.line else []
         skipped = [f"{name} ({reason})" for name, reason in self.unusable]
         drawn = f"where shapes are inconclusive, masks count as drawn on the image as {DRAWN[self.rule.as_stored]}"

@@ -74,11 +74,15 @@ def _has_shape(alpha: np.ndarray | None) -> bool:
 
 
 def to_gray(file: Image.Image) -> np.ndarray:
-    """Any mode of a saved map -> (H, W) uint8: the alpha channel where it has a shape, else the luminance."""
+    """Any mode of a saved map -> (H, W) uint8: the alpha channel where it has a shape, else the gray levels."""
     if _is_wide(file):
         return to_bytes(file)[0]
-    alpha = alpha_channel(file)
-    return alpha if _has_shape(alpha) else np.asarray(file.convert("RGB").convert("L"))
+    alpha, image = alpha_channel(file), file.convert("RGB")
+    if _has_shape(alpha):
+        return alpha
+    if np.ptp(np.asarray(image), axis=2).mean() > COLORED:
+        raise ValueError("holds colors; a map is gray")
+    return np.asarray(image.convert("L"))
 
 
 def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
@@ -91,6 +95,8 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
         values, full_range = to_bytes(file)
         return values, classify(values, "gray", full_range=full_range if full_range in FULL_RANGES else 255)
     alpha = alpha_channel(file)
+    if alpha is not None and np.count_nonzero(np.unique(alpha)) < 2:  # of one opacity
+        alpha = np.where(alpha > 0, np.uint8(255), np.uint8(0))
     if _has_shape(alpha):
         return alpha, classify(alpha, "alpha")
     flat_alpha = -1 if alpha is None else int(alpha.max() > OBJECT) * 255
@@ -111,11 +117,14 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
             values = palette[values, 0]
     else:
         image = file.convert("RGB")
-        values, colors = np.asarray(image.convert("L")), image.getcolors(256)
+        pixels = np.asarray(image)
+        spread, colors = np.ptp(pixels, axis=2), image.getcolors(256)
+        pure = (pixels.min(axis=2) <= COLORED).mean() > 0.95  # red, say, whose luminance is low
+        values = pixels.max(axis=2) if pure else np.asarray(image.convert("L"))
         if colors is None:
-            photo = np.ptp(np.asarray(image), axis=2).mean() > COLORED
-        elif any(max(color) - min(color) > COLORED for _, color in colors):
-            distinct, index = np.unique(np.asarray(image) @ (1 << 16, 1 << 8, 1), return_inverse=True)
+            photo = spread.mean() > COLORED
+        elif (spread > COLORED).any():
+            distinct, index = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
             index = (index.reshape(values.shape) + (distinct[0] != 0)).astype(np.uint8)
             if is_flat(index):
                 source, values = "labels", index
@@ -186,7 +195,7 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
     """
     if Path(path).suffix.lower() == ".npy":
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.asarray(np.load(path, allow_pickle=False))  # an .npz becomes its names
         except (OSError, ValueError, EOFError) as error:
             raise BadFile(path, f"not a NumPy array ({str(error).splitlines()[0]})") from None
         array = array if array.ndim == 2 else array.squeeze()

@@ -102,6 +102,8 @@ def _check_declared(path: str | os.PathLike, image: Image.Image, file: io.Buffer
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise BadFile(path, f"declares {width}x{height} pixels; MAX_PIXELS = {MAX_PIXELS:,}, MAX_SIDE = {MAX_SIDE:,}")
+    if image.format == "BMP" and image.mode == "1" and image.tile[0].args[1] > (width + 31) // 32 * 4:
+        raise BadFile(path, "an 8-bit BMP of two colors, which Pillow reads as black: convert it to PNG")
     if image.format in ("JPEG", "MPO"):
         file.seek(0)
         blocks = iter(lambda: file.read(1 << 20), b"")

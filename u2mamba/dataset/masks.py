@@ -60,8 +60,8 @@ def classify(values: np.ndarray, source: str, photo: bool = False, full_range: i
     levels = np.flatnonzero(counts)
     top, single = int(levels[-1]), np.count_nonzero(levels) == 1
     dark, name, flat = counts[1 : MAX_CLASS + 1].sum(), source, source == "labels"
-    if source == "gray" and dark > counts[255] and dark + counts[0] + counts[255] == values.size:
-        flat = is_flat(values)
+    if source == "gray" and dark > MAX_SOFT * counts[255] and dark + counts[0] + counts[255] == values.size:
+        flat = is_flat(values * (values <= MAX_CLASS))  # not the object's own edges
         name = "labels" if flat else "gray"
     if top == 0:
         name = "empty"

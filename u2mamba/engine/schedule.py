@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from model import ARCHS
 from u2mamba.dataset.augment import Augmentation, epoch_plan
 from u2mamba.dataset.batches import Batch, DataSource, batches
 from u2mamba.engine.distributed import DistContext
-from u2mamba.runtime.config import MIN_SIZE
+from u2mamba.runtime.config import MIN_SIZE, check_settings
 from u2mamba.runtime.errors import UserError
 
 MAX_NAME = 180  # bytes of a run's name: weights files add up to 60 to it, and file systems allow 255
@@ -117,8 +117,10 @@ def train_batches(
             yield batch._replace(rows=rows[start:done])
 
 
-def validate_config(cfg: Any, weights: Path | None) -> None:
-    """Raises UserError for settings that are in range but incompatible; weights: the file of `pretrained`."""
+def validate_config(cfg: Any, weights_path: Callable[[str], Path]) -> tuple[Any, Path | None]:
+    """(the settings with `~` expanded, the file of `pretrained`). Raises UserError for wrong or incompatible ones."""
+    cfg = check_settings(cfg)
+    weights = weights_path(cfg.pretrained) if cfg.pretrained else None
     if cfg.arch not in ARCHS:
         raise UserError(f"arch = {cfg.arch!r}: must be one of {', '.join(ARCHS)}")
     if max(cfg.crop, cfg.early_crop) > cfg.rescale:
@@ -138,3 +140,4 @@ def validate_config(cfg: Any, weights: Path | None) -> None:
         raise UserError(f"pretrained = {cfg.pretrained!r}: there is no such checkpoint")
     if cfg.crop < 0.6 * cfg.rescale:
         print(f"warning: crop {cfg.crop} of rescale {cfg.rescale}: trained at {cfg.crop} pixels, used at {cfg.rescale}")
+    return cfg, weights

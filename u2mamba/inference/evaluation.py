@@ -1,7 +1,6 @@
-"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics, in threads.
+"""The metrics of salient object detection papers for a set of saliency maps: PySODMetrics.
 
-Results are summed in the order of the names, so they do not depend on the number of threads. Nothing here imports
-torch, which the evaluation of saved maps does not need.
+Nothing here imports torch, which the evaluation of saved maps does not need.
 
 Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
 thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
@@ -13,8 +12,7 @@ Quadrants without pixels count 0 in the S-measure, where PySODMetrics returns Na
 dark value, are scaled to 0 and 255, as u2mamba/dataset/masks.py decides for the whole dataset.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,14 +174,6 @@ def score_item(item: Item, normalize: bool = False, rule: MaskRule | None = None
         return error
     except MemoryError:
         return BadFile(item.image or item.map, "computing its metrics ran out of memory")
-
-
-def evaluate(
-    items: Iterable[Item], workers: int = 1, normalize: bool = False, rule: MaskRule | None = None
-) -> Iterator[tuple[Item, ImageScores | BadFile]]:
-    """(item, its scores or why it has none), in the order of `items`, by `workers` threads."""
-    task = functools.partial(score_item, normalize=normalize, rule=rule)
-    return ordered_map(task, items, workers, ahead=2 * workers)
 
 
 class DatasetMetrics:

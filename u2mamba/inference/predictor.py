@@ -101,9 +101,8 @@ class Predictor:
     """Saliency maps of batches of images, by a copy of `net` (copy=False: by `net`): batch norm folded, channels_last.
 
     precision: "fp32"; or "bf16": convolutions in bf16, Mamba and the fusion of the side outputs in fp32.
-    graph: on CUDA, replay one CUDA graph per batch shape. tta: flip test-time augmentation, averaged with the map of
-    the horizontally flipped image. On a CPU, memory is reused between batches (`HeapRetention`), which saves a sixth of
-    the time.
+    tta: flip test-time augmentation, averaged with the map of the horizontally flipped image. On CUDA, a graph for each
+    batch shape is replayed. On a CPU, memory is reused between batches (`HeapRetention`): a sixth of the time.
     """
 
     def __init__(
@@ -114,8 +113,7 @@ class Predictor:
         tta: bool = False,
         copy: bool = True,
     ):
-        self.device, self.tta, self.memory = device, tta, HeapRetention(device)
-        self._graphs = {}
+        self.device, self.tta, self.memory, self._graphs = device, tta, HeapRetention(device), {}
         self.net = fold_batch_norm(net, copy).to(device, memory_format=torch.channels_last)
         self.dtype = torch.float32
         if precision == "bf16":

@@ -98,15 +98,14 @@ def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequ
             raise UserError(f"the preset comes first: python {sys.argv[0]} {word} --key value ...")
     check_settings(default)  # before tyro, which would report a wrong value in the file as one of the command line
     config = tyro.cli(type(default), default=default, args=argv, description=description, use_underscores=True)
-    check_settings(config)
-    return dataclasses.replace(config, **{f.name: _expand_home(getattr(config, f.name)) for f in fields(config)})
+    return check_settings(config)
 
 
 def _expand_home(value: Any) -> Any:
     """`~/...` at the start of a path; the shell does it in most places, but not behind `=`."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(_expand_home, value))
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
 
 
 def _refuse_wrong_options(argv: Sequence[str], hints: Mapping[str, Any]) -> None:
@@ -126,8 +125,8 @@ def _refuse_wrong_options(argv: Sequence[str], hints: Mapping[str, Any]) -> None
             raise UserError(f"{word}: there is no such option; did you mean --{close[0]}?")
 
 
-def check_settings(config: Any) -> None:
-    """Raises UserError naming the first field whose type, choice or range is wrong."""
+def check_settings(config: C) -> C:
+    """The settings with `~` expanded. Raises UserError naming the first field whose type, choice or range is wrong."""
     for field, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, field)
         hint, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
@@ -137,13 +136,14 @@ def check_settings(config: Any) -> None:
         values = value if several and isinstance(value, (tuple, list)) else (value,)
         if choices and not all(v in choices for v in values):
             raise UserError(f"{field} = {value!r}: must be one of {', '.join(map(repr, choices))}")
-        types = (int, float) if kind is float else type(choices[0]) if choices else kind
+        types = {float: (int, float), str: (str, Path)}.get(kind, type(choices[0]) if choices else kind)
         right = all(isinstance(v, types) and isinstance(v, bool) == (kind is bool) for v in values)
         if not right or several != (values is value):
             raise UserError(f"{field} = {value!r}: must be of type {getattr(hint, '__name__', hint)}")
         for low, high in (note for note in notes if isinstance(note, Range)):
             if not all(low <= v <= high for v in values):  # "not <=", so that NaN is refused too
                 raise UserError(f"{field} = {value!r}: must be from {low:g} to {high:g}")
+    return dataclasses.replace(config, **{f.name: _expand_home(getattr(config, f.name)) for f in fields(config)})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

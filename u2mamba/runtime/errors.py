@@ -48,13 +48,22 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of the pipe (head, less) has exited; nobody is left to read a message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(EXIT_TERMINATED)
     except Exception as error:
         if sys.flags.dev_mode:
             raise
         print(f"error: {locate(error)} (python -X dev shows the traceback)", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            _discard_output()
         sys.exit(EXIT_USAGE)
+
+
+def _discard_output() -> None:
+    """Else Python's own flush at exit fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def locate(error: Exception) -> str:

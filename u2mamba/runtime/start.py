@@ -41,9 +41,9 @@ def find_problem(packages: tuple[str, ...]) -> str:
     return ""
 
 
-for name in ("stdout", "stderr"):
+for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, name) is None:  # a service, pythonw, 2>&-
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+        setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open
 script = Path(sys.argv[0]).name
 if script in REQUIRED:  # not where a test or a notebook imports a script
     if script != "prepare_duts.py" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
