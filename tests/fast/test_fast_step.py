@@ -8,6 +8,7 @@ from torch import nn
 
 from model import U2MAMBAP
 from tests.engine.test_step import script
+from tests.fast.test_install import cosines
 from u2mamba import fast
 from u2mamba.engine.distributed import DistContext
 from u2mamba.engine.step import TrainStep
@@ -51,32 +52,28 @@ def same(net, before, prefix=""):
     return all(torch.equal(v, before[k]) for k, v in weights(net).items() if k.startswith(prefix))
 
 
-def group_norm(net):
-    for module in net.modules():
-        if isinstance(getattr(module, "bn_s1", None), nn.BatchNorm2d):
-            module.bn_s1 = nn.GroupNorm(4, module.bn_s1.num_features)
-    return net
-
-
-CASES = {
-    "micro-batches": {"grad_accum_steps": 2},
-    "clipping and averages": {"grad_clip": 1.0, "ema_decay": 0.9},
-    "group norm": {"edit": group_norm},
-    "an edited loss": {"loss": lambda logits, masks: 2 * script.multi_bce_loss_fusion(logits, masks)},
-}
-
-
-@PRECISIONS
-@pytest.mark.parametrize("case", CASES)
-def test_the_graph_computes_what_the_plain_step_computes(case, precision):
-    plain, graphed = (make(kind, precision, **CASES[case]) for kind in (TrainStep, fast.TrainStep))
+@pytest.mark.parametrize("options", [{}, {"grad_accum_steps": 2}, {"grad_clip": 1.0, "ema_decay": 0.9}], ids=str)
+def test_the_graph_computes_what_the_plain_step_computes(options):
+    plain, graphed = make(**options), make(fast.TrainStep, **options)
     train((plain, graphed), range(EAGER_STEPS + 4))
     assert graphed.graph is not None
     a, b = plain.read(), graphed.read()
     assert a.steps == b.steps == EAGER_STEPS + 4
-    # cuDNN adds up weight gradients in no fixed order, which seven steps amplify: 1.4e-3 was measured in fp32
-    assert b.loss == pytest.approx(a.loss, rel=5e-3 if precision == "fp32" else 0.02)
-    assert precision == "bf16" or b.iou == pytest.approx(a.iou, abs=0.02)
+    # cuDNN adds up weight gradients in no fixed order, which seven steps amplify: 1.4e-3 was measured
+    assert b.loss == pytest.approx(a.loss, rel=5e-3)
+    assert b.iou == pytest.approx(a.iou, abs=0.02)
+
+
+def test_gradients_are_as_close_to_fp32_as_those_of_autocast():
+    """An untrained network multiplies rounding: PyTorch's own bf16 autocast leaves a median cosine of 0.24 to 0.47
+    (measured on a CPU), so that is the yardstick and not 1."""
+    steps = make(), make(precision="bf16"), make(fast.TrainStep, "bf16")
+    for step in steps:
+        step.set_learning_rate(0.0)
+    train(steps, [1])
+    autocast, fused = cosines(steps[1], steps[0]), cosines(steps[2], steps[0])
+    assert fused.median() > autocast.median() - 0.1
+    assert fused.quantile(0.1) > autocast.quantile(0.1) - 0.15
 
 
 @pytest.mark.parametrize("mamba_norm", ["none", "gate"])
@@ -127,6 +124,30 @@ def test_frozen_layers_stay_and_learn_again(precision):
     step.net.stage1.requires_grad_(True).train()
     train((step,), range(EAGER_STEPS + 2))
     assert step.graph is not None and not same(step.net, before, "stage1.")
+
+
+@PRECISIONS
+def test_group_norm_in_the_place_of_batch_norm(precision):
+    def group_norm(net):
+        for module in net.modules():
+            if isinstance(getattr(module, "bn_s1", None), nn.BatchNorm2d):
+                module.bn_s1 = nn.GroupNorm(4, module.bn_s1.num_features)
+        return net
+
+    plain, quick = (make(kind, precision, edit=group_norm) for kind in (TrainStep, fast.TrainStep))
+    train((plain, quick), range(EAGER_STEPS + 4))
+    assert quick.graph is not None and quick.read().loss == pytest.approx(plain.read().loss, rel=0.02)
+
+
+@PRECISIONS
+def test_an_edited_loss_is_what_trains(precision):
+    steps = [make(fast.TrainStep, precision)]
+    steps.append(make(fast.TrainStep, precision, lambda d, y: 2 * script.multi_bce_loss_fusion(d, y)))
+    for step in steps:
+        step.set_learning_rate(0.0)
+    train(steps, range(EAGER_STEPS + 4))
+    assert steps[1].graph is not None
+    assert steps[1].read().loss == pytest.approx(2 * steps[0].read().loss, rel=1e-3)
 
 
 def test_a_loss_that_waits_for_the_gpu_trains_without_a_graph(capsys):
