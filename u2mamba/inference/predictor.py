@@ -85,7 +85,7 @@ def fold_batch_norm(net: nn.Module, copy: bool = True) -> nn.Module:
             image = torch.linspace(-1, 1, 16 * conv.in_channels).view(1, -1, 4, 4).to(conv.weight)
             expected = block(image)
             block.conv_s1, block.bn_s1 = fuse_conv_bn_eval(conv, norm), nn.Identity()
-            if not torch.allclose(block(image), expected, 1e-3, 1e-3 * float(expected.abs().max())):
+            if not torch.allclose(block(image), expected, 1e-2, 1e-2 * float(expected.abs().max())):  # TF32: 1e-3
                 block.conv_s1, block.bn_s1 = conv, norm
     return net
 
