@@ -51,11 +51,11 @@ from u2mamba.inference.evaluation import (
     read_item,
     score_item,
 )
-from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
+from u2mamba.runtime.workers import ordered_map
 
 SHEET_IMAGES = 20  # with the lowest IoU
 MASK_FOLDERS = {"gt", "gts", "gt_aug", "mask", "masks", "ground_truth", "groundtruth", "annotations"}

@@ -40,11 +40,11 @@ from u2mamba.inference.pipeline import compute_maps
 from u2mamba.inference.predictor import Predictor, input_size, load_model, weights_path
 from u2mamba.inference.provenance import Provenance
 from u2mamba.inference.render import MODES, encode, predict_file, read_rescaled
-from u2mamba.inference.workers import THREADS, ordered_map
 from u2mamba.runtime.config import Range, check_settings, read_settings
 from u2mamba.runtime.environment import choose_device, choose_precision
 from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError, one_line_errors
 from u2mamba.runtime.files import atomic_write, check_folder
+from u2mamba.runtime.workers import THREADS, ordered_map
 
 PROGRESS_SECONDS = 10  # between two lines, where standard error is not a terminal
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file would fail too

@@ -52,7 +52,7 @@ def test_validation_batches_are_whole_images(tmp_path):
 
 
 def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches_module, "STREAM_WORKERS", 1)
+    monkeypatch.setattr(batches_module, "THREADS", 1)
     images, masks = make_folders(tmp_path, 8)
     cached, *_ = open_folders(images, masks)
     monkeypatch.setattr(batches_module, "available_memory", lambda: 8 * 32 * 32 * 4)  # all of it, not four fifths

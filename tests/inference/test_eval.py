@@ -26,12 +26,12 @@ from model import U2NETP
 from tests.inference.pysodmetrics import make_set
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
-from u2mamba.inference import workers
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, list_items, score_item, score_map
 from u2mamba.inference.plots import GAP, LINE, TILE
 from u2mamba.inference.predictor import Predictor, load_model
-from u2mamba.inference.workers import ordered_map
+from u2mamba.runtime import workers
 from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.workers import ordered_map
 from u2mamba_eval import Config, dataset_names, main
 
 SCRIPT = Path(__file__).parents[2] / "u2mamba_eval.py"

@@ -14,9 +14,7 @@ import contextlib
 import itertools
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +32,10 @@ from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 from u2mamba.runtime.cores import granted_cores
 from u2mamba.runtime.environment import available_memory
+from u2mamba.runtime.workers import THREADS, ordered_map
 
 MEMORY_SHARE = 0.8  # of the free memory, for the cache of all processes
-STREAM_WORKERS = min(16, granted_cores())  # threads that decode where the cache does not fit
-STREAM_AHEAD = 64  # images that they read ahead, 0.4 MB each
+STREAM_AHEAD = 64  # images that are read ahead where the cache does not fit, 0.4 MB each
 CPU = torch.device("cpu")
 
 
@@ -80,21 +78,17 @@ class DataSource:
                 arrays = rescale_image(pair.image, self.size), rescale_mask(pair.mask.by(self.rule), self.size)
             return tuple(torch.from_numpy(np.require(a, requirements="W")) for a in arrays)  # Pillow's are read-only
 
-        indices = iter(torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else [])
-        ahead: deque[Future] = deque()
-        pool = ThreadPoolExecutor(STREAM_WORKERS)
-        try:
-            for part in parts:
-                count = len(part) + STREAM_AHEAD - len(ahead)
-                ahead.extend(pool.submit(read, index) for index in itertools.islice(indices, count))
-                images, masks = zip(*(ahead.popleft().result() for _ in part), strict=True)
-                yield torch.stack(images), torch.stack(masks)
-        except BadFile as error:
-            raise DataError(
-                f"{error}; it was readable at the start: repair it, or remove it and use --resume force"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        indices = torch.cat([part[:, INDEX] for part in parts]).tolist() if parts else []
+        with contextlib.closing(ordered_map(read, indices, ahead=STREAM_AHEAD)) as results:
+            try:
+                for part in parts:
+                    pairs = (pair for _, pair in itertools.islice(results, len(part)))
+                    images, masks = zip(*pairs, strict=True)
+                    yield torch.stack(images), torch.stack(masks)
+            except BadFile as error:
+                raise DataError(
+                    f"{error}; it was readable at the start: repair it, or remove it and use --resume force"
+                ) from None
 
     def _fetch(self, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, masks, rows of the plan) on self.device, where the rows' INDEX counts in these images."""
@@ -198,7 +192,7 @@ def open_data(
         need, free = PairCache.bytes_for(len(pairs), size) * here, available_memory()
         if need > free * MEMORY_SHARE:
             text = f"cache: needs {format_bytes(need)} but only {format_bytes(free)} of memory is free; "
-            log(f"{text}streaming from disk with {STREAM_WORKERS} threads")
+            log(f"{text}streaming from disk with {THREADS} threads")
             cache, report = None, check_pairs(pairs, size, log=log, threads=granted_cores())
         else:
             log(f"cache: {len(pairs):,} pairs, {format_bytes(need // here)} in memory")

@@ -32,8 +32,8 @@ from u2mamba.dataset.decode import (
 from u2mamba.dataset.masks import MaskKind, MaskRule, decide
 from u2mamba.dataset.pairs import MAP_TYPES, pair_folders
 from u2mamba.dataset.rescale import resize_map
-from u2mamba.inference.workers import ordered_map
 from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.workers import ordered_map
 
 BETA2 = 0.3  # beta² of the F-measure (Achanta et al. 2009)
 METRICS = {

@@ -17,7 +17,7 @@ from u2mamba.dataset.decode import BadFile, Pair, open_pair
 from u2mamba.dataset.masks import MaskRule
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.predictor import Predictor
-from u2mamba.inference.workers import THREADS, ordered_map
+from u2mamba.runtime.workers import THREADS, ordered_map
 
 if TYPE_CHECKING:  # prediction does not need PySODMetrics
     from u2mamba.inference.evaluation import Item
