@@ -52,7 +52,8 @@ def read_file(path: str | Path) -> Any:
     except ImportError:
         raise ValueError(f"{path}: requires the package safetensors: pip install safetensors") from None
     except FileNotFoundError:
-        others = ", ".join(sorted(p.name for p in Path(path).parent.glob("*.pth"))[-5:])
+        weights = [file for file in Path(path).parent.glob("*.pth") if not file.name.startswith("last_")]
+        others = ", ".join(file.name for file in sorted(weights, key=lambda file: file.stat().st_mtime)[-3:])
         raise ValueError(
             f"{path}: there is no such checkpoint{f'; that folder contains {others}' * bool(others)}"
         ) from None

@@ -5,13 +5,13 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import tyro
 
 import u2mamba_export
-from u2mamba.dataset.demo import PHOTOGRAPHS
 from u2mamba.runtime.config import OLD_NAMES, read_settings
 from u2mamba.runtime.environment import VERSION
 from u2mamba_train import PRESETS, Config
@@ -62,7 +62,8 @@ def test_links_lead_somewhere():
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
-    (tmp_path / "photo.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copy(ROOT / "examples/coffee.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     u2mamba_export.main(u2mamba_export.Config(out="small.onnx"))
     for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
