@@ -54,7 +54,7 @@ def rescale_image(image: np.ndarray, size: int) -> np.ndarray:
     if (height, width) == (size, size):
         return image
     vertical, horizontal = axis_operator(height, size), axis_operator(width, size)
-    rows, step = np.zeros((), np.float32), max(1, BLOCK // width)
+    rows, step = 0, max(1, BLOCK // width)
     for top in range(0, height, step):  # a 48-megapixel image as float32 would take 0.6 GB per thread
         block = image[top : top + step].reshape(-1, width * channels).astype(np.float32)
         part = (vertical if height <= step else vertical[:, top : top + step]) @ block

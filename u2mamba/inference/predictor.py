@@ -91,10 +91,9 @@ def fold_batch_norm(net: nn.Module, copy: bool = True) -> nn.Module:
 
 
 def _cast_inputs(layer: nn.Module, inputs: tuple) -> tuple:
-    """To the type of the layer's own weights, if it has any."""
-    weight = next(layer.parameters(recurse=False), None)
-    floats = [weight is not None and isinstance(v, Tensor) and v.is_floating_point() for v in inputs]
-    return tuple(v.to(weight.dtype) if cast else v for v, cast in zip(inputs, floats, strict=True))
+    """To the type of the layer's own weights."""
+    dtype = next(layer.parameters(recurse=False)).dtype
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in inputs)
 
 
 class Predictor:
@@ -121,7 +120,8 @@ class Predictor:
             for layer in self.net.modules():
                 if isinstance(layer, nn.Conv2d) and layer is not fusion:
                     layer.to(self.dtype)
-                layer.register_forward_pre_hook(_cast_inputs)
+                if any(True for _ in layer.parameters(recurse=False)):
+                    layer.register_forward_pre_hook(_cast_inputs)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
