@@ -2,12 +2,10 @@
 
     python -m benchmarks.cutout                     tables of docs/inference.md
     python -m benchmarks.cutout --count 100 --checkpoint saved_models/fast_4gpu/best.pth
-    python -m benchmarks.cutout --pairs im_aug gt_aug --count 139       a guided filter, which was left out
 
 Composites with known foreground: objects of the demo set, their edge colors continued outward, on its backgrounds.
 Color error: mean difference, of 255, to the object's colors where 0 < alpha < 255. Composite error: the cut-out on a
 new background against the true colors and alpha on it, over the same pixels; it holds the errors of the map too.
---pairs: maps of the validation split at the images' own size, as they are and after a guided filter.
 """
 
 import functools
@@ -16,33 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import py_sod_metrics as psm
 import torch
 from PIL import Image
-from scipy.ndimage import binary_erosion, distance_transform_edt, uniform_filter
+from scipy.ndimage import distance_transform_edt
 
 import u2mamba_predict
-from benchmarks.hardware import cli, in_turn
-from u2mamba.dataset.decode import read_pair
+from benchmarks.hardware import cli, print_hardware, time_in_turn
 from u2mamba.dataset.demo import OBJECTS, SHAPES, Composer
-from u2mamba.dataset.pairs import pair_folders, train_val_split
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference import Predictor, load_model
 from u2mamba.inference.foreground import foreground_colors
 from u2mamba.inference.render import predict_file
 
-GUIDED = ((2, 1e-4), (4, 1e-4), (4, 1e-2))  # radius in pixels, eps
-TOLERANCE = 2  # pixels: of boundary F
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "magenta": (255, 0, 255)}
 
 
 @dataclass
 class Config:
-    count: int = 24  # composites, or pairs
+    count: int = 24  # composites
     checkpoint: str = "small"
     width: int = 640  # pixels; height: three quarters
     runs: int = 5  # of a cut-out of 12 megapixels
-    pairs: tuple[str, str] = ("", "")  # folders of images and masks
 
 
 def composite(composer: Composer, i: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,59 +77,13 @@ def cost(predict: Predictor, runs: int) -> str:
         Image.fromarray(composite(Composer(), 0, 640)[0]).resize((4000, 3000)).save(photo, quality=92)
         settings = [u2mamba_predict.Config(mode=("cutout",), foreground=on) for on in (False, True)]
         calls = {cfg.foreground: functools.partial(predict_file, photo, predict, 320, cfg) for cfg in settings}
-        without, with_ = (min(seconds) for seconds in in_turn(calls, torch.device("cpu"), runs).values())
-    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s with foreground colors (+{with_ / without - 1:.0%})"
-
-
-def guided_filter(image: np.ndarray, map_: np.ndarray, radius: int, eps: float) -> np.ndarray:
-    """(H, W) in [0, 1]: the map as a local linear function of the colors (He et al. 2010, equations 19 to 21)."""
-
-    def mean(x: np.ndarray) -> np.ndarray:
-        return uniform_filter(x, (2 * radius + 1,) * 2 + (1,) * (x.ndim - 2))
-
-    colors, p = image / 255, map_[..., None]
-    mean_colors, mean_p = mean(colors), mean(p)
-    covariance = mean(colors[..., :, None] * colors[..., None, :]) + eps * np.eye(3)
-    covariance -= mean_colors[..., :, None] * mean_colors[..., None, :]
-    a = np.linalg.solve(covariance, (mean(colors * p) - mean_colors * mean_p)[..., None])[..., 0]
-    b = mean_p[..., 0] - (a * mean_colors).sum(-1)
-    return ((mean(a) * colors).sum(-1) + mean(b)).clip(0, 1)
-
-
-def boundary_f(found: np.ndarray, mask: np.ndarray) -> float:
-    """F-measure of the boundary pixels of two (H, W) bool masks that match within TOLERANCE (Perazzi et al. 2016)."""
-    edges = [part & ~binary_erosion(part, border_value=1) for part in (found, mask)]
-    if not all(edge.any() for edge in edges):
-        return float(not any(edge.any() for edge in edges))
-    distances = [distance_transform_edt(~edge) for edge in edges]
-    precision, recall = ((distances[1 - k][edges[k]] <= TOLERANCE).mean() for k in (0, 1))
-    return 2 * precision * recall / max(precision + recall, 1e-9)
-
-
-def filter_scores(cfg: Config, predict: Predictor) -> np.ndarray:
-    """(1 + filters, 2): mean weighted F and boundary F of the network's maps and of the filtered ones."""
-    validation = train_val_split(pair_folders(*cfg.pairs))[1]
-    chosen = validation[:: max(1, len(validation) // cfg.count)][: cfg.count]
-    print(f"{len(chosen):,} of {len(validation):,} validation pairs")
-    scores = []
-    for pair in chosen:
-        image, mask = read_pair(pair)
-        saliency = predict.saliency(image).astype(np.float64)
-        weighted = psm.WeightedFmeasure()
-        maps = [saliency, *(guided_filter(image, saliency, *setting) for setting in GUIDED)]
-        for map_ in maps:
-            weighted.step(map_, mask > 128, normalize=False)
-        scores.append([weighted.weighted_fms, [boundary_f(map_ > 0.5, mask > 128) for map_ in maps]])
-    return np.mean(scores, axis=0).T
+        (without, _), (with_, spread) = time_in_turn(calls, torch.device("cpu"), runs).values()
+    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s ± {spread:.2f} with foreground colors"
 
 
 def main(cfg: Config) -> None:
+    print_hardware(torch.device("cpu"))
     predict = Predictor(load_model(cfg.checkpoint))
-    if all(cfg.pairs):
-        names = "the network's map", *(f"guided filter, radius {radius}, eps {eps}" for radius, eps in GUIDED)
-        for name, (weighted, boundary) in zip(names, filter_scores(cfg, predict), strict=True):
-            print(f"{name:35} weighted F {weighted:.4f}  boundary F {boundary:.4f}")
-        return
     composer = Composer()
     sums = {"the network's map": np.zeros((2, 4)), "true alpha": np.zeros((2, 4))}
     pixels = dict.fromkeys(sums, 0)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.hardware import cli, lines
+from benchmarks.hardware import cli, print_hardware
 from u2mamba.dataset.demo import make_demo
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def _end_of(run: Path) -> tuple[dict[str, Any], list[str], list[list[str]]]:
 
 def main(cfg: Config) -> None:
     epochs = cfg.kills * MAX_AHEAD // (PAIRS // BATCH) + 1
-    print("\n".join(lines(torch.device("cpu"))))
+    print_hardware(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as root:
         make_demo(Path(root, "data"), n=PAIRS)
         whole, broken = Path(root, "whole"), Path(root, "broken")

@@ -21,46 +21,39 @@ def cli(main: Callable, config: type, doc: str, *more: object) -> None:
         sys.exit(main(tyro.cli(config, description=doc, use_underscores=True), *more))
 
 
-def lines(device: torch.device) -> list[str]:
-    """Processor, then device, versions and commit, to print above a table."""
+def print_hardware(device: torch.device) -> None:
+    """Prints processor, device, versions and commit, above a table."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # macOS and Windows have none
         cpu = next((row.split(":")[1].strip() for row in file if row.startswith("model name")), cpu)
+    print(f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads)")
     versions = {"Python": platform.python_version()} | provenance(device)
-    return [
-        f"{cpu}, {os.cpu_count()} cores ({torch.get_num_threads()} threads)",
-        ", ".join(f"{name} {value}" for name, value in versions.items()),
-    ]
+    print(", ".join(f"{name} {value}" for name, value in versions.items()), flush=True)
 
 
-def time_calls(
-    call: Callable[[], object], device: torch.device, runs: int, calls: int = 1, warm_up: int = 1
-) -> list[float]:
-    """Seconds per call in each of `runs` runs of `calls` calls, the device synchronized before and after each run."""
-    seconds = []
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for run in range(-1, runs):  # the first run is the warm-up
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(warm_up if run < 0 else calls):
-            call()
-        synchronize()
-        seconds.append((time.perf_counter() - start) / calls)
-    return seconds[1:]
+def median_and_spread(values: list[float]) -> tuple[float, float]:
+    """(median, half the distance between the smallest and the largest value)."""
+    return statistics.median(values), (max(values) - min(values)) / 2
 
 
-def median_and_spread(seconds: list[float]) -> tuple[float, float]:
-    """(median, half the distance between the fastest and the slowest run)."""
-    return statistics.median(seconds), (max(seconds) - min(seconds)) / 2
+def time_in_turn(
+    variants: dict[str, Callable[[], object]], device: torch.device, runs: int, calls: int = 1, warm_up: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Seconds per call of each variant: median and spread of `runs` runs of `calls` calls, after `warm_up` calls.
 
-
-def in_turn(variants: dict[str, Callable[[], object]], device: torch.device, runs: int) -> dict[str, list[float]]:
-    """Seconds of each variant's runs. The variants alternate, so that a busy machine slows all of them alike."""
+    The variants alternate, so that a busy machine slows all of them alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(runs):
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for run in range(1 + runs):
         for name, call in variants.items():
-            seconds[name] += time_calls(call, device, runs=1, warm_up=0)
-    return seconds
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(calls if run else warm_up):
+                call()
+            synchronize()
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: median_and_spread(values[1:]) for name, values in seconds.items()}
 
 
 def in_cuda_graph(call: Callable[[], object]) -> Callable[[], None]:

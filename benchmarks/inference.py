@@ -1,4 +1,4 @@
-"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor; a cold start.
+"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor.
 
     python -m benchmarks.inference                       U2MAMBA, one 320x320 image, on the device at hand
     python -m benchmarks.inference --arch u2net --batches 1 8
@@ -7,23 +7,20 @@ Baseline: eval mode, fp32, NCHW, eager. All variants take uint8 images that lie 
 there.
 """
 
-import functools
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from benchmarks.hardware import cli, in_turn, lines, median_and_spread
+from benchmarks.hardware import cli, print_hardware, time_in_turn
 from model import ARCHS
 from u2mamba.dataset.augment import normalize
 from u2mamba.inference.predictor import Predictor
 from u2mamba.runtime.environment import choose_device, choose_precision
+
+BASELINE = "eager, fp32, NCHW"
 
 
 @dataclass
@@ -33,28 +30,11 @@ class Config:
     size: int = 320  # pixels
     runs: int = 30
     warm_up: int = 5  # calls: cuDNN chooses its convolutions, Triton compiles, graphs are captured
-    cold_runs: int = 3  # of a cut-out of one photo from the shell
     device: str = "auto"
 
 
-def cold_start(runs: int) -> str:
-    """Seconds of a cut-out of one photo from the shell, beside those of importing PyTorch."""
-    with tempfile.TemporaryDirectory() as folder:
-        Image.radial_gradient("L").resize((640, 480)).convert("RGB").save(Path(folder, "photo.jpg"))
-        root = Path(__file__).parents[1]
-        commands = {
-            "import": ["-c", "import torch, PIL.Image"],
-            "cut-out": [f"{root}/u2mamba_predict.py", "photo.jpg", "--mode", "cutout", "--overwrite"],
-        }
-        run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True)
-        calls = {name: functools.partial(run, [sys.executable, *words]) for name, words in commands.items()}
-        times = {name: min(t) for name, t in in_turn(calls, torch.device("cpu"), runs).items()}
-    ratio = times["cut-out"] / times["import"]
-    return f"cold start: {times['cut-out']:.2f} s, {ratio:.2f} × import torch, PIL.Image ({times['import']:.2f} s)"
-
-
 def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name -> a function from uint8 images (B, H, W, 3) to d0 (B, 1, H, W); the baseline first."""
+    """Name -> a function from uint8 images (B, H, W, 3) to d0 (B, 1, H, W)."""
     torch.manual_seed(0)
     net = ARCHS[cfg.arch]().to(device).eval()
 
@@ -62,7 +42,7 @@ def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tens
     def eager(images: Tensor) -> Tensor:
         return net(normalize(images))[0]
 
-    variants = {"eager, fp32, NCHW": eager, "Predictor, fp32": Predictor(net, device, "fp32")}
+    variants = {BASELINE: eager, "Predictor, fp32": Predictor(net, device, "fp32")}
     precision, why = choose_precision("bf16", device)
     if precision == "bf16":
         variants["Predictor, bf16"] = Predictor(net, device, "bf16")
@@ -74,22 +54,16 @@ def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tens
 def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
     torch.backends.cudnn.benchmark = True
-    print("\n".join(lines(device)))
+    print_hardware(device)
     print(f"{cfg.arch}, {cfg.size}x{cfg.size}, {cfg.runs} runs, variants in turn")
-    if cfg.cold_runs:
-        print(cold_start(cfg.cold_runs), flush=True)
     variants = make_variants(cfg, device)
     for batch in cfg.batches:
         images = torch.randint(256, (batch, cfg.size, cfg.size, 3), dtype=torch.uint8).to(device)
-        expected = next(iter(variants.values()))(images)
-        for call in variants.values():
-            for _ in range(cfg.warm_up):
-                call(images)
-        calls = {name: lambda call=call: call(images) for name, call in variants.items()}  # noqa: B023 - used at once
-        times = {name: median_and_spread(seconds) for name, seconds in in_turn(calls, device, cfg.runs).items()}
-        base = next(iter(times.values()))[0]
+        calls = {name: partial(call, images) for name, call in variants.items()}
+        times = time_in_turn(calls, device, cfg.runs, warm_up=cfg.warm_up)
+        (base, _), expected = times[BASELINE], calls[BASELINE]()
         for name, (middle, spread) in times.items():
-            difference = (variants[name](images) - expected).abs().max().item()
+            difference = (calls[name]() - expected).abs().max().item()
             print(
                 f"batch {batch:3}: {1e3 * middle:8.2f} ms ± {1e3 * spread:.2f}, {batch / middle:7.1f} images/s, "
                 f"{base / middle:5.2f}×, max difference {difference:.1e}  {name}",

@@ -3,15 +3,14 @@
 python -m benchmarks.plot_run saved_models/fast
 """
 
-import contextlib
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.hardware import cli
-from u2mamba.runtime.errors import UserError
 
 PANELS = {  # title: {label: column of log.csv}
     "loss, mean since the last checkpoint": {"d0": "tar"} | {f"d{i}": f"d{i}" for i in range(1, 7)},
@@ -28,39 +27,21 @@ class Config:
     folder: tyro.conf.Positional[str] = "saved_models/fast"  # of a run
 
 
-def read_log(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column of a log.csv -> its (iteration, value) pairs. Raises UserError."""
-    try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file) if (row.get("ite") or "").isdigit()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the folder of a run") from None
-    if not rows:
-        raise UserError(f"{path} is not the log of a run, or has no row yet")
-    columns: dict[str, list[tuple[int, float]]] = {name: [] for name in rows[0]}
-    for row in rows:
-        for name, points in columns.items():
-            with contextlib.suppress(ValueError, TypeError):  # an empty cell, or one that a crash has cut
-                points.append((int(row["ite"]), float(row[name])))
-    return columns
-
-
 def main(cfg: Config) -> None:
-    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
-
     folder = Path(cfg.folder)
-    columns, path = read_log(folder / "log.csv"), folder / "curves.png"
+    log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1, invalid_raise=False)
     figure = Figure(figsize=(15, 8), dpi=100, layout="constrained")
     figure.suptitle(folder.resolve().name)
     for axes, (title, curves) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         for label, column in curves.items():
-            if points := columns.get(column):
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+            if column in log.dtype.names:
+                known = np.isfinite(log[column])  # a row holds either losses or validation scores
+                axes.plot(log["ite"][known], log[column][known], label=label, linewidth=1.2)
                 axes.legend(fontsize="small")
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
-    figure.savefig(path)
-    print(path)
+    figure.savefig(folder / "curves.png")
+    print(folder / "curves.png")
 
 
 if __name__ == "__main__":

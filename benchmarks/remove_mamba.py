@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.hardware import cli, lines
+from benchmarks.hardware import cli, print_hardware
 from data_loader import open_data, pair_folders, train_val_split, validation_batches
 from model.mamba import MambaLayer
 from u2mamba.engine.validation import iou_per_image
@@ -55,7 +55,7 @@ def scores(net: nn.Module, cfg: Config, source, removed: dict[str, nn.Module]) -
 
 def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
-    print("\n".join(lines(device)))
+    print_hardware(device)
     folders = [Path(cfg.data, name) for name in ("im_aug", "gt_aug")]
     source = open_data(*train_val_split(pair_folders(*folders)), cfg.size).val.to(device)
     net = load_model(cfg.checkpoint).to(device)

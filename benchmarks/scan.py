@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import cli, in_cuda_graph, in_turn, lines, median_and_spread, time_calls
+from benchmarks.hardware import cli, in_cuda_graph, print_hardware, time_in_turn
 from model.selective_scan import REGISTERED, selective_scan
 from u2mamba.fast.install import register_scans
 from u2mamba.runtime.environment import choose_device, memory_in_use, peak_memory
@@ -52,7 +52,7 @@ def on_cpu(cfg: Config, device: torch.device) -> None:
     call()
     print(f"L={cfg.memory_length}, torch: {1024 * (peak_memory(device) - before):.0f} MiB above the inputs")
     calls = {name: forward_and_backward(*CPU_SHAPE, cfg.ratio_length, name, "cpu") for name in ("reference", "torch")}
-    times = {name: median_and_spread(s) for name, s in in_turn(calls, device, cfg.runs).items()}
+    times = time_in_turn(calls, device, cfg.runs)
     for name, (middle, spread) in times.items():
         print(f"L={cfg.ratio_length}, {name}: {1e3 * middle:.1f} ms ± {1e3 * spread:.1f}")
     print(f"ratio: {times['reference'][0] / times['torch'][0]:.1f}")
@@ -65,8 +65,8 @@ def on_gpu(cfg: Config, device: torch.device) -> None:
     for (channels, length), dtype, name in product(GPU_SHAPES, (torch.bfloat16, torch.float32), REGISTERED):
         call = forward_and_backward(GPU_BATCH, channels, length, name, "cuda", dtype)
         try:
-            seconds = time_calls(in_cuda_graph(call), device, cfg.runs, calls=20, warm_up=3)
-            cell = f"{1e3 * median_and_spread(seconds)[0]:.3f}"
+            times = time_in_turn({name: in_cuda_graph(call)}, device, cfg.runs, calls=20, warm_up=3)
+            cell = f"{1e3 * times[name][0]:.3f}"
         except (RuntimeError, ValueError) as error:  # out of memory, or a backend that does not work here
             cell = type(error).__name__
         print(f"{channels:>5} {length:>6} {str(dtype)[6:]:>9} {name:>10} {cell:>10}", flush=True)
@@ -74,7 +74,7 @@ def on_gpu(cfg: Config, device: torch.device) -> None:
 
 def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
-    print("\n".join(lines(device)))
+    print_hardware(device)
     torch.manual_seed(0)
     (on_gpu if device.type == "cuda" else on_cpu)(cfg, device)
 

@@ -9,11 +9,12 @@ with torch.compile and a CUDA graph. Fast: bf16, channels_last, kernels and a CU
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.hardware import cli, lines, median_and_spread, time_calls
+from benchmarks.hardware import cli, print_hardware, time_in_turn
 from model import build_model
 from model.mamba import Mamba
 from model.selective_scan import choose_backend
@@ -54,7 +55,7 @@ def make_step(variant: str, cfg: Config, batch: int, dist: DistContext) -> tuple
         net.compile()
     optimizer = torch.optim.Adam(param_groups_weight_decay(net), lr=1e-4, fused=True)
     make = TrainStep if baseline or not fast else fast.TrainStep
-    return make(net, optimizer, lambda logits, masks: total_loss(logits, masks, settings), env, dist), env
+    return make(net, optimizer, partial(total_loss, cfg=settings), env, dist), env
 
 
 def main(cfg: Config, dist: DistContext) -> None:
@@ -68,15 +69,15 @@ def main(cfg: Config, dist: DistContext) -> None:
                 torch.cuda.reset_peak_memory_stats(env.device)
             images = torch.randn(shape, device=env.device).repeat(1, 3, 1, 1).to(memory_format=env.memory_format)
             masks = (torch.rand(shape, device=env.device) > 0.7).float()
-            seconds = time_calls(lambda s=step, x=images, y=masks: s(x, y), env.device, cfg.runs, cfg.steps, warm_up=6)
-            middle, spread = median_and_spread(seconds)
+            calls = {variant: partial(step, images, masks)}
+            middle, spread = time_in_turn(calls, env.device, cfg.runs, cfg.steps, warm_up=6)[variant]
+            del step, calls  # frees the memory for the next variant
             base = base or middle
             gib = torch.cuda.max_memory_allocated(env.device) / 2**30 if env.device.type == "cuda" else 0.0
+            print_hardware(env.device)
             print(
-                *lines(env.device),
                 f"{dist.size} × batch {batch:3}, {variant:8}: {dist.size * batch / middle:7.1f} images/s, "
                 f"{1e3 * middle:7.2f} ms ± {1e3 * spread:.2f}, {base / middle:.2f}×, {gib:.1f} GiB",
-                sep="\n",
                 flush=True,
             )
 
