@@ -181,18 +181,26 @@ def test_code_in_last_pth_is_refused_although_the_file_before_is_whole(run, tmp_
         run(epoch_num=2)
 
 
-@pytest.mark.parametrize("content", [U2NETP().state_dict(), {"config": {}, "progress": {}, "step": {}, "model": {}}, 1])
-def test_a_file_that_holds_no_run_of_ours_is_refused(content, run, tmp_path):
-    (tmp_path / "tiny").mkdir()
-    torch.save(content, tmp_path / "tiny" / "last.pth")
-    with pytest.raises(
-        UserError, match=r"last\.pth: does not contain a run that this version can resume .*--resume never"
-    ):
-        run()
-
-
-def test_a_renamed_folder_is_resumed(run, tmp_path):
+@pytest.mark.parametrize(
+    "content", [U2NETP().state_dict(), {"state": {"epoch": "x"}}, {"step": {}}, {"model": U2NETP().state_dict()}, 1],
+    ids=["weights", "odd state", "odd step", "another network", "a number"],
+)  # fmt: skip
+def test_a_file_that_holds_no_run_of_ours_is_refused_and_kept(content, run, tmp_path):
     run()
+    path = tmp_path / "tiny" / "last.pth"
+    torch.save(read_file(path) | content if isinstance(content, dict) and len(content) == 1 else content, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"last\.pth: .*--resume never"):
+        run(epoch_num=2)
+    assert path.read_bytes() == before
+
+
+def test_a_finished_run_is_left_alone_and_resumed_under_another_name(run, tmp_path):
+    run()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")}
+    code, out = run()
+    assert code == 0 and "holds a finished run of 1 epochs" in out
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")} == before
     (tmp_path / "tiny").rename(tmp_path / "other")
     code, out = run(epoch_num=2, model_name="other")
     assert code == 0 and "resuming from" in out and "iteration 6" in out

@@ -51,23 +51,21 @@ def test_a_new_run_starts_from_the_best_weights_of_the_old_one(run, tmp_path):
     ("content", "says"), [(None, "there is no such checkpoint"), (U2NET, "fits arch u2net and u2mamba")]
 )
 def test_pretrained_weights_that_do_not_fit(content, says, run, tmp_path):
-    file, before = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth"
+    """Missing ones are named before the data are read."""
+    file, before, settings = tmp_path / "weights.pth", tmp_path / "tiny" / "best.pth", SMALL
     before.parent.mkdir()
     before.write_bytes(b"an earlier run")
     if content:
         torch.save(content().state_dict(), file)
+    else:
+        settings = SMALL | {"data_dir": "nowhere"}
     with pytest.raises(UserError) as error:
-        run(pretrained=str(file), **SMALL)
+        run(pretrained=str(file), **settings)
     assert str(file) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
     assert before.read_bytes() == b"an earlier run"
 
 
-def test_missing_pretrained_weights_are_named_before_the_data_are_read(run, tmp_path):
-    with pytest.raises(UserError, match="there is no such checkpoint"):
-        run(pretrained=str(tmp_path / "weights.pth"), data_dir=str(tmp_path / "nowhere"), **SMALL)
-
-
-def test_deterministic_is_asked_of_pytorch_and_changes_nothing_on_the_cpu(run, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_deterministic_is_asked_of_pytorch(run, tmp_path):
     try:
         run(model_name="plain")
         assert not torch.are_deterministic_algorithms_enabled()
@@ -77,3 +75,5 @@ def test_deterministic_is_asked_of_pytorch_and_changes_nothing_on_the_cpu(run, t
     finally:
         seed_everything(0)
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "exact"))
+    run(model_name="other", seed=1)
+    assert not same(weights(tmp_path / "plain"), weights(tmp_path / "other"))
