@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-import u2mamba_predict
 from model import ARCHS, U2NETP
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import predictor as predictor_module
@@ -333,7 +332,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(number, code, photos, p
     assert set(files(tmp_path / "out")) <= {"map/below/b.png", "map/settings.json"}
 
 
-# --------------------------------------------------------------------------------- streams, progress, start
+# --------------------------------------------------------------------------------- streams, start
 
 
 def stream(content: bytes, *words: str) -> subprocess.CompletedProcess:
@@ -357,13 +356,6 @@ def test_standard_streams_carry_what_the_file_would_hold(photos, predict, checkp
         assert failed.stderr.splitlines()[-1].startswith(line)
     with pytest.raises(UserError, match="standard input and output go together"):
         predict("-")
-
-
-def test_progress_is_a_line_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(u2mamba_predict, "PROGRESS_SECONDS", 0)
-    assert list(u2mamba_predict.progress([1, 2, 3], 3)) == [1, 2, 3]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["1 of 3 images", "2 of 3 images"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")

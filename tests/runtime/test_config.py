@@ -105,7 +105,7 @@ def test_unusable_words_end_with_code_2(argv, capsys):
         (("fast", "--crop-early=128"), "--crop_early: now --early_crop"),
         (("--beyond", "0.3"), "--beyond: now --scale_max, 1 plus its value"),
         (("--no-cache",), "--cache: gone"),
-        (("--paste", "0.1"), "--paste: gone (it lowered the scores)"),
+        (("--paste", "0.1"), "--paste: gone, see Removed options in CHANGELOG.md"),
         (("--resume", "anyway"), "--resume anyway: now --resume force"),
         (("--resume=anyway",), "--resume anyway: now --resume force"),
         (("--mode", "map", "rgba"), "--mode rgba: now --mode cutout"),
