@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from u2mamba.dataset.batches import Data, open_data
 from u2mamba.dataset.pairs import pair_folders, train_val_split
@@ -56,3 +57,21 @@ def open_folders(images: Path, masks: Path, size: int = 32, **options) -> Opened
     pairs = pair_folders(images, masks, log=lines.append)
     data = open_data(*train_val_split(pairs), size, log=lines.append, **options)
     return Opened(data, "\n".join(lines), pairs.skipped)
+
+
+def make_set(folder: Path, images: int, size: tuple[int, int] = (300, 400), seed: int = 0) -> tuple[Path, Path]:
+    """Maps and masks as a network leaves them: ellipses, their borders soft, moved and noisy in the map."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]] / np.reshape(size, (2, 1, 1))
+    pred, gt = folder / "maps", folder / "masks"
+    pred.mkdir(parents=True)
+    gt.mkdir()
+    for number in range(images):
+        (cy, cx), (ry, rx), (my, mx) = rng.uniform(0.3, 0.7, 2), rng.uniform(0.05, 0.3, 2), rng.normal(0, 0.02, 2)
+        mask = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
+        moved = ((y - cy - my) / ry) ** 2 + ((x - cx - mx) / rx) ** 2 < 1
+        noise = gaussian_filter(rng.normal(0, 1, size), 4) * rng.uniform(0.5, 3)
+        saliency = (gaussian_filter(moved.astype(float), 3) + noise).clip(0, 1)
+        for kind, array in ((pred, saliency), (gt, mask)):
+            Image.fromarray(np.rint(array * 255).astype(np.uint8)).save(kind / f"{number:05}.png", compress_level=1)
+    return pred, gt

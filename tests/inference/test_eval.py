@@ -23,7 +23,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from model import U2NETP
-from tests.inference.pysodmetrics import make_set
+from tests.dataset.samples import make_set
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, list_items, score_item, score_map
@@ -32,7 +32,7 @@ from u2mamba.inference.predictor import Predictor, load_model
 from u2mamba.runtime import workers
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.workers import ordered_map
-from u2mamba_eval import Config, dataset_names, main
+from u2mamba_eval import Config, main
 
 SCRIPT = Path(__file__).parents[2] / "u2mamba_eval.py"
 GOLDEN = Path(__file__).with_name("golden_scores.json")
@@ -140,16 +140,11 @@ def test_scores_by_object_size(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.75])
-def test_each_metric_of_an_empty_mask_with_a_constant_map(level):
+def test_an_empty_mask(level):
     got = score_map(np.full((6, 9), level), np.zeros((6, 9), bool))
     assert got.empty and got.constant and not got.resized
-    assert got.mae == pytest.approx(level)
-    assert got.sm == pytest.approx(1 - level)
-    assert got.wf == 0
-    precision, recall, f, e = got.curves
-    assert not precision.any() and not recall.any() and not f.any()
-    below = np.arange(255, -1, -1) > int(level * 255)
-    assert e == pytest.approx(np.where(below, 1, 0), abs=0)
+    assert (got.mae, got.sm) == pytest.approx((level, 1 - level))
+    assert got.wf == 0 and not any(curve.any() for curve in got.curves[:3])  # precision, recall, F
     assert got.iou == (1.0 if level <= 0.5 else 0.0)
 
 
@@ -320,6 +315,7 @@ def test_images_that_cannot_be_used_with_a_checkpoint(photos, capsys):
         ({"gt": ("masks", "masks")}, "--pred has 1 entries, --gt 2"),
         ({"name": ("a", "b")}, "--name has 2 entries, --gt 1"),
         ({"name": ("../a",)}, "without a path"),
+        ({"gt": ("masks", "masks"), "pred": ("maps", "maps")}, "give one --name"),
         ({"gt": ("nowhere",)}, "nowhere: No such file"),
         ({"pred": ("masks",)}, "masks is used for maps and masks"),
         ({"gt": ("empty",)}, "no pairs: 3 maps in maps, 0 masks in empty"),
@@ -359,13 +355,6 @@ def test_a_mask_drawn_on_the_photo_as_stored_is_rotated_with_it(three, tmp_path)
         assert evaluate_maps(three, image=image, json=str(tmp_path / "s")) == 0
         iou.append(json.loads((tmp_path / "s").read_text())[0]["iou_mean"])
     assert iou[1] > iou[0] + 0.1
-
-
-def test_names_of_data_sets():
-    assert dataset_names(Config(gt=("a/DUTS-TE/masks", "b/ECSSD"))) == ["DUTS-TE", "ECSSD"]
-    assert dataset_names(Config(gt=("a/x",), name=("y",))) == ["y"]
-    with pytest.raises(UserError, match="give one --name"):
-        dataset_names(Config(gt=("a/x", "b/x")))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
@@ -423,15 +412,3 @@ def test_where_few_threads_can_be_started_those_compute(allowed, monkeypatch, ca
     monkeypatch.setattr(threading.Thread, "start", limited)
     assert list(ordered_map(abs, range(-9, 0), threads=4)) == [(i, -i) for i in range(-9, 0)]
     assert capsys.readouterr().out == "fewer than 4 threads can be started (can't start new thread)\n"
-
-
-def test_a_script_without_a_main_guard_evaluates(folders, tmp_path):
-    code = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-from u2mamba_eval import Config, main
-main(Config(pred=({str(folders[0])!r},), gt=({str(folders[1])!r},)))
-"""
-    (tmp_path / "mine.py").write_text(code)
-    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "images" in done.stdout and not done.stderr
