@@ -1,16 +1,12 @@
 """Batches: they follow the plan, streaming gives the same, the split is the caller's."""
 
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import data_loader
 from data_loader import ToTensorLab, augment, batches, epoch_plan, validation_batches
 from tests.dataset.samples import disc, make_folders, open_folders, photo, sample
 from u2mamba.dataset import batches as batches_module
@@ -51,9 +47,12 @@ def test_validation_batches_are_whole_images(tmp_path):
     assert torch.equal(one.x, torch.cat([got[1].x[1:], got[0].x[1:]]))
 
 
+@pytest.mark.filterwarnings("error")  # of PyTorch, about the read-only arrays of pairs that need no rescaling
 def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(batches_module, "THREADS", 1)
     images, masks = make_folders(tmp_path, 8)
+    for path in (images / "p001.png", masks / "p001.png"):
+        Image.open(path).resize((32, 32)).save(path)
     cached, *_ = open_folders(images, masks)
     monkeypatch.setattr(batches_module, "available_memory", lambda: 8 * 32 * 32 * 4)  # all of it, not four fifths
     streamed, log, _ = open_folders(images, masks)
@@ -69,30 +68,6 @@ def test_streaming_gives_what_the_cache_gives(tmp_path, monkeypatch):
     gone.unlink()
     with pytest.raises(DataError, match=f"{gone.name}.*readable at the start"):
         list(batches(streamed.train, plan, 3, crop=24))
-
-
-def test_pairs_of_the_right_size_stream_without_a_warning(tmp_path):
-    """They are not rescaled, and Pillow's arrays are read-only, of which PyTorch warns."""
-    images, masks = make_folders(tmp_path, 3)
-    for path in (*images.iterdir(), *masks.iterdir()):
-        Image.open(path).resize((32, 32)).save(path)
-    source = DataSource(pair_folders(images, masks), 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(list(batches(source, epoch_plan(len(source), 0, 0, 32, 24), 2, crop=24))) > 0
-
-
-def test_open_data_in_a_plain_process(tmp_path):
-    """Nothing but the two lines of the docstring, in a fresh interpreter: no warning, no line on stderr."""
-    images, masks = make_folders(tmp_path, 3)
-    code = (
-        f"from data_loader import *\npairs = pair_folders({str(images)!r}, {str(masks)!r})\n"
-        "data = open_data(*train_val_split(pairs), 32)\n"
-        "print(len(list(batches(data.train, epoch_plan(len(data.train), 0, 0, 32, 24), 2, crop=24))))"
-    )
-    command, root = [sys.executable, "-W", "error", "-c", code], Path(data_loader.__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
-    assert (done.stderr, done.stdout.splitlines()[-1]) == ("", "2")
 
 
 def test_masks_without_any_object_are_refused(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.dataset.samples import disc, make_folders, open_folders, photo
-from u2mamba.dataset import check
 from u2mamba.dataset.cache import PairCache
 from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import Pair
@@ -133,20 +132,6 @@ def test_swapped_folders_and_an_empty_validation_split(tmp_path):
     data, said, _ = open_folders(masks, images)
     assert "warning: 6 masks are gray-level images: are the image and mask folders swapped?" in said
     assert "warning: no validation pairs" in said and len(data.val) == 0  # p000 to p005
-
-
-def test_a_pair_that_does_not_fit_into_memory_is_skipped(tmp_path, monkeypatch):
-    def rescale(mask: np.ndarray, size: int) -> np.ndarray:
-        if not mask.any():
-            raise MemoryError
-        return rescale_mask(mask, size)
-
-    monkeypatch.setattr(check, "rescale_mask", rescale)
-    images, masks = make_folders(tmp_path, 4)
-    Image.new("L", (80, 60)).save(masks / "p001.png")
-    report = check_pairs(pair_folders(images, masks), 32)
-    assert report.usable == [0, 2, 3]
-    assert report.unusable == [("p001.png", "does not fit into memory")]
 
 
 def test_validation_folders_of_their_own(tmp_path):
