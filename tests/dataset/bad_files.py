@@ -370,13 +370,6 @@ def all_cases() -> list[Case]:
 # ---------------------------------------------------------------------------------------------------------- large
 
 
-def many_scans(size: int, scans: int) -> bytes:
-    """A progressive JPEG of size x size whose last scan is there `scans` times: each costs a pass over all pixels."""
-    content = encode(Image.new("L", (size, size), 90), "jpeg", progressive=True)
-    last = content.rindex(b"\xff\xda")
-    return content[:last] + content[last:-2] * scans + b"\xff\xd9"
-
-
 def odd_entries(folder: Path) -> list[str]:
     """Puts what is called like an image and is no file into `folder` -> the names."""
     (folder / "folder.jpg").mkdir()

@@ -1,17 +1,12 @@
-"""Opens untrusted image files: the cost of a file is bounded, equally on every machine.
-
-Regular files only (reading a pipe would block), six formats (some of Pillow's others start programs), limits on pixels,
-JPEG scans and read calls. `DECODE_BUDGET` bounds the memory of all threads together. decode.py reads the pixels.
+"""Opens untrusted image files: regular files only (reading a pipe would block), six formats (some of Pillow's others
+start programs), a limit on pixels. `DECODE_BUDGET` bounds the memory of all threads. decode.py reads the pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import io
 import logging
 import os
-import re
 import stat
 import sys
 import threading
@@ -26,13 +21,14 @@ from u2mamba.runtime.errors import UserError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels: 0.2 GB of RGB, 1 to 4 s to decode; larger images are refused unread
 MAX_SIDE = 65_535  # JPEG's own limit
-MAX_SCANNED = 30 * MAX_PIXELS  # pixels times scans of a JPEG: 100 kB can hold thousands of scans, each a full pass
-MAX_READS = 1_000_000  # read calls for one file: Pillow skips junk before a JPEG marker byte by byte
-LARGE = 1 << 24  # pixels; before decoding as many, freed memory is returned to the system
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # detected by content, whatever the file name
 
 # limit on PNG color profiles and texts; with Pillow's default, PNGs with a profile above 1 MB are unreadable
 PNG_TEXT, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, 1 << 24
+
+# glibc returns freed blocks above 32 MB to the system at once; Pillow's own 16 MB stay with the thread that freed them:
+# 12 threads that decoded 67 megapixels held 3.5 GB
+Image.core.set_block_size(1 << 26)
 
 # Pillow's warnings about odd metadata do not name the file, so a user cannot act on them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -71,10 +67,6 @@ class PixelSemaphore:
         with self._changed:
             self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._limit)
             self._held += pixels
-        if pixels >= LARGE and sys.platform == "linux":
-            # glibc keeps freed memory for the thread that freed it: 12 threads held 2.1 GB where one image takes 0.2
-            with contextlib.suppress(AttributeError, OSError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)
         try:
             yield
         finally:
@@ -84,33 +76,6 @@ class PixelSemaphore:
 
 
 DECODE_BUDGET = PixelSemaphore(2 * MAX_PIXELS)  # decoding takes 10 to 20 bytes of memory per pixel
-
-
-class _CountedFile(io.BufferedReader):
-    """A file that fails after MAX_READS read calls."""
-
-    _reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self._reads += 1
-        if self._reads > MAX_READS:
-            raise ValueError("the header is damaged")
-        return super().read(size)
-
-
-def _check_declared(path: str | os.PathLike, image: Image.Image, file: io.BufferedReader) -> None:
-    width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise BadFile(path, f"declares {width}x{height} pixels; MAX_PIXELS = {MAX_PIXELS:,}, MAX_SIDE = {MAX_SIDE:,}")
-    if image.format == "BMP" and image.mode == "1" and image.tile[0].args[1] > (width + 31) // 32 * 4:
-        raise BadFile(path, "an 8-bit BMP of two colors, which Pillow reads as black: convert it to PNG")
-    if image.format in ("JPEG", "MPO"):
-        file.seek(0)
-        blocks = iter(lambda: file.read(1 << 20), b"")
-        scans = sum(len(re.findall(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)", block)) for block in blocks)
-        limit = MAX_SCANNED // (width * height)
-        if scans > limit:
-            raise BadFile(path, f"a JPEG with {scans:,} scans; the limit at this size is {limit:,}")
 
 
 @contextlib.contextmanager
@@ -137,9 +102,14 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
             raise BadFile(path, "not a regular file")
         if not status.st_size:
             raise BadFile(path, "empty file")
-        with _CountedFile(io.FileIO(path)) as file:
+        with open(path, "rb") as file:  # Pillow would map a path into memory, and a file cut meanwhile kill the process
             image = Image.open(file, formats=FORMATS)
-            _check_declared(path, image, file)
+            width, height = image.size
+            if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+                limits = f"MAX_PIXELS = {MAX_PIXELS:,}, MAX_SIDE = {MAX_SIDE:,}"
+                raise BadFile(path, f"declares {width}x{height} pixels; {limits}")
+            if image.format == "BMP" and image.mode == "1" and image.tile[0].args[1] > (width + 31) // 32 * 4:
+                raise BadFile(path, "an 8-bit BMP of two colors, which Pillow reads as black: convert it to PNG")
             if image.format == "PNG":  # decoding does not verify the checksums of pixel data
                 image.verify()
             file.seek(0)
@@ -153,15 +123,12 @@ FULL_RANGES = 255, 1023, 4095, 16383, 65535  # of 8, 10, 12, 14 and 16 bits stor
 
 def to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
     """Modes I, I;16* and F -> uint8 and the full range that became 255: the first of 1 (floats only), FULL_RANGES and
-    the maximum that no value exceeds.
-
-    Rows are scaled in groups, since their float64 values would take 8 times the memory of the result.
-    """
+    the maximum that no value exceeds."""
     values = np.nan_to_num(np.asarray(file), posinf=0, neginf=0).clip(min=0)
     maximum, scales = float(values.max()), (1, 255, 65535) if file.mode == "F" else FULL_RANGES
     scale = next((s for s in scales if maximum <= s), maximum)
-    groups = np.array_split(values, min(len(values), 1 + (values.size >> 20)))
-    return np.concatenate([np.rint(rows * np.float64(255 / scale)).astype(np.uint8) for rows in groups]), scale
+    scaled = np.multiply(values, 255 / scale, dtype=np.float64)
+    return np.rint(scaled, out=scaled).astype(np.uint8), scale
 
 
 def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Image.Image:
