@@ -1,4 +1,4 @@
-"""Foreground colors of cut-outs: how much of the old background stays in soft edges, and what they cost.
+"""Foreground colors of cut-outs: how much of the old background stays in soft edges.
 
     python -m benchmarks.cutout                     tables of docs/inference.md
     python -m benchmarks.cutout --count 100 --checkpoint saved_models/fast_4gpu/best.pth
@@ -8,23 +8,17 @@ Color error: mean difference, of 255, to the object's colors where 0 < alpha < 2
 new background against the true colors and alpha on it, over the same pixels; it holds the errors of the map too.
 """
 
-import functools
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-import u2mamba_predict
-from benchmarks.hardware import cli, print_hardware, time_in_turn
+from benchmarks.hardware import cli, print_hardware
 from u2mamba.dataset.demo import OBJECTS, SHAPES, Composer
-from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference import Predictor, load_model
 from u2mamba.inference.foreground import foreground_colors
-from u2mamba.inference.render import predict_file
 
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "magenta": (255, 0, 255)}
 
@@ -34,7 +28,6 @@ class Config:
     count: int = 24  # composites
     checkpoint: str = "small"
     width: int = 640  # pixels; height: three quarters
-    runs: int = 5  # of a cut-out of 12 megapixels
 
 
 def composite(composer: Composer, i: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,46 +53,30 @@ def blend(colors: np.ndarray, alpha: np.ndarray, background: np.ndarray | tuple)
 
 
 def errors(image: np.ndarray, colors: np.ndarray, alpha: np.ndarray, map_: np.ndarray) -> np.ndarray:
-    """(2, 4) before and after: color error, composite errors; sums over the soft pixels of `map_`."""
+    """(2, 4, n) before and after: color error, composite errors at each of the n soft pixels of `map_`."""
     soft = (map_ > 0) & (map_ < 255)
     rows = []
     for cutout in (image, foreground_colors(image, map_)):
         differences = [cutout - colors]
         differences += [blend(cutout, map_, b) - blend(colors, alpha, b) for b in BACKGROUNDS.values()]
-        rows.append([np.abs(d[soft]).mean(1).sum() for d in differences])
+        rows.append([np.abs(d[soft]).mean(1) for d in differences])
     return np.array(rows)
-
-
-def cost(predict: Predictor, runs: int) -> str:
-    """Seconds of a cut-out of a 12-megapixel photo, from file to file, with foreground colors and without."""
-    with tempfile.TemporaryDirectory() as folder:
-        photo = Path(folder, "photo.jpg")
-        Image.fromarray(composite(Composer(), 0, 640)[0]).resize((4000, 3000)).save(photo, quality=92)
-        settings = [u2mamba_predict.Config(mode=("cutout",), foreground=on) for on in (False, True)]
-        calls = {cfg.foreground: functools.partial(predict_file, photo, predict, 320, cfg) for cfg in settings}
-        (without, _), (with_, spread) = time_in_turn(calls, torch.device("cpu"), runs).values()
-    return f"12 megapixels: {without:.2f} s without, {with_:.2f} s ± {spread:.2f} with foreground colors"
 
 
 def main(cfg: Config) -> None:
     print_hardware(torch.device("cpu"))
-    predict = Predictor(load_model(cfg.checkpoint))
-    composer = Composer()
-    sums = {"the network's map": np.zeros((2, 4)), "true alpha": np.zeros((2, 4))}
-    pixels = dict.fromkeys(sums, 0)
+    predict, composer = Predictor(load_model(cfg.checkpoint)), Composer()
+    results: dict[str, list[np.ndarray]] = {"the network's map": [], "true alpha": []}
     for i in range(cfg.count):
         image, colors, alpha = composite(composer, i, cfg.width)
-        saliency = predict(torch.from_numpy(rescale_image(image, 320))[None])[0, 0].numpy()
-        network = np.rint(resize_map(saliency, alpha.shape) * 255).astype(np.uint8)
-        for name, map_ in zip(sums, (network, alpha), strict=True):
-            sums[name] += errors(image, colors, alpha, map_)
-            pixels[name] += int(((map_ > 0) & (map_ < 255)).sum())
+        network = np.rint(predict.saliency(image) * 255).astype(np.uint8)
+        for name, map_ in zip(results, (network, alpha), strict=True):
+            results[name].append(errors(image, colors, alpha, map_))
     print(f"{cfg.count} composites of {cfg.width} pixels; before -> after, of 255")
-    for name, total in sums.items():
-        before, after = total / pixels[name]
+    for name, parts in results.items():
+        before, after = np.concatenate(parts, axis=2).mean(2)
         for k, what in enumerate(("colors", *(f"composite on {b}" for b in BACKGROUNDS))):
             print(f"{name:18} {what:22} {before[k]:6.2f} -> {after[k]:6.2f}  {after[k] / before[k]:4.0%}")
-    print(cost(predict, cfg.runs))
 
 
 if __name__ == "__main__":

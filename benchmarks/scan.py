@@ -1,7 +1,7 @@
 """Time and memory of the selective scan, forward and backward.
 
     python -m benchmarks.scan                on a GPU: the kernels and mamba_ssm, from a CUDA graph
-    python -m benchmarks.scan --device cpu   memory of "torch", and its time against the reference loop
+    python -m benchmarks.scan --device cpu   memory of "torch" (Linux), and its time against the reference loop
 
 All inputs have gradients; gate, skip, bias and softplus are on. Times are medians after a warm-up.
 """
@@ -48,9 +48,9 @@ def on_cpu(cfg: Config, device: torch.device) -> None:
     print(f"B={CPU_SHAPE[0]}, d={CPU_SHAPE[1]}, n={D_STATE}, fp32, forward + backward, {cfg.runs} runs")
     forward_and_backward(*CPU_SHAPE, 64, "torch", "cpu")()  # loads the libraries
     call = forward_and_backward(*CPU_SHAPE, cfg.memory_length, "torch", "cpu")
-    before = memory_in_use(device)
+    before = 1024 * memory_in_use(device)
     call()
-    print(f"L={cfg.memory_length}, torch: {1024 * (peak_memory(device) - before):.0f} MiB above the inputs")
+    print(f"L={cfg.memory_length}, torch: {peak_memory() / 2**20 - before:.0f} MiB above the inputs")
     calls = {name: forward_and_backward(*CPU_SHAPE, cfg.ratio_length, name, "cpu") for name in ("reference", "torch")}
     times = time_in_turn(calls, device, cfg.runs)
     for name, (middle, spread) in times.items():

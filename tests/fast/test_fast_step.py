@@ -22,7 +22,7 @@ PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 
 def make(kind=TrainStep, precision="fp32", loss=script.multi_bce_loss_fusion, mamba_norm="none", edit=None, **options):
     torch.manual_seed(0)
-    env = Environment(DEVICE, precision, channels_last=precision == "bf16")
+    env = Environment(DEVICE, precision)
     net = U2MAMBAP(mamba_norm=mamba_norm)
     net = (edit(net) if edit else net).to(DEVICE, memory_format=env.memory_format).train()
     lines = fast.install(net) if kind is fast.TrainStep else []

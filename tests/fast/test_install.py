@@ -49,7 +49,7 @@ def make_step(kind, precision, loss=script.multi_bce_loss_fusion, **options):
     net = Small().to(memory_format=LAST).train()
     lines = fast.install(net) if kind is fast.TrainStep else []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, fused=True)
-    return kind(net, optimizer, loss, Environment(torch.device("cpu"), precision, True), **options), lines
+    return kind(net, optimizer, loss, Environment(torch.device("cpu"), precision), **options), lines
 
 
 def grads(step):

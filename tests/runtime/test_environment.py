@@ -64,7 +64,7 @@ def test_the_environment_of_a_run_on_a_cpu(capsys, monkeypatch):
     settings = {"device": "cpu", "gpu": 0, "seed": 3, "deterministic": False, "batch_size_train": 4}
     for precision, channels_last in (("fp32", False), ("bf16", True)):  # NCHW is faster in fp32 on a CPU
         env = choices.Environment.choose(SimpleNamespace(precision=precision, **settings), DistContext())
-        assert env == choices.Environment(CPU, precision, channels_last)
+        assert env == choices.Environment(CPU, precision) and env.channels_last == channels_last
         with env.autocast():
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
     assert "device: CPU, " in (out := capsys.readouterr().out) and "processes: 1, batch size 4" in out

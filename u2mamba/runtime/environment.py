@@ -30,17 +30,16 @@ CGROUP_FILES = (  # memory limit and use of a container, control groups version 
 
 @dataclass(frozen=True)
 class Environment:
-    """Device, precision ("fp32" or "bf16": autocast, weights stay fp32) and memory format of a run."""
+    """Device and precision of a run: "fp32", or "bf16" with autocast, channels_last and weights in fp32."""
 
     device: torch.device
     precision: str = "fp32"
-    channels_last: bool = False
 
     @classmethod
     def choose(cls, cfg: Any, dist: Any) -> "Environment":
         """The environment for the settings `device`, `gpu`, `precision`, `seed`, `deterministic`; prints it.
 
-        dist: the `DistContext`. bf16 implies channels_last. Raises UserError for an unavailable device.
+        dist: the `DistContext`. Raises UserError for an unavailable device.
         """
         seed_everything(cfg.seed, cfg.deterministic)
         device, device_line = choose_device(cfg.device, cfg.gpu + dist.local_rank)
@@ -48,7 +47,11 @@ class Environment:
         print(f"device: {device_line}\nprocesses: {dist.describe(cfg.batch_size_train)}\nprecision: {precision_line}")
         # for operations that stay in fp32, TF32 is as precise as the bf16 around them
         torch.set_float32_matmul_precision("high" if precision == "bf16" and device.type == "cuda" else "highest")
-        return cls(device, precision, channels_last=precision == "bf16")
+        return cls(device, precision)
+
+    @property
+    def channels_last(self) -> bool:
+        return self.precision == "bf16"
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -151,17 +154,11 @@ def memory_in_use(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak GPU memory of tensors in GiB, or on a CPU peak memory of this process (Windows and Apple GPUs: the current
-    value)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if device.type == "mps" or os.name == "nt":
-        return memory_in_use(device)
+def peak_memory() -> int:
+    """Bytes that this process occupied at most, on Linux."""
     import resource  # POSIX only
 
-    unit = 1 if platform.system() == "Darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -178,15 +175,15 @@ class HeapRetention:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.ran_before, self.active = device, False, False
+        self.ran_before = self.active = False
         glibc = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
         self.mallopt = ctypes.CDLL(None).mallopt if glibc else None
 
     def __enter__(self) -> None:
         if not self.ran_before or not self.mallopt:  # the peak is known once the block has run
             return
-        free, peak = available_memory() / 2**30 + memory_in_use(self.device), peak_memory(self.device)
-        was_active, self.active = self.active, free > 1.5 * peak
+        free = available_memory() + psutil.Process().memory_info().rss
+        was_active, self.active = self.active, free > 1.5 * peak_memory()
         if self.active:
             self.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
             self.mallopt(M_MMAP_MAX, 0)  # no block gets its own mapping
