@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,6 @@ RESUME_IGNORED_KEYS = {  # settings that do not change what a run computes
     "device", "gpu", "plain", "processes",
 }  # fmt: skip
 PER_RANK_KEYS = RESUME_IGNORED_KEYS - {"val_frq", "log_frq"}  # settings in which the processes of a run may differ
-
-
-def save(content: Any, path: Path, before: Path | None = None) -> None:
-    """Writes `content` to a temporary file, then renames it; the existing file becomes `before`. Raises OSError.
-
-    Killed between the two renames, a run resumes from `before`.
-    """
-    with replacing(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer hides the disk error
-            cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, os.strerror(errno.EIO)) from None
-        if before:
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(path, before)
 
 
 class Checkpointer:
@@ -85,13 +68,16 @@ class Checkpointer:
             return TrainState()
         try:
             state = TrainState(**saved["state"])
-            if [*map(type, astuple(state))] != [*map(type, astuple(TrainState()))]:
-                raise TypeError(f"state is {state}")
             self._check_settings(saved["run"], state, path)
             load_state_dict(self.step.net, saved["model"], path)
             if saved["step"] is not None:  # else it is a weights file
                 self.step.load_state_dict(saved["step"])
                 torch.set_rng_state(saved["random"])
+            where = f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}"
+            finished = (
+                f"{self.folder} holds a finished run of {state.epoch} epochs; increase --epoch_num to continue it"
+            )
+            print(finished if state.finished else where)
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -99,10 +85,6 @@ class Checkpointer:
             raise UserError(
                 f"{path}: does not contain a run that this version can resume ({reason}); {FIX_HINT}"
             ) from None
-        if state.finished:
-            print(f"{self.folder} holds a finished run of {state.epoch} epochs; increase --epoch_num to continue it")
-        else:
-            print(f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}")
         self.last_is_whole = path == self.last
         return state
 
@@ -186,7 +168,7 @@ class Checkpointer:
             "step": self.step.state_dict(), "random": torch.get_rng_state(),
         }  # fmt: skip
         before = self.before if self.last_is_whole and self.last.exists() else None
-        self.saved = self._save_or_warn(content, self.last, before)
+        self.saved = self._save(content, self.last, before)
         self.last_is_whole |= self.saved
         self._written = time.monotonic()
         self._took = self._written - started
@@ -202,28 +184,32 @@ class Checkpointer:
     def save_weights(self, net: nn.Module, state: TrainState, loss: float, tar: float) -> None:
         """Writes the weights file of an iteration and deletes old ones, in the main process."""
         path = self.folder / weights_name(self.cfg.model_name, state.iteration, loss, tar)
-        if self.dist.is_main and self._save_or_warn(self._weights(net, state), path):
+        if self.dist.is_main and self._save(self._weights(net, state), path):
             prune(self.folder, self.cfg.keep_checkpoints, state.iteration)
 
     def save_best(self, net: nn.Module, state: TrainState) -> bool:
         """Writes best.pth, in the main process; False where the disk failed."""
-        return not self.dist.is_main or self._save_or_warn(self._weights(net, state), self.folder / "best.pth")
+        return not self.dist.is_main or self._save(self._weights(net, state), self.folder / "best.pth")
 
     def _weights(self, net: nn.Module, state: TrainState) -> dict[str, torch.Tensor]:
         weights = cpu_state_dict(net, self.cfg.rescale)
         weights._metadata[METADATA_KEY] |= {"state": asdict(state), "run": self.run}
         return weights
 
-    def _save_or_warn(self, content: Any, path: Path, before: Path | None = None) -> bool:
+    def _save(self, content: Any, path: Path, before: Path | None = None) -> bool:
+        """Writes a file; the existing one becomes `before`. False, with a warning, where the disk fails."""
         try:
-            save(content, path, before)
+            with replacing(path, before=before) as file:
+                torch.save(content, file)
             return True
-        except OSError as error:
-            if before and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-                before.unlink(missing_ok=True)  # frees the space for the newer file
-                return self._save_or_warn(content, path)
-            print(f"warning: {path} could not be written ({error.strerror or error}); training continues", flush=True)
-            return False
+        except (OSError, RuntimeError) as error:  # torch's zip writer hides the disk's error
+            cause = error if isinstance(error, OSError) else error.__context__
+            number = getattr(cause, "errno", None) or errno.EIO
+        if before and number in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            before.unlink(missing_ok=True)  # frees the space for the newer file
+            return self._save(content, path)
+        print(f"warning: {path} could not be written ({os.strerror(number)}); training continues", flush=True)
+        return False
 
     def resume_hint(self) -> str:
         """The message of a run that stops now."""

@@ -26,11 +26,12 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: Path, flush: bool = True, before: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write under a temporary name next to `path`; flushed to disk, then renamed if nothing failed.
 
-    A reader of `path` sees the old file or the new one, never a part. flush: False for many small
-    files, which a system crash may lose. Raises OSError.
+    A reader of `path` sees the old file or the new one, never a part. flush: False for many small files, which a system
+    crash may lose. before: the new name of the old file; killed between the two renames, it is the only one. Raises
+    OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # not tempfile: its permissions would require a chmod, which Samba, S3 and vfat refuse; cut, since names may be long
@@ -41,6 +42,8 @@ def replacing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
             if flush:
                 file.flush()
                 os.fsync(file.fileno())
+        if before:
+            os.replace(path, before)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
