@@ -273,7 +273,7 @@ def test_other_masks_and_another_reading_are_another_run(project, data, tmp_path
     refused = project.train(code=2)
     assert "code has changed since: u2mamba/dataset/decode.py" in refused and "cache: filled" in refused
     project.train("--resume", "never")
-    caches = [np.fromfile(path, np.uint8) for path in data.glob(".cache_64_*.u8")]
+    caches = [np.fromfile(path, np.uint8) for path in data.glob(".cache_64_*.npy")]
     assert len(caches) == 1 and caches[0][-10 * 64 * 64 :].mean() > 128
     project.undo("u2mamba/dataset/decode.py")
     assert "cache: filled" in project.train("--resume", "never")

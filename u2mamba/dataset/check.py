@@ -8,9 +8,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from u2mamba.dataset.decode import BadFile, Pair, open_pair
 from u2mamba.dataset.masks import GRAY, IDENTITY, OBJECT, MaskKind, MaskRule, decide, table
 from u2mamba.dataset.pairs import truncate_list
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
+from u2mamba.runtime.workers import ordered_map
 
 if TYPE_CHECKING:
     from u2mamba.dataset.cache import PairCache
@@ -30,10 +29,9 @@ class DataReport:
 
     usable: list[int] = field(default_factory=list)  # indices
     checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
-    unusable: list[tuple[str, str]] = field(default_factory=list)  # (file name, reason)
-    misread: list[int] = field(default_factory=list)  # indices of unusable pairs whose mask the rule cannot read
+    unusable: list[str] = field(default_factory=list)  # file names and reasons
     rule: MaskRule = GRAY  # how the masks are read
-    values: tuple[int, int] = (255, 0)  # value range of the mask files
+    values: list[int] = field(default_factory=lambda: [255, 0])  # value range of the mask files
     found: dict[str, list[str]] = field(default_factory=dict)  # key of FINDINGS -> file names
 
     @property
@@ -43,39 +41,36 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """What is printed: one line per finding."""
-        pairs, (low, high) = len(self.usable), self.values
-        empty = len(self.found.get("empty", []))
-        out = [f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks"] if pairs else []
-        out += [self.rule.line] if self.rule.line else []
-        skipped = [f"{name} ({reason})" for name, reason in self.unusable]
-        drawn = f"where shapes are inconclusive, masks count as drawn on the image as {DRAWN[self.rule.as_stored]}"
-        for share, text, names in ((0, SKIPPED, skipped), *((*FINDINGS[key], self.found[key]) for key in self.found)):
-            if text and names and len(names) >= share * pairs:
+        pairs, empty, out = len(self.usable), len(self.found.get("empty", [])), []
+        if pairs:
+            low, high = self.values
+            out.append(f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks")
+        if self.rule.line:
+            out.append(self.rule.line)
+        drawn = "stored, as other pairs show" if self.rule.as_stored else "displayed"
+        for key, names in {"skipped": self.unusable, **self.found}.items():
+            fraction, text = FINDINGS[key]
+            if names and len(names) >= fraction * pairs:
                 out.append(f"{text.format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
         return out
 
 
-DRAWN = {False: "displayed", True: "stored, as other pairs show"}
-SKIPPED = "warning: skipped {} pairs that are unreadable or do not match"
 FINDINGS = {  # minimum fraction of the pairs to report, line
+    "skipped": (0, "warning: skipped {} pairs that are unreadable or do not match"),
     "resized": (0, "data: {} masks differ from their image in size, but not in aspect ratio"),
     "other": (0, "masks: {} of another, but unambiguous kind are used too"),
-    "empty": (2, ""),
+    "empty": (0, "data: {} masks are empty"),
     "white": (0, "warning: {} masks are all object, without background"),
     "inverted": (0.1, "warning: {} masks are object along most of the border: object and background seem swapped"),
     "vanished": (0, "warning: {} masks are empty at training size: their objects are too small"),
     "trimap": (0, "warning: {} masks are trimaps (0, 128, 255): 128 is trained as probability 0.5"),
-    "untagged": (0, "warning: {} images have an EXIF orientation, but their masks do not; {drawn}"),
+    "untagged": (
+        0,
+        "warning: {} images have an EXIF orientation, but their masks do not; where shapes are inconclusive, masks "
+        "count as drawn on the image as {drawn}",
+    ),
     "gray": (0.5, "warning: {} masks are gray-level images: are the image and mask folders swapped?"),
-    "black": (0, "data: {} images are entirely black"),
 }
-
-
-def _file_checksum(path: Path, value: int) -> int:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 class _Visit(NamedTuple):
@@ -87,7 +82,6 @@ class _Visit(NamedTuple):
     top: int  # largest value at training size
     resized: bool
     untagged: str
-    black: bool
 
 
 def check_pairs(
@@ -100,7 +94,8 @@ def check_pairs(
     """Decodes every pair once, decides how the masks are read, and reports anomalies at size x size pixels.
 
     store: the cache, filled here so that no file is decoded twice, from several threads (decoding and rescaling
-    release the GIL). Progress goes to `log`. Raises DataError where the masks are label maps.
+    release the GIL); its first rows hold the usable pairs. Progress goes to `log`. Raises DataError where the masks are
+    label maps.
     """
 
     def visit(index: int, as_stored: bool = False) -> _Visit | BadFile:
@@ -112,11 +107,8 @@ def check_pairs(
                     store.images[index].numpy()[:] = rescale_image(image, size)
                     store.masks[index].numpy()[:] = small
                 edges = np.concatenate([mask.values[[0, -1]].ravel(), mask.values[:, [0, -1]].ravel()])
-                black = not image.max()
-            checksum = _file_checksum(pair.mask, _file_checksum(pair.image, 0))
-            return _Visit(
-                checksum, mask.kind, np.bincount(edges, minlength=256), int(small.max()), resized, untagged, black
-            )
+            checksum = zlib.crc32(pair.mask.read_bytes(), zlib.crc32(pair.image.read_bytes()))
+            return _Visit(checksum, mask.kind, np.bincount(edges, minlength=256), int(small.max()), resized, untagged)
         except BadFile as error:
             return error
         except (OSError, MemoryError) as error:
@@ -124,36 +116,32 @@ def check_pairs(
 
     visits: dict[int, _Visit] = {}
     report, bad = DataReport(), {}
-    pool = ThreadPoolExecutor(min(32, threads))
-    try:
-        start = last_log = time.monotonic()
-        for index, visited in enumerate(pool.map(visit, range(len(pairs)))):
-            (bad if isinstance(visited, BadFile) else visits)[index] = visited
-            if (now := time.monotonic()) - last_log > 10:
-                last_log = now
-                log(f"data: {index + 1:,} of {len(pairs):,} pairs read, {(index + 1) / (now - start):.0f} pairs/s")
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C the remaining files are not read
+    start = last_log = time.monotonic()
+    threads = min(32, threads)
+    for index, visited in ordered_map(visit, range(len(pairs)), threads, ahead=2 * threads):
+        (bad if isinstance(visited, BadFile) else visits)[index] = visited
+        if (now := time.monotonic()) - last_log > 10:
+            last_log = now
+            log(f"data: {index + 1:,} of {len(pairs):,} pairs read, {(index + 1) / (now - start):.0f} pairs/s")
 
     drawn = {visited.untagged for visited in visits.values()}
     report.rule = decide([visited.kind for visited in visits.values()], "stored" in drawn and "seen" not in drawn)
     for index, visited in visits.items():
-        kind, name = visited.kind, pairs[index].mask.name
+        kind, row = visited.kind, len(report.usable)
         lookup = table(kind, report.rule)
         if isinstance(lookup, str):
             bad[index] = BadFile(pairs[index].mask, lookup)
-            report.misread.append(index)
             continue
         if store:
             if visited.untagged == "unknown" and report.rule.as_stored:
                 visit(index, as_stored=True)
-            if lookup is not IDENTITY:
-                mask = store.masks[index].numpy()
-                mask[:] = lookup[mask]
+            if row != index or lookup is not IDENTITY:
+                store.images[row] = store.images[index]
+                store.masks[row].numpy()[:] = lookup[store.masks[index].numpy()]
         report.usable.append(index)
         report.checksums.append(visited.checksum)
         levels = np.flatnonzero(kind.counts)
-        report.values = min(report.values[0], int(levels[0])), max(report.values[1], int(levels[-1]))
+        report.values = [min(report.values[0], int(levels[0])), max(report.values[1], int(levels[-1]))]
         object_, border = (int(h[lookup > OBJECT].sum()) / int(h.sum()) for h in (kind.counts, visited.border))
         soft = kind.counts[(lookup > 63) & (lookup < 192)].sum() / kind.counts.sum()
         facts = {
@@ -169,8 +157,6 @@ def check_pairs(
         }
         for key, is_so in facts.items():
             if is_so:
-                report.found.setdefault(key, []).append(name)
-        if visited.black:
-            report.found.setdefault("black", []).append(pairs[index].image.name)
-    report.unusable = [(bad[index].path.name, bad[index].reason) for index in sorted(bad)]
+                report.found.setdefault(key, []).append(pairs[index].mask.name)
+    report.unusable = [f"{bad[index].path.name} ({bad[index].reason})" for index in sorted(bad)]
     return report
