@@ -1,9 +1,8 @@
-"""Each diff of docs/editing.md, applied to a copy of the project that runs in forks (forks.py), does as it says."""
+"""Each diff of docs/editing.md, applied to a copy of the project does as it says."""
 
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.forked import run_script
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/editing.md").read_text("utf-8")
@@ -62,16 +63,6 @@ def apply(folder: Path, diff: str) -> None:
             path.write_text("\n".join(source) + "\n", "utf-8")
 
 
-@pytest.fixture(scope="module")
-def server():
-    words = [sys.executable, Path(__file__).with_name("forks.py")]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
 def make_data(folder: Path, mode: str = "RGB", labels: bool = False) -> Path:
     """Eight pairs to train and two to validate: a bright disc on dark noise, of 48x72 pixels."""
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:48, :72]
@@ -92,7 +83,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def project(server, data, tmp_path):
+def project(data, tmp_path):
     """A copy of the project: `edit` applies diffs of the page, `run` a script -> its lines, `train` the trainer."""
     folder = tmp_path / "project"
     for package in ("model", "u2mamba", "saved_models"):
@@ -110,12 +101,9 @@ def project(server, data, tmp_path):
         shutil.copy2(ROOT / name, folder / name)
 
     def run(script, *words, code=0):
-        server.stdin.write(json.dumps([str(folder), script, list(map(str, words))]) + "\n")
-        server.stdin.flush()
-        ended = int(server.stdout.readline())
-        out, err = ((folder / name).read_text() for name in ("stdout", "stderr"))
-        assert ended == code and (code != 2 or err.count("\n") == 1), out + err
-        return out + err
+        done = run_script(folder / script, words, folder, folder)
+        assert done.returncode == code and (code != 2 or done.stderr.count("\n") == 1), done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def train(*words, code=0, data=data):
         return run("u2mamba_train.py", *TRAIN, "--data_dir", data, *words, code=code)

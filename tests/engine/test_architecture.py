@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.engine.tiny import words
+from tests.forked import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ def test_everything_trains_without_the_folder_fast(data, tmp_path):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     shutil.rmtree(tmp_path / "u2mamba" / "fast")
-    command = [sys.executable, "u2mamba_train.py", *words(data, tmp_path / "saved", "--epoch_num", "1")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    more = words(data, tmp_path / "saved", "--epoch_num", "1")
+    done = run_script(tmp_path / "u2mamba_train.py", more, tmp_path, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step: plain PyTorch (u2mamba/fast not found)" in done.stdout and "done: 6 iterations" in done.stdout

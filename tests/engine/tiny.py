@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.engine.forked import SCRIPT, run_script
+from tests.forked import run_script
 
+SCRIPT = Path(__file__).parents[2] / "u2mamba_train.py"
 TINY = (
     "--arch u2mambap --rescale 48 --crop 40 --batch_size_train 4 --epoch_num 2 --log_frq 1 --save_frq 3 --device cpu "
     "--model_name tiny"
@@ -42,12 +43,8 @@ def start(data, saved, *more, stderr=subprocess.PIPE):
 
 
 def train(data, saved, *more):
-    return run(data, *words(data, saved, *more))
-
-
-def run(cwd, *words):
     with tempfile.TemporaryDirectory() as outputs:
-        done = run_script(list(words), cwd, Path(outputs))
+        done = run_script(SCRIPT, words(data, saved, *more), data, Path(outputs))
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

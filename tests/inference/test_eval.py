@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from model import U2NETP
 from tests.dataset.samples import make_set
+from tests.forked import run_script
 from u2mamba.dataset.decode import BadFile, read_map
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference.evaluation import METRICS, DatasetMetrics, Item, list_items, score_item, score_map
@@ -199,14 +200,13 @@ def test_two_sets_in_one_call(folders, tmp_path):
     again = make_set(tmp_path / "again", 3, (40, 50), seed=5)
     report = tmp_path / "new" / "report"
     words = ["--pred", folders[0], again[0], "--gt", folders[1], again[1], "--name", "first", "second"]
-    process = start(*words, "--json", report / "s.json", "--out", report)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and err == ""
+    done = run_script(SCRIPT, [*words, "--json", report / "s.json", "--out", report], tmp_path, tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
     expected = [scores_of(*folders).summary() | {"name": "first"}, scores_of(*again).summary() | {"name": "second"}]
     sets = json.loads((report / "s.json").read_text())
     assert [list(row.pop("by_size")) for row in sets] == [["small", "medium", "large", "empty", "full"]] * 2
     assert sets == expected
-    assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in out
+    assert f"S-measure              {expected[0]['sm']:.4f}  {expected[1]['sm']:.4f}" in done.stdout
     assert {p.name for p in report.iterdir()} == {
         "s.json", "curves.png", "error_by_size.png",
         *(f"{name}_{what}" for name in ("first", "second") for what in ("images.csv", "worst.png")),
