@@ -4,8 +4,8 @@ OUT is train_data in the current folder, where the trainer looks too.
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
 
-SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask may be one level
-deeper). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
+SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask at any
+depth). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
 files that are in place are kept.
 
 Exit codes: 0 done, 1 done but files were skipped, 2 SOURCE cannot be used, 130 stopped by Ctrl-C.
@@ -17,7 +17,6 @@ import argparse
 import functools
 import os
 import shutil
-import stat
 import sys
 import tempfile
 import zipfile
@@ -35,46 +34,27 @@ from u2mamba.dataset.pairs import MIRROR_SUFFIX, Unpaired, pair_names, truncate_
 from u2mamba.runtime.errors import one_line_errors
 
 FOLDERS = ("DUTS-TR-Image", "DUTS-TR-Mask")
-MAX_TOTAL = 4 << 30  # bytes that a zip may declare; DUTS-TR unpacks to 0.3 GB
 MIRROR_QUALITY = 95  # of the flipped JPEGs
 
 
-def entries_of(source: Path) -> tuple[list[dict[str, Callable[[], BinaryIO]]], list[str]]:
-    """For each of FOLDERS, at any depth and in any case: file name -> function that opens the file; and all names.
-
-    Raises DataError for a file that is not a zip, an unsafe name in it (path traversal), and a zip bomb.
-    """
-    entries, total = {folder.lower(): {} for folder in FOLDERS}, 0
+def files_of(source: Path) -> dict[PurePosixPath, Callable[[], BinaryIO]]:
+    """Each file of a folder or zip -> function that opens it. Raises DataError, also for unsafe names in the zip."""
     if source.is_dir():
-        found = [source, *source.glob("*"), *source.glob("*/*")]
-        for home in found:
-            for path in home.glob("*") if home.name.lower() in entries else ():
-                if path.is_file():
-                    entries[home.name.lower()][path.name] = functools.partial(open, path, "rb")
-        return list(entries.values()), list(map(str, found))
+        paths = [path for path in source.rglob("*") if path.is_file()]
+        return {PurePosixPath(*p.relative_to(source).parts): functools.partial(open, p, "rb") for p in paths}
     try:
         archive = zipfile.ZipFile(source)
     except FileNotFoundError:
         raise DataError(f"{source}: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/") from None
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
-    for entry in archive.infolist():
-        # old Windows tools write backslashes; `filename` is already sanitized on Windows
-        name = entry.orig_filename.replace("\\", "/")
-        parts, total, problem = PurePosixPath(name).parts, total + entry.file_size, ""
-        if name.startswith("/") or ":" in name or "\0" in name or ".." in parts:
-            problem = "leads out of the folder"
-        elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            problem = "is a link or a device"
-        elif entry.flag_bits & 1:
-            problem = "is encrypted"
-        elif total > MAX_TOTAL:
-            problem = f"exceeds MAX_TOTAL = {MAX_TOTAL:,} bytes"
-        if problem:
-            raise DataError(f"{source}: refused, {name!r} in it {problem}; nothing was written")
-        if not name.endswith("/") and len(parts) > 1 and parts[-2].lower() in entries and "__MACOSX" not in parts:
-            entries[parts[-2].lower()][parts[-1]] = functools.partial(archive.open, entry)
-    return list(entries.values()), archive.namelist()
+    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    # old Windows tools write backslashes
+    files = {PurePosixPath(e.filename.replace("\\", "/")): functools.partial(archive.open, e) for e in entries}
+    for path in files:
+        if path.is_absolute() or ".." in path.parts or ":" in str(path):
+            raise DataError(f"{source}: refused, '{path}' in it leads out of the folder; nothing was written")
+    return files
 
 
 def copy(open_source: Callable[[], BinaryIO], to: Path) -> None:
@@ -93,50 +73,54 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
 
     Raises DataError if the source cannot be used, OSError if the disk is full or not writable.
     """
-    entries, names = entries_of(source)
-    if not all(entries):
+    files = files_of(source)
+    sources = []
+    for folder in FOLDERS:  # at any depth and in any case
+        names = [p for p in files if p.parent.name.lower() == folder.lower() and not p.name.startswith(".")]
+        sources.append({path.name: files[path] for path in names})
+    if not all(sources):
         hint = ""
-        if any("duts-te" in name.lower() for name in names):
+        if any("duts-te" in str(path).lower() for path in files):
             hint = ": this is the test set, DUTS-TE, for u2mamba_eval.py; training needs DUTS-TR"
-        elif zips := [name for name in names if name.lower().endswith(".zip")]:
+        elif zips := [path for path in files if path.suffix.lower() == ".zip"]:
             hint = f": unpack {zips[0]} and pass the result"
         raise DataError(f"{source}: contains no folders {' and '.join(FOLDERS)} with files{hint}")
-    paired, unpaired = pair_names(*entries)
+    paired, unpaired = pair_names(*sources)
     if not paired:
         raise DataError(f"{source}: no image has a mask of the same name{unpaired.near_miss}")
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(exist_ok=True)
-    pairs = [Pair(stem, images / image, masks / mask) for stem, image, mask in paired]
     bad, written = [], 0
     with tempfile.TemporaryDirectory(dir=root, prefix=".prepare-") as name:
-        work = Path(name)
-        for number, pair in enumerate(pairs, 1):
-            new = Pair(pair.stem, work / f"image{pair.image.suffix}", work / f"mask{pair.mask.suffix}")
-            stem = f"{pair.stem}{MIRROR_SUFFIX}"
-            flipped = Pair(stem, images / f"{stem}.jpg", masks / f"{stem}.png")
+        new_images, new_masks = (Path(name, folder) for folder in FOLDERS)  # which messages name
+        new_images.mkdir()
+        new_masks.mkdir()
+        for number, (stem, image_name, mask_name) in enumerate(paired, 1):
+            pair = Pair(stem, images / image_name, masks / mask_name)
+            flipped = Pair(stem, images / f"{stem}{MIRROR_SUFFIX}.jpg", masks / f"{stem}{MIRROR_SUFFIX}.png")
             try:
                 for to in (pair, flipped) if mirror else (pair,):
                     if to.image.exists() and to.mask.exists():
                         continue
+                    new = Pair(stem, new_images / to.image.name, new_masks / to.mask.name)
                     if to is pair:
-                        copy(entries[0][pair.image.name], new.image)
-                        copy(entries[1][pair.mask.name], new.mask)
+                        copy(sources[0][image_name], new.image)
+                        copy(sources[1][mask_name], new.mask)
                         read_pair(new)
                     else:
                         image, mask = (Image.fromarray(array[:, ::-1]) for array in read_pair(pair))
-                        image.save(new.image, "JPEG", quality=MIRROR_QUALITY, subsampling=0)
-                        mask.save(new.mask, "PNG")
+                        image.save(new.image, quality=MIRROR_QUALITY, subsampling=0)
+                        mask.save(new.mask)
                     os.replace(new.image, to.image)
                     os.replace(new.mask, to.mask)
                     written += 2
-            except BadFile as error:  # of a temporary file: named as in the source
-                names = {new.image: f"{FOLDERS[0]}/{pair.image.name}", new.mask: f"{FOLDERS[1]}/{pair.mask.name}"}
-                bad.append(BadFile(names.get(error.path, error.path), error.reason))
-            if number % 1000 == 0 or number == len(pairs):
-                print(f"{number:,} of {len(pairs):,} pairs, {written:,} files written")
-    return len(pairs) - len(bad), bad, unpaired
+            except BadFile as error:
+                bad.append(error)
+            if number % 1000 == 0 or number == len(paired):
+                print(f"{number:,} of {len(paired):,} pairs, {written:,} files written")
+    return len(paired) - len(bad), bad, unpaired
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"{error.filename or args.out}: {error.strerror or error}; fix that and run it again"
         raise DataError(message) from None
     if bad:
-        names = [f"{error.path.as_posix()} ({error.reason})" for error in bad]
+        names = [f"{error.path.parent.name}/{error.path.name} ({error.reason})" for error in bad]
         print(f"warning: skipped {len(bad):,} unreadable pairs: {truncate_list(names)}")
     if unpaired.skipped:
         names = unpaired.images + unpaired.masks + unpaired.duplicates

@@ -119,22 +119,16 @@ def test_bad_files_are_skipped(tmp_path, capsys):
 
 
 def test_a_zip_that_leaves_the_folder_is_refused_before_writing(tmp_path, capsys):
-    link, out = zipfile.ZipInfo("DUTS-TR/DUTS-TR-Image/n9.jpg"), tmp_path / "out"
-    link.external_attr = 0o120777 << 16
-    for name in ("../n9.jpg", "/n9.jpg", "C:/n9.jpg", "DUTS-TR/DUTS-TR-Image/../../n9.jpg", "..\\n9.jpg", link):
+    out = tmp_path / "out"
+    for name in ("../n9.jpg", "/n9.jpg", "C:/n9.jpg", "DUTS-TR/DUTS-TR-Image/../../n9.jpg", "..\\n9.jpg"):
         source = make_zip(tmp_path / "a.zip", members() | {name: b"/etc/passwd"})
         assert command(source, out) == 2
         assert "nothing was written" in capsys.readouterr().err
         assert not out.exists()
 
 
-def test_bombs_and_a_full_disk(tmp_path, capsys, monkeypatch):
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
     source, out = make_zip(tmp_path / "a.zip", members()), tmp_path / "out"
-    monkeypatch.setattr(prepare_duts, "MAX_TOTAL", 500)
-    assert command(source, out) == 2
-    assert "refused" in capsys.readouterr().err
-    assert not out.exists()
-    monkeypatch.undo()
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device", str(out))
