@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.tiny import draw_pairs
 from tests.forked import run_script
 
 ROOT = Path(__file__).parents[2]
@@ -63,18 +64,10 @@ def apply(folder: Path, diff: str) -> None:
             path.write_text("\n".join(source) + "\n", "utf-8")
 
 
-def make_data(folder: Path, mode: str = "RGB", labels: bool = False) -> Path:
-    """Eight pairs to train and two to validate: a bright disc on dark noise, of 48x72 pixels."""
-    rng, (y, x) = np.random.default_rng(0), np.mgrid[:48, :72]
-    for i in range(10):
-        parent = folder / "val" if i > 7 else folder
-        disc = (y - rng.integers(14, 34)) ** 2 + (x - rng.integers(14, 58)) ** 2 < 144
-        image = rng.integers(0, 60, (48, 72, len(mode))) + 180 * disc[..., None]
-        mask = disc * (1 + (x > x[disc].mean()) if labels else 255)
-        for kind, array, m in (("images", image, mode), ("masks", mask, "L")):
-            (parent / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array.astype(np.uint8), m).save(parent / kind / f"p{i}.png")
-    return folder
+def make_data(folder: Path, *options) -> Path:
+    """Eight pairs to train and two to validate."""
+    draw_pairs(folder / "val", ("p8", "p9"), *options, seed=1)
+    return draw_pairs(folder, [f"p{i}" for i in range(8)], *options)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +302,7 @@ def test_four_channels(project, tmp_path):
 
 
 def test_three_classes(project, tmp_path):
-    data = make_data(tmp_path / "data", labels=True)
+    data = make_data(tmp_path / "data", "RGB", True)
     project.edit("Three classes")
     lines = project.train(*U2NETP, "--epoch_num", "4", "--lr", "3e-3", "--val_frq", "4", data=data)
     assert project.load()["outconv.bias"].shape == (3,) and iou(lines) > 0, lines

@@ -2,31 +2,18 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import model
 import u2mamba_train as script
-from tests.engine.tiny import Net
+from tests.engine.tiny import Net, draw_pairs
 from u2mamba.engine import schedule
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """24 pairs: a bright disc on a dark, noisy background; d27 is the validation split."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "images").mkdir()
-    (root / "masks").mkdir()
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:60, :70]
-    for i in range(10, 34):
-        cy, cx, r = rng.integers(15, 45), rng.integers(15, 55), rng.integers(8, 15)
-        disc = (y - cy) ** 2 + (x - cx) ** 2 < r * r
-        image = rng.integers(0, 90, (60, 70, 3)) + 150 * disc[..., None]
-        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"d{i}.png")
-        Image.fromarray((disc * 255).astype(np.uint8)).save(root / "masks" / f"d{i}.png")
-    return root
+    """24 pairs; d27 is the validation split."""
+    return draw_pairs(tmp_path_factory.mktemp("data"), [f"d{i}" for i in range(10, 34)])
 
 
 @pytest.fixture

@@ -1,18 +1,23 @@
-"""The real script, tiny, as a process: its lines, its files, stopping and going on, and what a user can do wrong."""
+"""A tiny run: its lines, its files, stopping and going on, unusable input, and machines that are not as usual."""
 
 import csv
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from model import U2MAMBAP
-from tests.engine.tiny import assert_same_weights, copy_pairs, start, train, weights
+from tests.engine.tiny import copy_pairs, same, start, train, weights
+from u2mamba.engine.distributed import init_distributed
 from u2mamba.runtime.errors import UserError
 
 RICH = "--ema_decay 0.9 --precision bf16 --lr_schedule cosine --weight_decay 0.1 --grad_clip 1".split()
@@ -88,11 +93,11 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_as_if_it_never_was(number,
         assert f"stopped at iteration {kept}" in out
     again = train(data, tmp_path, *RICH)
     assert again.returncode == 0 and f"iteration {kept}" in again.stdout
-    assert_same_weights(weights(tmp_path / "tiny"), weights(finished[0]))
-    assert_same_weights(*(torch.load(f / "best.pth", weights_only=True) for f in (tmp_path / "tiny", finished[0])))
+    assert same(weights(tmp_path / "tiny"), weights(finished[0]))
+    assert same(*(torch.load(f / "best.pth", weights_only=True) for f in (tmp_path / "tiny", finished[0])))
     rows = [list(csv.DictReader((f / "log.csv").open(newline=""))) for f in (tmp_path / "tiny", finished[0])]
-    same = ("ite", "loss", "tar", "IoU", "lr", "val_IoU", "val_MAE", "val_maxF")
-    assert [[r[k] for k in same] for r in rows[0]] == [[r[k] for k in same] for r in rows[1]]
+    columns = ("ite", "loss", "tar", "IoU", "lr", "val_IoU", "val_MAE", "val_maxF")
+    assert [[r[k] for k in columns] for r in rows[0]] == [[r[k] for k in columns] for r in rows[1]]
 
 
 def test_other_settings_are_not_mixed_into_a_run_unless_forced_to(run, tmp_path):
@@ -172,3 +177,63 @@ def test_when_the_reader_of_a_pipe_goes_the_run_is_saved(data, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) in (130, 143)  # by what came first
     assert torch.load(tmp_path / "tiny" / "last.pth", weights_only=True)["state"]["iteration"] >= 2
+
+
+# ------- where the machine or the caller is not as usual
+
+SIGNALS = [number for number in map(signal.Signals.__members__.get, ("SIGINT", "SIGTERM", "SIGHUP")) if number]
+
+
+def test_run_works_in_a_thread_and_leaves_signal_handlers_as_they_were(run, tmp_path, monkeypatch):
+    before, codes = [signal.getsignal(number) for number in SIGNALS], []
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run(save_frq=1000, saved_models=Path("~/runs"))[0] == 0
+    assert (tmp_path / "home" / "runs" / "tiny" / "last.pth").is_file() or os.name == "nt"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    thread = threading.Thread(target=lambda: codes.append(run(model_name="thread", save_frq=1000)[0]))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("others", [{}, {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_world_size_that_is_not_torchruns_is_one_line(others, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **others}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"WORLD_SIZE = '2' .*LOCAL_RANK.* unset it, or start with torchrun"),
+        init_distributed(),
+    ):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with init_distributed() as dist:
+        assert dist.size == 1
+
+
+def test_the_longest_name_is_trained_under(run, tmp_path):
+    assert run(model_name="x" * 180)[0] == 0
+    assert len(list((tmp_path / ("x" * 180)).glob("x*_bce_itr_*.pth"))) == 3
+
+
+def test_a_tensorboard_that_cannot_be_imported_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    (tmp_path / "tensorboard.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out = run(save_frq=1000)
+    assert (
+        code == 0
+        and out.count("warning: TensorBoard is not used (TypeError: Descriptors cannot be created directly)") == 1
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_paths_that_are_not_utf_8(run, data, tmp_path):
+    folder = tmp_path / "d\udcfcts"
+    shutil.copytree(data, folder)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as every command does
+    assert run(data_dir=str(folder), saved_models=str(folder), save_frq=1000)[0] == 0
+    assert run(data_dir=str(folder), saved_models=str(folder), save_frq=1000, epoch_num=2)[0] == 0  # resumed
