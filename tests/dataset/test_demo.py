@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from u2mamba.dataset import demo as module
-from u2mamba.dataset.demo import COUNT, FOLDER, is_complete, make_demo
+from u2mamba.dataset.demo import COUNT, FOLDER, make_demo
 from u2mamba.runtime.errors import UserError
 
 ROOT = Path(module.__file__).parents[2]
@@ -75,33 +74,17 @@ def test_enough_pairs_are_for_validation():
     assert sum(zlib.crc32(f"demo_{i:04d}".encode()) % 20 == 0 for i in range(COUNT)) == 24
 
 
-def test_a_complete_set_is_left_alone_and_others_are_replaced(tmp_path):
-    make_demo(tmp_path, 3, 0)
-    folder, whole = tmp_path / FOLDER, digest(tmp_path)
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    assert make_demo(str(tmp_path), 3, 0) == tmp_path
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == times
-    (folder / "gt_aug/demo_0001.png").unlink()
-    (folder / "im_aug/demo_0002.jpg").write_bytes(b"")
-    make_demo(tmp_path, 3, 0)
-    assert digest(tmp_path) == whole
-    make_demo(tmp_path, 2, 5)
-    assert len(list((folder / "im_aug").iterdir())) == 2
-
-
-def test_files_of_others_are_not_touched(tmp_path):
+def test_what_is_there_is_not_touched(tmp_path):
     make_demo(tmp_path, 2)
     folder = tmp_path / FOLDER
     for name in ("im_aug/mine.jpg", "gt_aug/mine.png", "notes.txt"):
         (folder / name).write_bytes(b"mine")
-    before = digest(tmp_path)
-    make_demo(tmp_path, 2)  # complete
-    with pytest.raises(UserError, match=r"contains 3 other files \(gt_aug/mine.png\): move them away, or set data_dir"):
-        make_demo(tmp_path, 3)
-    assert digest(tmp_path) == before
-    (folder / "demo.json").unlink()  # then none of the files is known to be ours
-    with pytest.raises(UserError, match="contains 7 other files"):
-        make_demo(tmp_path, 2)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert make_demo(str(tmp_path), 2) == tmp_path
+    for number, seed in ((3, 0), (2, 1)):
+        with pytest.raises(UserError, match=r"DUTS-TR holds other files than this .*: move it away, or set data_dir"):
+            make_demo(tmp_path, number, seed)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
 def test_processes_that_start_together_make_one_set(tmp_path, monkeypatch):
@@ -110,7 +93,7 @@ def test_processes_that_start_together_make_one_set(tmp_path, monkeypatch):
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["DUTS-TR"]
-    assert is_complete(tmp_path / FOLDER, json.loads((tmp_path / FOLDER / "demo.json").read_text()))
+    assert len(digest(tmp_path)) == 7
 
 
 def test_a_full_disk_leaves_nothing_incomplete(tmp_path, monkeypatch):

@@ -14,8 +14,6 @@ license is not stated there, are not used. The outlines of the objects (demo_obj
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from skimage.color import rgb2lab
 
 from u2mamba.runtime.errors import UserError
 
-VERSION = 1  # datasets of another version are regenerated: increase it with any change of the images
+VERSION = 1  # increase it with any change of the images, so that older datasets are not used
 COUNT = 480  # 24 of them are for validation
 FOLDER = Path("DUTS-TR", "DUTS-TR")
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
@@ -221,50 +219,39 @@ class Composer:
         return pair
 
 
-def is_complete(folder: Path, stamp: dict) -> bool:
-    """Whether `folder` holds the dataset that `stamp` describes, with all its files."""
-    try:
-        names = [{p.stem for p in (folder / sub).iterdir() if p.stat().st_size} for sub in ("im_aug", "gt_aug")]
-        same = json.loads((folder / "demo.json").read_text(encoding="utf-8")) == stamp
-    except (OSError, ValueError):
-        return False
-    return same and names[0] & names[1] >= {f"demo_{i:04d}" for i in range(stamp["count"])}
-
-
 def make_demo(out_dir: str | Path, n: int = COUNT, seed: int = 0) -> Path:
     """Writes `n` pairs to `out_dir`/DUTS-TR/DUTS-TR/{im_aug/demo_0000.jpg, gt_aug/demo_0000.png} and returns `out_dir`.
 
-    The same `n` and `seed` give the same files, up to a gray level between versions of Pillow. A complete dataset is
-    kept; an incomplete or different one is replaced, unless it contains other files. A rename publishes all files at
-    once, so that several processes may call this. Raises UserError if the dataset cannot be generated or written.
+    The same `n` and `seed` give the same files, up to a gray level between versions of Pillow. A dataset that is there
+    is kept. A rename publishes all files at once, so several processes may call this. Raises UserError if the dataset
+    cannot be generated or written, or its folder holds other files.
     """
     out_dir = Path(out_dir)
-    final, stamp = out_dir / FOLDER, {"version": VERSION, "count": n, "seed": seed}
-    if is_complete(final, stamp):
-        return out_dir
-    files = sorted(path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file())
-    ours = re.compile(r"demo\.json|im_aug/demo_\d{4,}\.jpg|gt_aug/demo_\d{4,}\.png" if "demo.json" in files else "$.")
-    if others := [name for name in files if not ours.fullmatch(name) and not re.search(r"(^|/)\.", name)]:
-        raise UserError(f"{final} contains {len(others)} other files ({others[0]}): move them away, or set data_dir")
+    final = out_dir / FOLDER
+    stamp, text = final / "demo.json", json.dumps({"version": VERSION, "count": n, "seed": seed})
+
+    def is_there() -> bool:
+        return stamp.is_file() and stamp.read_text(encoding="utf-8") == text
+
+    if final.exists():
+        if is_there():
+            return out_dir
+        raise UserError(f"{final} holds other files than this demo dataset: move it away, or set data_dir")
     composer = Composer()
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".make_demo-") as work:
             new = Path(work, "new")
-            for sub in ("im_aug", "gt_aug"):
-                (new / sub).mkdir(parents=True)
+            for name in ("im_aug", "gt_aug"):
+                (new / name).mkdir(parents=True)
             for i in range(n):
                 image, mask = composer.pair(seed, i)
                 image.save(new / "im_aug" / f"demo_{i:04d}.jpg", quality=92)
                 mask.save(new / "gt_aug" / f"demo_{i:04d}.png")
-            (new / "demo.json").write_text(json.dumps(stamp), encoding="utf-8")
-            if not is_complete(final, stamp):  # another process may have been faster
-                if final.exists():
-                    shutil.move(final, Path(work, "old"))
-                new.rename(final)
+            (new / stamp.name).write_text(text, encoding="utf-8")
+            new.rename(final)
     except OSError as error:
-        if not is_complete(final, stamp):
-            raise UserError(
-                f"cannot write the demo dataset ({error}): {out_dir} must be writable, 20 MB free"
-            ) from error
+        if not is_there():  # another process may have been faster
+            message = f"cannot write the demo dataset ({error}): {out_dir} must be writable, 20 MB free"
+            raise UserError(message) from error
     return out_dir
