@@ -42,13 +42,12 @@ def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tens
     def eager(images: Tensor) -> Tensor:
         return net(normalize(images))[0]
 
-    variants = {BASELINE: eager, "Predictor, fp32": Predictor(net, device, "fp32")}
-    precision, why = choose_precision("bf16", device)
-    if precision == "bf16":
-        variants["Predictor, bf16"] = Predictor(net, device, "bf16")
-    else:
-        print(f"without bf16: {why}")
-    return variants
+    precision, line = choose_precision("bf16", device)  # the line says why where it is not bf16
+    return {
+        BASELINE: eager,
+        "Predictor, fp32": Predictor(net, device),
+        f"Predictor, {line}": Predictor(net, device, precision),
+    }
 
 
 def main(cfg: Config) -> None:

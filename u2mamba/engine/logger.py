@@ -47,11 +47,6 @@ class TrainLogger:
             self._write_csv(_read_csv(folder / "log.csv", state))
         self._board = self._tensorboard() if writes else None
 
-    @property
-    def seconds(self) -> float:
-        """Training time, over all starts of the run."""
-        return time.monotonic() - self._start
-
     def log(self, text: str) -> None:
         """Prints a line at once."""
         try:
@@ -62,7 +57,7 @@ class TrainLogger:
 
     def update(self, batch: Batch) -> None:
         """Counts an iteration."""
-        self.state.seconds = self.seconds
+        self.state.seconds = time.monotonic() - self._start
         self._rows.appendleft(batch.rows)
         self._images += len(batch.rows)
         self._waited += batch.wait
@@ -151,7 +146,7 @@ class TrainLogger:
             return
         values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         place = {"ite": self.state.iteration, "epoch": self.state.epoch + 1}
-        full = place | values | {"seconds": f"{self.seconds:.1f}"}
+        full = place | values | {"seconds": f"{self.state.seconds:.1f}"}
         if new := [name for name in full if name not in self._columns]:  # a new score
             self._columns += new
             self._write_csv([*_read_csv(self.folder / "log.csv"), full])
