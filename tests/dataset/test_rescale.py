@@ -12,7 +12,7 @@ from tests.dataset.samples import ROUNDING, photo
 from u2mamba.dataset.rescale import rescale_image, resize_map
 
 
-def test_a_very_long_image_in_blocks():
+def test_a_very_long_image():
     image = photo(9000, 50)
     expected = sk.resize(image, (320, 320), mode="constant")
     assert np.abs(rescale_image(image, 320) / 255.0 - expected).max() <= ROUNDING + 1e-6
