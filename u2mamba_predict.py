@@ -65,9 +65,6 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device supports it
 
 
-# ----------------------------------------------------------------------------------------------------- writing
-
-
 def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) -> BadFile | None:
     """Writes the outputs of one result of `compute_maps`, or returns why not. Raises UserError for a full disk."""
     paths = outputs[result[0]]
@@ -81,9 +78,6 @@ def write(result: tuple, outputs: dict[Source, dict[str, Path]], cfg: Config) ->
             raise UserError(f"{error}; repeat the command to continue") from None
         return BadFile(result[0].image, str(error))
     return None
-
-
-# -------------------------------------------------------------------------------------------------- predicting
 
 
 def prepare(net: torch.nn.Module, size: int, cfg: Any) -> Predictor:
@@ -132,9 +126,6 @@ def predict_stream(cfg: Config) -> int:
     sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()
     return EXIT_OK
-
-
-# -------------------------------------------------------------------------------------------------------- main
 
 
 def main(cfg: Config) -> int:

@@ -54,17 +54,3 @@ def time_in_turn(
             synchronize()
             seconds[name].append((time.perf_counter() - start) / calls)
     return {name: median_and_spread(values[1:]) for name, values in seconds.items()}
-
-
-def in_cuda_graph(call: Callable[[], object]) -> Callable[[], None]:
-    """The call captured in a CUDA graph, as a function that replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.hardware import cli, in_cuda_graph, print_hardware, time_in_turn
+from benchmarks.hardware import cli, print_hardware, time_in_turn
 from model.selective_scan import REGISTERED, selective_scan
 from u2mamba.fast.install import register_scans
 from u2mamba.runtime.environment import choose_device, memory_in_use, peak_memory
@@ -25,7 +25,7 @@ GPU_BATCH, GPU_SHAPES = 12, ((512, 81), (512, 324), (64, 1296), (64, 5184), (64,
 
 @dataclass
 class Config:
-    runs: int = 7  # timed runs, after the warm-up
+    runs: int = 7  # timed runs on a CPU, after the warm-up
     memory_length: int = 82944  # tokens, on a CPU: whose memory is measured
     ratio_length: int = 5184  # tokens, on a CPU: where "torch" is compared with the reference loop
     device: str = "auto"
@@ -58,15 +58,16 @@ def on_cpu(cfg: Config, device: torch.device) -> None:
     print(f"ratio: {times['reference'][0] / times['torch'][0]:.1f}")
 
 
-def on_gpu(cfg: Config, device: torch.device) -> None:
+def on_gpu() -> None:
+    from triton.testing import do_bench_cudagraph  # Linux only
+
     register_scans()
-    print(f"B={GPU_BATCH}, n={D_STATE}, forward + backward, median of {cfg.runs} runs")
+    print(f"B={GPU_BATCH}, n={D_STATE}, forward + backward, median")
     print(f"{'d':>5} {'L':>6} {'dtype':>9} {'backend':>10} {'ms':>10}")
     for (channels, length), dtype, name in product(GPU_SHAPES, (torch.bfloat16, torch.float32), REGISTERED):
         call = forward_and_backward(GPU_BATCH, channels, length, name, "cuda", dtype)
         try:
-            times = time_in_turn({name: in_cuda_graph(call)}, device, cfg.runs, calls=20, warm_up=3)
-            cell = f"{1e3 * times[name][0]:.3f}"
+            cell = f"{do_bench_cudagraph(call, return_mode='median'):.3f}"
         except (RuntimeError, ValueError) as error:  # out of memory, or a backend that does not work here
             cell = type(error).__name__
         print(f"{channels:>5} {length:>6} {str(dtype)[6:]:>9} {name:>10} {cell:>10}", flush=True)
@@ -76,7 +77,10 @@ def main(cfg: Config) -> None:
     device, _ = choose_device(cfg.device)
     print_hardware(device)
     torch.manual_seed(0)
-    (on_gpu if device.type == "cuda" else on_cpu)(cfg, device)
+    if device.type == "cuda":
+        on_gpu()
+    else:
+        on_cpu(cfg, device)
 
 
 if __name__ == "__main__":

@@ -101,12 +101,6 @@ class DistContext:
                 raise UserError("several processes require CUDA GPUs or CPUs; on an Apple GPU, start one")
             dist.broadcast(tensor, 0)
 
-    def describe(self, batch: int) -> str:
-        """The processes and batch sizes, for printing; batch: per process."""
-        if self.size == 1:
-            return f"1, batch size {batch}"
-        return f"{self.size} ({self.local_size} on this machine), batch size {batch} each, {batch * self.size} in total"
-
 
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistContext]:

@@ -11,14 +11,13 @@ from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import atomic_write
 
 SETTINGS_FILE = "settings.json"
-ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
 class Provenance:
     """The record of one output folder; `outputs`: relative paths of the recorded outputs.
 
-    Outputs are recorded before they are written, since a killed process could not record them afterward. A complete
-    file at a recorded path counts as done.
+    Outputs are recorded before they are written, since a killed process could not record them afterward. A file at a
+    recorded path counts as done.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -51,7 +50,7 @@ class Provenance:
         elif _state(image) != {key: entry[key] for key in _state(image)}:
             reason = f"predicted from another image, or before {image} changed"
         else:
-            return _is_complete(output)
+            return output.stat().st_size > 0  # a power cut may leave empty files, since outputs are not flushed
         raise UserError(f"{output} exists, {reason}: choose another --out, or give --overwrite")
 
     def start(self, images: Mapping[Path, Path]) -> None:
@@ -73,10 +72,3 @@ def _state(path: Path) -> dict[str, int]:
     except OSError:  # reading the image will fail too, with the reason
         return {"bytes": -1, "modified": -1}
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}
-
-
-def _is_complete(path: Path) -> bool:
-    """False for a file that a power cut has truncated, since outputs are not flushed."""
-    with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, 8), os.SEEK_END)
-        return file.read().endswith(ENDINGS)
