@@ -1,8 +1,9 @@
-"""README.md and docs/: commands parse, Python blocks run, links lead somewhere, the option table is current."""
+"""README.md, docs/, the notebook: commands parse, Python code runs, links lead somewhere, options are current."""
 
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -68,6 +69,21 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     u2mamba_export.main(u2mamba_export.Config(out="small.onnx"))
     for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(code.replace("saved_models/", f"{ROOT}/saved_models/"), {})  # noqa: S102 - our own pages
+
+
+def test_the_notebook_runs_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples/quickstart.ipynb").read_text("utf-8"))["cells"]
+    namespace, outputs = {}, []
+    for _ in range(2):
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), namespace)  # noqa: S102 - our own notebook
+        outputs.append(capsys.readouterr().out)
+    first, second = outputs
+    before, after = first.split("MAE before: ")[1].split(", after: ")
+    assert float(after) < float(before) and second.endswith(f"MAE before: {before}, after: {after}")
+    assert "done: 1 images" in first and "are already done" in second and "holds a finished run" in second
 
 
 def test_the_readme_is_short():

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn import functional as F
 
+import u2mamba_train as script
 from data_loader import epoch_plan
 from tests.engine import tiny
 from u2mamba.engine.distributed import DistContext
@@ -30,54 +29,33 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's pro
 # ------- in two processes that this one starts --------
 
 
-class Net(nn.Module):
-    """Seven outputs without batch norm, so that two processes compute what one does with the doubled batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.unused = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(3, 3, 1)
-
-    def forward(self, x, logits=False):
-        return self.conv(x).split(1, 1)
-
-
-def loss(logits, masks):
-    return torch.stack([F.binary_cross_entropy_with_logits(d.to(masks.dtype), masks) for d in logits])
-
-
-def batch(seed, n=4, size=16):
-    g = torch.Generator().manual_seed(seed)
-    masks = (torch.rand(n, 1, size, size, generator=g) > 0.6).double()
-    return torch.randn(n, 3, size, size, generator=g).double(), masks
-
-
-def make(world, net=Net, **options):
-    torch.manual_seed(world.rank)  # other weights in each process, until the main one's are broadcast
-    net = net().double().train()
+def make(world, net=tiny.NetWithoutNorm, **options):
+    net = net()
+    net.conv.weight.data.add_(world.rank)  # other weights in each process, until the main one's are broadcast
     world.broadcast_weights(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
-    return TrainStep(net, optimizer, loss, Environment(torch.device("cpu")), world, **options)
+    return TrainStep(net, optimizer, script.multi_bce_loss_fusion, Environment(torch.device("cpu")), world, **options)
 
 
 def steps(world):
     step = make(world, grad_clip=0.01, ema_decay=0.9)
     for i in range(3):
-        step(*(world.shard(t) for t in batch(i)))
+        step(*(world.shard(t) for t in tiny.batch(i)))
     means = {name: value for name, value in vars(step.read()).items() if name != "memory"}  # each process's own
     return {"net": step.net.state_dict(), "average": step.ema_model().state_dict(), "means": means}
 
 
 def own_statistics(world):
     step = make(world, tiny.Net)
-    step(*(world.shard(t) for t in batch(0)))
-    return {"net": step.net.state_dict(), "seen": world.shard(batch(0)[0])}
+    step(*(world.shard(t) for t in tiny.batch(0)))
+    return {"net": step.net.state_dict(), "seen": world.shard(tiny.batch(0)[0])}
 
 
 def nan_in_the_second(world):
     step = make(world)
-    step(*batch(0))
+    step(*tiny.batch(0))
     before = {k: v.clone() for k, v in step.net.state_dict().items()}
-    images, masks = batch(1)
+    images, masks = tiny.batch(1)
     images[0] = math.nan if world.rank == 1 else images[0]
     step(images, masks)
     after = step.net.state_dict()
@@ -86,7 +64,7 @@ def nan_in_the_second(world):
 
 def validation(world):
     metric = SODMetric()
-    images, masks = torch.sigmoid(batch(0, n=5)[0][:, :1]), batch(0, n=5)[1]
+    images, masks = torch.sigmoid(tiny.batch(0, n=5)[0][:, :1]), tiny.batch(0, n=5)[1]
     rows = slice(world.rank, None, world.size)  # three and two
     metric.update(images[rows], masks[rows])
     return metric.compute()
@@ -148,7 +126,7 @@ def test_the_statistics_of_batch_norm_are_the_mean_of_the_processes(both):
     first, second = (b["own_statistics"] for b in both)
     for key, value in first["net"].items():
         assert torch.equal(value, second["net"][key]), key
-    net = tiny.Net().double()
+    net = tiny.Net()
     maps = [net.conv(b["seen"]) for b in (first, second)]
     mean, variance = (sum(f(m) for m in maps) / 2 for f in (lambda m: m.mean((0, 2, 3)), lambda m: m.var((0, 2, 3))))
     assert torch.allclose(first["net"]["bn.running_mean"], 0.1 * mean, atol=1e-7)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import u2mamba_train as script
-from tests.engine.tiny import Net
+from tests.engine.tiny import Net, NetWithoutNorm, batch
 from u2mamba.engine.parameters import param_groups_weight_decay
 from u2mamba.engine.step import TrainStep
 from u2mamba.runtime.environment import Environment
@@ -22,18 +22,6 @@ except ImportError:
     KINDS = [TrainStep]
 CPU = Environment(torch.device("cpu"))
 both_steps = pytest.mark.parametrize("kind", KINDS)
-
-
-class NetWithoutNorm(Net):
-    """No operation over the whole batch, and an unused layer."""
-
-    def forward(self, x, logits=False):
-        return self.conv(x).split(1, 1)
-
-
-def batch(seed=0, n=4):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, generator=g), (torch.rand(n, 1, 8, 8, generator=g) > 0.5).float()
 
 
 def make(net, loss=script.multi_bce_loss_fusion, kind=TrainStep, fused=True, optimizer=None, **options):
@@ -278,18 +266,6 @@ def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
         assert torch.allclose(a, b, rtol=1e-4)  # another decay: the same average
     edited(*batch(2))
     assert edited.read().steps == 1
-
-
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}], ids=str)
-def test_after_another_optimizer_the_moments_start_from_zero(options, capsys):
-    net, edited = Net(), Net()
-    half = make(net, optimizer=torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9) if not options else None)
-    half(*batch(0))
-    step = make(edited, optimizer=torch.optim.Adam(edited.parameters(), lr=1e-2, fused=True, **options))
-    step.load_state_dict(half.state_dict())
-    assert "the optimizer or its parameter groups changed: its moments start from zero" in capsys.readouterr().out
-    step(*batch(1))
-    assert not same(edited, weights(Net()))
 
 
 def test_the_optimizer_resumes_in_another_memory_format():

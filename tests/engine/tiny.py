@@ -33,6 +33,18 @@ class Net(nn.Module):
         return d if logits else tuple(torch.sigmoid(v) for v in d)
 
 
+class NetWithoutNorm(Net):
+    """No operation over the whole batch, and an unused layer."""
+
+    def forward(self, x, logits=False):
+        return self.conv(x).split(1, 1)
+
+
+def batch(seed=0, n=4):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=g), (torch.rand(n, 1, 8, 8, generator=g) > 0.5).float()
+
+
 def words(data, saved, *more):
     folders = ["--data_dir", data, "--tra_image_dir", "images", "--tra_label_dir", "masks", "--saved_models", saved]
     return [*TINY, *map(str, folders), *more]
