@@ -29,18 +29,16 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    images = [read_image(PHOTOGRAPHS / name) for name in NAMES]
-    rows: list[list[np.ndarray]] = [[] for _ in NAMES]  # of each photograph, a sheet from each network
-    for checkpoint in ("small", *cfg.checkpoint):
-        predict = Predictor(load_model(checkpoint))
-        for row, image in zip(rows, images, strict=True):
-            sheet = np.asarray(render("sheet", predict.saliency(image), image, u2mamba_predict.Config()))
-            third = (sheet.shape[1] + GAP) // 3  # the photograph and the gap after it: once is enough
-            row.append(sheet[:, third - GAP if row else 0 :])
-    wide = [Image.fromarray(np.hstack(row)) for row in rows]
-    wide = [w.resize((WIDTH, round(w.height * WIDTH / w.width)), Image.Resampling.LANCZOS) for w in wide]
-    figure = np.vstack([np.pad(w, ((0, 4), (0, 0), (0, 0)), constant_values=255) for w in wide])
-    Image.fromarray(figure).save(cfg.out, quality=88)
+    networks = [Predictor(load_model(checkpoint)) for checkpoint in ("small", *cfg.checkpoint)]
+    settings, rows = u2mamba_predict.Config(), []
+    for name in NAMES:
+        image = read_image(PHOTOGRAPHS / name)
+        sheets = [np.asarray(render("sheet", predict.saliency(image), image, settings)) for predict in networks]
+        start = (sheets[0].shape[1] + GAP) // 3 - GAP  # of the map: the photograph before it is shown once
+        row = Image.fromarray(np.hstack([sheets[0], *(sheet[:, start:] for sheet in sheets[1:])]))
+        row = row.resize((WIDTH, round(row.height * WIDTH / row.width)), Image.Resampling.LANCZOS)
+        rows.append(np.pad(row, ((0, 4), (0, 0), (0, 0)), constant_values=255))
+    Image.fromarray(np.vstack(rows)).save(cfg.out, quality=88)
     print(f"{cfg.out}: photograph, then map and cut-out by each network, of {', '.join(NAMES)}")
 
 

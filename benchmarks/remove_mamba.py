@@ -7,6 +7,7 @@ IoU and MAE on the validation pairs of DUTS-TR, with the mean difference per ima
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,14 +37,11 @@ def scores(net: nn.Module, cfg: Config, source, removed: dict[str, nn.Module]) -
     """(IoU and MAE of each image (N, 2), norm of what each removed layer adds over the norm of its input)."""
     sizes = {}
 
-    def remove(name: str):
-        def hook(_module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            sizes[name] = (out.float().norm() / inputs[0].float().norm()).item()
-            return torch.zeros_like(out)
+    def remove(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        sizes[name] = (out.float().norm() / inputs[0].float().norm()).item()
+        return torch.zeros_like(out)
 
-        return hook
-
-    hooks = [layer.register_forward_hook(remove(name)) for name, layer in removed.items()]
+    hooks = [layer.register_forward_hook(partial(remove, name)) for name, layer in removed.items()]
     rows = []
     for batch in validation_batches(source, range(0, len(source), cfg.every), cfg.batch):
         d0 = net(batch.x)[0].float()

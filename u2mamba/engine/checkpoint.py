@@ -74,10 +74,8 @@ class Checkpointer:
                 self.step.load_state_dict(saved["step"])
                 torch.set_rng_state(saved["random"])
             where = f"resuming from {path}: epoch {state.epoch + 1}, iteration {state.iteration}"
-            finished = (
-                f"{self.folder} holds a finished run of {state.epoch} epochs; increase --epoch_num to continue it"
-            )
-            print(finished if state.finished else where)
+            done = f"{self.folder} holds a finished run of {state.epoch} epochs; increase --epoch_num to continue it"
+            print(done if state.finished else where)
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

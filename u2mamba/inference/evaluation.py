@@ -67,7 +67,7 @@ class ImageScores(NamedTuple):
     sm: float
     intersection: int  # pixels of map > 0.5 and mask
     union: int
-    curves: np.ndarray | None  # (4, 256): precision, recall, F and E at thresholds 255, ..., 0
+    curves: np.ndarray  # (4, 256): precision, recall, F and E at thresholds 255, ..., 0
     constant: bool  # the map has a single value
     resized: bool  # the map had another size than the mask
     faint: bool  # no value of the map exceeds 1 of 255
@@ -181,21 +181,18 @@ class DatasetMetrics:
 
     def __init__(self, name: str):
         self.name = name
-        self.images: list[tuple[str, ImageScores]] = []  # without their curves
+        self.images: list[tuple[str, ImageScores]] = []
         self.bad: list[BadFile] = []
-        self._curves = np.zeros((4, 256))
 
     def add(self, stem: str, scores: ImageScores | BadFile) -> None:
-        """Adds the next image; the order affects the rounding of the sums."""
         if isinstance(scores, BadFile):
             self.bad.append(scores)
-            return
-        self._curves += scores.curves
-        self.images.append((stem, scores._replace(curves=None)))
+        else:
+            self.images.append((stem, scores))
 
     def curves(self) -> dict[str, np.ndarray]:
         """Means over the images at thresholds 255, ..., 0, (256,) each: precision, recall, f_a, f_b, e."""
-        precision, recall, f_b, e = self._curves / len(self.images)
+        precision, recall, f_b, e = np.mean([scores.curves for _, scores in self.images], axis=0)
         divisor = BETA2 * precision + recall
         f_a = np.divide((1 + BETA2) * precision * recall, divisor, out=np.zeros(256), where=divisor > 0)
         return {"precision": precision, "recall": recall, "f_a": f_a, "f_b": f_b, "e": e}
