@@ -1,4 +1,4 @@
-"""A script in a fork of a process that has loaded PyTorch and the other packages: a run without its 5 s of imports."""
+"""Forks of a process that has loaded PyTorch and the other packages: runs of a script without their 5 s of imports."""
 
 import multiprocessing
 import os
@@ -23,18 +23,19 @@ def _script(script: str, words: list[str], cwd: str, outputs: list[str]) -> None
     runpy.run_path(script, run_name="__main__")
 
 
-def run_script(
-    script: Path, words: list, cwd: Path, outputs: Path, timeout: float = 300
-) -> subprocess.CompletedProcess:
-    """As subprocess.run of the script in `cwd`; stdout and stderr pass through files in the folder `outputs`."""
-    words = list(map(str, words))
+def context() -> multiprocessing.context.BaseContext:
+    """Whose processes are forks where the system has them."""
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
-        command = [sys.executable, str(script), *words]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PACKAGES, __name__])
-    paths = [outputs / "stdout", outputs / "stderr"]
-    process = context.Process(target=_script, args=(str(script), words, str(cwd), list(map(str, paths))))
+    return context
+
+
+def run_script(script: Path, words: list, cwd: Path, outputs: Path, timeout: float = 300):
+    """As subprocess.run of the script in `cwd`; stdout and stderr pass through files in the folder `outputs`."""
+    words, paths = list(map(str, words)), [outputs / "stdout", outputs / "stderr"]
+    process = context().Process(target=_script, args=(str(script), words, str(cwd), list(map(str, paths))))
     process.start()
     process.join(timeout)
     process.kill()

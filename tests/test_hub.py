@@ -1,12 +1,11 @@
 """torch.hub loads the networks, also for a caller whose own module is called `model`."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import run_script
 from u2mamba.inference import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +23,7 @@ def test_a_caller_with_a_module_called_model(tmp_path):
         "torch.save([n(torch.linspace(-2, 2, 3 * 64 * 64).reshape(1, 3, 64, 64))[0] for n in (net, same)], 'd0.pt')\n",
         encoding="utf-8",
     )
-    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True)
+    assert run_script(tmp_path / "use.py", [], tmp_path, tmp_path).returncode == 0
     with torch.no_grad():
         expected = load_model("small")(torch.linspace(-2, 2, 3 * 64 * 64).reshape(1, 3, 64, 64))[0]
     for d0 in torch.load(tmp_path / "d0.pt"):

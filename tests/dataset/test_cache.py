@@ -1,8 +1,6 @@
 """The stored cache: read where nothing has changed, else rebuilt; never in the way of the run."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.dataset.samples import disc, make_folders, open_folders, photo
+from tests.forked import context
 from u2mamba.dataset import cache as cache_module
 from u2mamba.dataset import decode, rescale
 from u2mamba.dataset.cache import cache_path
@@ -147,34 +146,28 @@ def test_a_cache_that_cannot_be_stored_costs_one_line(tmp_path, monkeypatch):
     assert not stored(tmp_path)
 
 
-START = """
-import sys
-from tests.dataset.samples import open_folders
-data, log, _ = open_folders(*sys.argv[1:3])
-print(data.fingerprint, data.train.cache.images.sum().item(), "damaged" in log)
-"""
-
-
-def start(*folders: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", START, *folders]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+def opened(folders: tuple[Path, Path]) -> tuple[int, int, bool]:
+    data, log, _ = open_folders(*folders)
+    return data.fingerprint, data.train.cache.images.sum().item(), "damaged" in log
 
 
 def test_processes_that_start_together_agree(tmp_path):
     folders = make_folders(tmp_path, 30)
-    outputs = {process.communicate(timeout=120)[0] for process in [start(*folders) for _ in range(3)]}
-    assert len(outputs) == 1 and "False" in outputs.pop()
+    with context().Pool(3) as pool:
+        results = set(pool.map(opened, [folders] * 3, chunksize=1))
+    assert len(results) == 1 and not results.pop()[2]
     assert stored(tmp_path) == ["npy"]
 
 
 def test_a_killed_process_leaves_nothing_that_is_believed(tmp_path):
     folders = make_folders(tmp_path, 30)
     expected = open_folders(*folders, cache_dir=tmp_path / "other").data.train.cache.images
-    process = start(*folders)
-    while process.poll() is None and not list(tmp_path.glob(".cache*")):
+    process = context().Process(target=opened, args=(folders,))
+    process.start()
+    while process.is_alive() and not list(tmp_path.glob(".cache*")):
         time.sleep(0.001)
     process.kill()
-    process.wait(timeout=120)
+    process.join()
     data, log, _ = open_folders(*folders)
     assert torch.equal(data.train.cache.images, expected)
     assert "damaged" not in log

@@ -3,8 +3,6 @@
 import errno
 import hashlib
 import socket
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.forked import context
 from u2mamba.dataset import demo as module
 from u2mamba.dataset.demo import COUNT, FOLDER, make_demo
 from u2mamba.runtime.errors import UserError
@@ -88,10 +87,9 @@ def test_what_is_there_is_not_touched(tmp_path):
 
 
 def test_processes_that_start_together_make_one_set(tmp_path, monkeypatch):
-    monkeypatch.undo()  # subprocess may use sockets of its own
-    code = f"from u2mamba.dataset.demo import make_demo; make_demo({str(tmp_path)!r}, 3)"
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    monkeypatch.undo()  # the pool uses sockets of its own
+    with context().Pool(3) as pool:
+        pool.starmap(make_demo, [(tmp_path, 3)] * 3, chunksize=1)
     assert [p.name for p in tmp_path.iterdir()] == ["DUTS-TR"]
     assert len(digest(tmp_path)) == 7
 

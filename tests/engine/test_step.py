@@ -268,12 +268,6 @@ def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
     assert edited.read().steps == 1
 
 
-def test_the_optimizer_resumes_in_another_memory_format():
-    nets = [Net().to(memory_format=torch.channels_last if i == 2 else torch.contiguous_format) for i in range(3)]
-    train_and_resume(*(make(net) for net in nets))
-    assert torch.allclose(nets[0].conv.weight, nets[2].conv.weight, atol=1e-5)
-
-
 def test_no_decay_for_norms_biases_and_the_scan():
     net = script.build_model({"arch": "u2mambap"})
     decayed, others = param_groups_weight_decay(net)
