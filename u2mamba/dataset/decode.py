@@ -22,7 +22,6 @@ from u2mamba.dataset.image_file import (
     errors_as_bad_file,
     load_pixels,
     open_image,
-    raw_mode,
     to_bytes,
 )
 from u2mamba.dataset.masks import OBJECT, MaskKind, MaskRule, RawMask, classify, is_flat
@@ -73,18 +72,6 @@ def _has_shape(alpha: np.ndarray | None) -> bool:
     return alpha is not None and bool(alpha.min() <= OBJECT < alpha.max())
 
 
-def to_gray(file: Image.Image) -> np.ndarray:
-    """Any mode of a saved map -> (H, W) uint8: the alpha channel where it has a shape, else the gray levels."""
-    if _is_wide(file):
-        return to_bytes(file)[0]
-    alpha, image = alpha_channel(file), file.convert("RGB")
-    if _has_shape(alpha):
-        return alpha
-    if np.ptp(np.asarray(image), axis=2).mean() > COLORED:
-        raise ValueError("holds colors; a map is gray")
-    return np.asarray(image.convert("L"))
-
-
 def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
     """Any mode of a mask file -> its values, (H, W) uint8, and what they are.
 
@@ -94,51 +81,43 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
     if _is_wide(file):
         values, full_range = to_bytes(file)
         return values, classify(values, "gray", full_range=full_range if full_range in FULL_RANGES else 255)
-    alpha = alpha_channel(file)
-    if alpha is not None and np.count_nonzero(np.unique(alpha)) < 2:  # of one opacity
-        alpha = np.where(alpha > 0, np.uint8(255), np.uint8(0))
-    if _has_shape(alpha):
-        return alpha, classify(alpha, "alpha")
-    flat_alpha = -1 if alpha is None else int(alpha.max() > OBJECT) * 255
-    if flat_alpha == 0:
-        values = np.zeros_like(alpha)
-        return values, classify(values, "gray", alpha=0)
+    alpha, flat_alpha = alpha_channel(file), -1
+    if alpha is not None:
+        if np.count_nonzero(np.unique(alpha)) < 2:  # of one opacity
+            alpha = np.where(alpha > 0, np.uint8(255), np.uint8(0))
+        if _has_shape(alpha):
+            return alpha, classify(alpha, "alpha")
+        flat_alpha = int(alpha.max() > OBJECT) * 255
+        if flat_alpha == 0:
+            return np.zeros_like(alpha), classify(np.zeros_like(alpha), "gray", alpha=0)
     source, photo = "gray", False
     if file.mode in ("1", "L", "LA"):
         values = np.asarray(file.convert("L"))
-    elif file.mode == "P":
-        values = np.asarray(file)
-        palette = np.zeros((256, 3), np.uint8)
-        colors = np.reshape(file.getpalette("RGB"), (-1, 3))
-        palette[: len(colors)] = colors
-        if np.ptp(palette[np.flatnonzero(np.bincount(values.ravel()))], axis=1).any():
-            source = "labels"
-        else:
-            values = palette[values, 0]
-    else:
-        image = file.convert("RGB")
-        pixels = np.asarray(image)
-        spread, colors = np.ptp(pixels, axis=2), image.getcolors(256)
-        pure = (pixels.min(axis=2) <= COLORED).mean() > 0.95  # red, say, whose luminance is low
-        values = pixels.max(axis=2) if pure else np.asarray(image.convert("L"))
-        if colors is None:
-            photo = spread.mean() > COLORED
-        elif (spread > COLORED).any():
-            distinct, index = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
-            index = (index.reshape(values.shape) + (distinct[0] != 0)).astype(np.uint8)
-            if is_flat(index):
-                source, values = "labels", index
+        return values, classify(values, source, alpha=flat_alpha)
+    image = file.convert("RGB")
+    pixels = np.asarray(image)
+    spread = np.ptp(pixels, axis=2)
+    pure = (pixels.min(axis=2) <= COLORED).mean() > 0.95  # red, say, whose luminance is low
+    values = pixels.max(axis=2) if pure else np.asarray(image.convert("L"))
+    if file.mode == "P" and spread.any():
+        source, values = "labels", np.asarray(file)
+    elif not image.getcolors(256):
+        photo = spread.mean() > COLORED
+    elif (spread > COLORED).any():
+        distinct, index = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
+        index = (index.reshape(values.shape) + (distinct[0] != 0)).astype(np.uint8)
+        if is_flat(index):
+            source, values = "labels", index
     return values, classify(values, source, photo, alpha=flat_alpha)
 
 
 def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], T]) -> tuple[T, int]:
-    """The first frame of an opened file, converted by `to_rgb`, `to_gray` or `to_mask`, upright, and its EXIF
+    """The first frame of an opened file, converted by `to_rgb`, `to_mask` or `to_probabilities`, upright, and its EXIF
     orientation as stored. Raises BadFile."""
     with errors_as_bad_file(path):
-        rawmode, orientation = raw_mode(image), _orientation(image)
-        loaded = load_pixels(path, image, rawmode)
-        # Pillow itself rotates TIFFs while loading them, and removes the tag
-        turn = 1 if orientation != 1 and _orientation(image) == 1 else orientation
+        orientation = _orientation(image)
+        loaded = load_pixels(path, image)
+        turn = _orientation(image)  # 1 for a TIFF: Pillow rotates it while loading, and removes the tag
         result = convert(loaded.transpose(UPRIGHT[turn]) if turn != 1 else loaded)
         if convert is to_rgb and result.shape[2] != len(MEAN):
             raise ValueError(f"{result.shape[2]} channels, but MEAN in u2mamba/dataset/decode.py has {len(MEAN)}")
@@ -181,10 +160,16 @@ def read_mask(path: str | os.PathLike, rule: MaskRule | None = None) -> np.ndarr
     return read_raw_mask(path).by(rule)
 
 
-def _to_probabilities(file: Image.Image) -> np.ndarray:
-    if file.mode == "F":
-        return np.asarray(file, np.float64)
-    return np.asarray(file, np.float64) / 65535 if file.mode.startswith("I") else to_gray(file) / 255.0
+def to_probabilities(file: Image.Image) -> np.ndarray:
+    """Any mode of a saved map -> (H, W) float64; the alpha channel where it has a shape, else the gray levels."""
+    if _is_wide(file):
+        return np.asarray(file, np.float64) / (1 if file.mode == "F" else 65535)
+    alpha, image = alpha_channel(file), file.convert("RGB")
+    if _has_shape(alpha):
+        return alpha / 255.0
+    if np.ptp(np.asarray(image), axis=2).mean() > COLORED:
+        raise ValueError("holds colors; a map is gray")
+    return np.asarray(image.convert("L")) / 255.0
 
 
 def read_map(path: str | os.PathLike) -> np.ndarray:
@@ -203,7 +188,7 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
             raise BadFile(path, f"holds {array.dtype} of shape {array.shape}; a map is (H, W), floating point or uint8")
         array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
     else:
-        array = _read(path, _to_probabilities)
+        array = _read(path, to_probabilities)
     if not np.isfinite(array).all():
         raise BadFile(path, "holds NaN or infinite values")
     low, high = array.min(), array.max()

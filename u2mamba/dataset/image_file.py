@@ -131,20 +131,23 @@ def to_bytes(file: Image.Image) -> tuple[np.ndarray, int]:
     return np.rint(scaled, out=scaled).astype(np.uint8), scale
 
 
-def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Image.Image:
-    """Decodes an opened file; rawmode: its `raw_mode`, asked for before anything is decoded. Raises BadFile.
+def load_pixels(path: str | os.PathLike, image: Image.Image) -> Image.Image:
+    """Decodes an opened file. Raises BadFile.
 
     Of 16-bit colors Pillow keeps the high byte, which 10 to 14 bits leave nearly empty. Read with the other byte order,
     the file gives the low byte.
     """
     image.load()
-    depth = rawmode.partition(";")[2]
-    if image.mode not in ("RGB", "RGBA") or depth not in SWAPPED or max(m for _, m in image.getextrema()[:3]) >= 64:
+    is_deep = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA")
+    if not is_deep or max(maximum for _, maximum in image.getextrema()[:3]) >= 64:
         return image
     with open_image(path) as low:
         for k, tile in enumerate(low.tile):
-            swapped = rawmode.replace(depth, SWAPPED[depth])
-            low.tile[k] = tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))
+            rawmode, *more = (tile.args,) if isinstance(tile.args, str) else tile.args
+            bands, _, depth = rawmode.partition(";")
+            if depth not in SWAPPED:
+                return image
+            low.tile[k] = tile._replace(args=(f"{bands};{SWAPPED[depth]}", *more))
         low.load()
         values = np.asarray(image)[..., :3] * np.uint16(256) + np.asarray(low)[..., :3]
     full_range = next(full for full in FULL_RANGES if values.max() <= full)
@@ -152,9 +155,3 @@ def load_pixels(path: str | os.PathLike, image: Image.Image, rawmode: str) -> Im
     if image.mode == "RGBA":
         out.putalpha(image.getchannel("A"))
     return out
-
-
-def raw_mode(image: Image.Image) -> str:
-    """The pixel layout in the file, as Pillow names it: "RGB;16B" is 16 bits, big-endian."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
-    return args if isinstance(args, str) else str(args[0]) if args else ""
