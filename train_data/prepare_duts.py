@@ -30,7 +30,7 @@ from PIL import Image
 
 from u2mamba.dataset.decode import Pair, read_pair
 from u2mamba.dataset.image_file import BadFile, DataError
-from u2mamba.dataset.pairs import MIRROR_SUFFIX, Unpaired, pair_names, truncate_list
+from u2mamba.dataset.pairs import MIRROR_SUFFIX, pair_names, truncate_list
 from u2mamba.runtime.errors import one_line_errors
 
 FOLDERS = ("DUTS-TR-Image", "DUTS-TR-Mask")
@@ -68,8 +68,8 @@ def copy(open_source: Callable[[], BinaryIO], to: Path) -> None:
         raise BadFile(to, f"damaged in the zip ({error})") from None
 
 
-def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[BadFile], Unpaired]:
-    """Puts the pairs of `source` below `out` -> (pairs in place, files that cannot be used, names without a partner).
+def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[BadFile], int]:
+    """Puts the pairs of `source` below `out` -> (pairs in place, unusable files, number of files without a partner).
 
     Raises DataError if the source cannot be used, OSError if the disk is full or not writable.
     """
@@ -85,9 +85,7 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
         elif zips := [path for path in files if path.suffix.lower() == ".zip"]:
             hint = f": unpack {zips[0]} and pass the result"
         raise DataError(f"{source}: contains no folders {' and '.join(FOLDERS)} with files{hint}")
-    paired, unpaired = pair_names(*sources)
-    if not paired:
-        raise DataError(f"{source}: no image has a mask of the same name{unpaired.near_miss}")
+    paired, skipped = pair_names(*sources, FOLDERS)
     root = out / "DUTS-TR" / "DUTS-TR"
     images, masks = root / "im_aug", root / "gt_aug"
     images.mkdir(parents=True, exist_ok=True)
@@ -120,7 +118,7 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
                 bad.append(error)
             if number % 1000 == 0 or number == len(paired):
                 print(f"{number:,} of {len(paired):,} pairs, {written:,} files written")
-    return len(paired) - len(bad), bad, unpaired
+    return len(paired) - len(bad), bad, skipped
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,18 +133,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=path, default="train_data", help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:
-        count, bad, unpaired = prepare(args.source, args.out, args.mirror)
+        count, bad, skipped = prepare(args.source, args.out, args.mirror)
     except OSError as error:
         message = f"{error.filename or args.out}: {error.strerror or error}; fix that and run it again"
         raise DataError(message) from None
     if bad:
         names = [f"{error.path.parent.name}/{error.path.name} ({error.reason})" for error in bad]
         print(f"warning: skipped {len(bad):,} unreadable pairs: {truncate_list(names)}")
-    if unpaired.skipped:
-        names = unpaired.images + unpaired.masks + unpaired.duplicates
-        print(f"warning: skipped {len(names):,} files without a partner: {truncate_list(names)}")
     print(f"{count:,} pairs{' and their flipped copies' if args.mirror else ''} in {args.out / 'DUTS-TR' / 'DUTS-TR'}")
-    return 2 if not count else 1 if bad or unpaired.skipped else 0
+    return 2 if not count else 1 if bad or skipped else 0
 
 
 if __name__ == "__main__":

@@ -46,15 +46,15 @@ def test_find_pairs(tmp_path):
 
 
 def test_stems_are_compared_composed():
-    pairs = pair_names(["cafe\u0301.jpg"], ["caf\u00e9.png"])[0]
+    pairs = pair_names(["cafe\u0301.jpg"], ["caf\u00e9.png"], ("images", "masks"))[0]
     assert pairs == [("caf\u00e9", "cafe\u0301.jpg", "caf\u00e9.png")]
 
 
 def test_unusable_folders_are_data_errors(tmp_path):
     images, masks = make_folders(tmp_path, 1, (8, 8))
-    with pytest.raises(DataError, match=r"image folder .*missing"):
+    with pytest.raises(DataError, match=r"folder .*missing: No such file or directory; set tra_image_dir"):
         pair_folders(tmp_path / "missing", masks)
-    with pytest.raises(DataError, match=r"mask folder .*p000"):
+    with pytest.raises(DataError, match=r"folder .*p000.png: Not a directory; set tra_label_dir"):
         pair_folders(images, images / "p000.png")
     with pytest.raises(DataError, match="two folders"):
         pair_folders(images, images)

@@ -114,7 +114,7 @@ def test_bad_files_are_skipped(tmp_path, capsys):
     assert "DUTS-TR-Image/n0.jpg (image file is truncated" in said
     assert "DUTS-TR-Mask/n1.png (mask is 32x32, its image 48x32)" in said
     assert "DUTS-TR-Image/n2.jpg (damaged in the zip" in said
-    assert "skipped 1 files without a partner: alone.jpg" in said
+    assert "skipped 1 images without a mask: alone.jpg" in said
     assert set(files(out)) == {f"DUTS-TR/DUTS-TR/{n}" for n in ("im_aug/n3.jpg", "gt_aug/n3.png")}
 
 

@@ -78,16 +78,15 @@ def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     """The file for these pairs: `.cache_<size>_<folders>_<key>.npy`."""
     key = zlib.crc32(repr([source_checksum(Path(module.__file__)) for module in CODE]).encode())
     files = [path for pair in pairs for path in (pair.image, pair.mask)]
-    folders = sorted({path.parent for path in files})
     for path in files:
         line = path.name
         with contextlib.suppress(OSError):
             status = path.stat()
             line += f" {status.st_size} {status.st_mtime_ns} {os.access(path, os.R_OK)}"
         key = zlib.crc32(f"{line}\n".encode(errors="surrogateescape"), key)
-    # the names of the folders only, so that a data folder that was moved finds its cache
-    where = "|".join(f.name if f.parent == folder else str(f) for f in folders).encode(errors="surrogateescape")
-    return folder / f".cache_{size}_{zlib.crc32(where):08x}_{key:08x}.npy"
+    # names only, so that a data folder that was moved finds its cache
+    folders = "|".join(sorted({path.parent.name for path in files})).encode(errors="surrogateescape")
+    return folder / f".cache_{size}_{zlib.crc32(folders):08x}_{key:08x}.npy"
 
 
 def _store(cache: PairCache, path: Path, report: DataReport, log: Callable[[str], None]) -> None:

@@ -90,7 +90,7 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
         flat_alpha = int(alpha.max() > OBJECT) * 255
         if flat_alpha == 0:
             return np.zeros_like(alpha), classify(np.zeros_like(alpha), "gray", alpha=0)
-    source, photo = "gray", False
+    source = "gray"
     if file.mode in ("1", "L", "LA"):
         values = np.asarray(file.convert("L"))
         return values, classify(values, source, alpha=flat_alpha)
@@ -101,14 +101,12 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
     values = pixels.max(axis=2) if pure else np.asarray(image.convert("L"))
     if file.mode == "P" and spread.any():
         source, values = "labels", np.asarray(file)
-    elif not image.getcolors(256):
-        photo = spread.mean() > COLORED
-    elif (spread > COLORED).any():
+    elif (spread > COLORED).any() and image.getcolors(256):
         distinct, index = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
         index = (index.reshape(values.shape) + (distinct[0] != 0)).astype(np.uint8)
         if is_flat(index):
             source, values = "labels", index
-    return values, classify(values, source, photo, alpha=flat_alpha)
+    return values, classify(values, source, alpha=flat_alpha)
 
 
 def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], T]) -> tuple[T, int]:
@@ -145,9 +143,6 @@ def read_alpha(path: str | os.PathLike) -> np.ndarray | None:
     """An image's alpha channel, (H, W) uint8, upright; None where it has none, without decoding. Raises BadFile."""
     with open_image(path) as image, DECODE_BUDGET.hold(image.width * image.height):
         return decode(path, image, alpha_channel)[0] if _has_alpha(image) else None
-
-
-# ---------------------------------------------------------------------------------------------------- masks, maps
 
 
 def read_raw_mask(path: str | os.PathLike) -> RawMask:
@@ -195,9 +190,6 @@ def read_map(path: str | os.PathLike) -> np.ndarray:
     if low < -1e-6 or high > 1 + 1e-6:  # resampling in fp32 may exceed [0, 1] by a rounding error
         raise BadFile(path, f"holds values from {low:.4g} to {high:.4g}; a map holds probabilities, 0 to 1")
     return array.clip(0, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------- pairs
 
 
 class Pair(NamedTuple):

@@ -51,9 +51,6 @@ class BadFile(DataError):
         super().__init__(printable(f"{path}: {reason}"))
         self.path, self.reason = Path(path), printable(reason)
 
-    def __reduce__(self):  # for pickling between processes; the default would call BadFile(message)
-        return BadFile, (self.path, self.reason)
-
 
 class PixelSemaphore:
     """Bounds the pixels that threads decode concurrently; an image above the limit is decoded alone."""

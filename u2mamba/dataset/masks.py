@@ -54,7 +54,7 @@ def is_flat(values: np.ndarray) -> bool:
     return edges < np.count_nonzero(values)
 
 
-def classify(values: np.ndarray, source: str, photo: bool = False, full_range: int = 255, alpha: int = -1) -> MaskKind:
+def classify(values: np.ndarray, source: str, full_range: int = 255, alpha: int = -1) -> MaskKind:
     """The kind of a (H, W) uint8. source: "gray", "alpha" or "labels" (indices of a palette or of flat colors)."""
     counts = np.array(Image.fromarray(values).histogram())  # five times as fast as np.bincount
     levels = np.flatnonzero(counts)
@@ -68,7 +68,7 @@ def classify(values: np.ndarray, source: str, photo: bool = False, full_range: i
     elif name != "alpha" and single and (name == "labels" or (top <= OBJECT and levels[0] == 0)):
         name = "value"
     soft = counts[64:192].sum() > MAX_SOFT * values.size
-    clear = name == "alpha" or (name == "gray" and top > OBJECT and not soft and not photo)
+    clear = name == "alpha" or (name == "gray" and top > OBJECT and not soft)
     text = ", ".join(map(str, levels[:6])) + (", ..." if len(levels) > 6 else "")
     return MaskKind(name, text, counts, clear, flat, full_range, alpha)
 

@@ -7,7 +7,6 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from u2mamba.dataset.decode import Pair
 from u2mamba.dataset.image_file import DataError, printable
@@ -34,29 +33,6 @@ def truncate_list(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(map(printable, names[:limit])) + more
 
 
-class Unpaired(NamedTuple):
-    """Names of files that are not used."""
-
-    images: list[str]  # without a mask
-    masks: list[str]  # without an image
-    duplicates: list[str]  # of another type than a file with the same stem
-    others: list[str]  # of an unsupported type, or not a regular file (folders, pipes, broken links)
-
-    @property
-    def skipped(self) -> int:
-        """Number of files that count for the exit code; notes and the like, in `others`, do not."""
-        return len(self.images) + len(self.masks) + len(self.duplicates)
-
-    @property
-    def near_miss(self) -> str:
-        """An image and a mask whose names differ only in case or spaces, if any."""
-        masks = {"".join(os.path.splitext(name)[0].lower().split()): name for name in self.masks}
-        for name in self.images:
-            if mask := masks.get("".join(os.path.splitext(name)[0].lower().split())):
-                return f": {name!r} and {mask!r} differ only in case or spaces"
-        return ""
-
-
 class PairList(list[Pair]):
     """A list of pairs; `skipped` counts the files without a partner."""
 
@@ -64,12 +40,20 @@ class PairList(list[Pair]):
 
 
 def pair_names(
-    images: Iterable[str], masks: Iterable[str], image_types: tuple[str, ...] = IMAGE_TYPES
-) -> tuple[list[tuple[str, str, str]], Unpaired]:
-    """File names -> sorted [(stem, image name, mask name)] and the names that are left over.
+    images: Iterable[str],
+    masks: Iterable[str],
+    folders: tuple[object, object],
+    log: Callable[[str], None] = print,
+    types: tuple[str, ...] = IMAGE_TYPES,
+    irregular: Sequence[str] = (),
+) -> tuple[list[tuple[str, str, str]], int]:
+    """File names -> sorted [(stem, image name, mask name)] and the number of files without a partner; prints which.
 
-    Stems are compared in Unicode NFC, so that names written by macOS sort and split like any others.
+    folders: of the images and the masks, for messages. types: IMAGE_TYPES or MAP_TYPES. irregular: entries that are no
+    files. Stems are compared in Unicode NFC, so that names written by macOS sort and split like any others. Raises
+    DataError if there are no pairs.
     """
+    kind, a_kind = ("image", "an image") if types is IMAGE_TYPES else ("map", "a map")
     duplicates, others = [], []
 
     def by_stem(names: Iterable[str], types: tuple[str, ...]) -> dict[str, str]:
@@ -85,23 +69,32 @@ def pair_names(
                 duplicates.append(f"{name} ({best[stem]} is used)")
         return best
 
-    image_of, mask_of = by_stem(images, image_types), by_stem(masks, MASK_TYPES)
+    image_of, mask_of = by_stem(images, types), by_stem(masks, MASK_TYPES)
     left_images = sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys())
     left_masks = sorted(mask_of[stem] for stem in mask_of.keys() - image_of.keys())
-    pairs = [(stem, image_of[stem], mask_of[stem]) for stem in sorted(image_of.keys() & mask_of.keys())]
-    return pairs, Unpaired(left_images, left_masks, sorted(duplicates), sorted(others))
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the regular files in a folder (or links to one), and of its other entries with what they are, without
-    hidden ones. Raises OSError."""
-    files, others = [], []
-    for name in sorted(os.listdir(folder)):
-        if os.path.isfile(folder / name) and not name.startswith("."):
-            files.append(name)
-        elif not name.startswith("."):
-            others.append(f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})")
-    return files, others
+    stems = sorted(image_of.keys() & mask_of.keys())
+    others = [*sorted(others), *irregular]
+    if not stems:
+        message = f"no pairs: {len(left_images)} {kind}s in {folders[0]}, {len(left_masks)} masks in {folders[1]}"
+        if left_images and left_masks:
+            message += f", and no {kind} has a mask of the same name ({left_images[0]}, {left_masks[0]}, ...)"
+        same = {"".join(os.path.splitext(name)[0].lower().split()): name for name in left_masks}
+        for name in left_images:
+            if mask := same.get("".join(os.path.splitext(name)[0].lower().split())):
+                message += f": {name!r} and {mask!r} differ only in case or spaces"
+                break
+        raise DataError(message + (f"; ignored: {truncate_list(others)}" if others else ""))
+    for names, what in (
+        (left_images, f"{kind}s without a mask"),
+        (left_masks, f"masks without {a_kind}"),
+        (sorted(duplicates), "files with a duplicate name"),
+    ):
+        if names:
+            log(f"warning: skipped {len(names):,} {what}: {truncate_list(names)}")
+    if others:
+        log(f"data: {len(others):,} entries of other types, ignored: {truncate_list(others)}")
+    skipped = len(left_images) + len(left_masks) + len(duplicates)
+    return [(stem, image_of[stem], mask_of[stem]) for stem in stems], skipped
 
 
 def pair_folders(
@@ -111,42 +104,26 @@ def pair_folders(
     options: tuple[str, str] = ("tra_image_dir", "tra_label_dir"),
     types: tuple[str, ...] = IMAGE_TYPES,
 ) -> PairList:
-    """Pairs of two folders by file stem, in the same order on every system; prints which files have no partner.
+    """Pairs of two folders by file stem, in the same order on every system; see `pair_names`.
 
-    options: names of the options that set the folders, for messages. types: IMAGE_TYPES or MAP_TYPES. Raises DataError
-    if a folder is missing or there are no pairs.
+    options: names of the options that set the folders, for messages. Raises DataError if a folder is missing or there
+    are no pairs.
     """
-    kind, a_kind = ("image", "an image") if types is IMAGE_TYPES else ("map", "a map")
-    image_dir, mask_dir = Path(image_dir), Path(mask_dir)
-    names, irregular = [], []
-    for folder, name, option in ((image_dir, kind, options[0]), (mask_dir, "mask", options[1])):
+    image_dir, mask_dir = folders = Path(image_dir), Path(mask_dir)
+    files, irregular = [], []
+    for folder, option in zip(folders, options, strict=True):
         try:
-            files, others = list_folder(folder)
+            names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
         except OSError as error:
-            raise DataError(f"{name} folder {folder.absolute()}: {error.strerror}; set {option}") from None
-        names.append(files)
-        irregular.extend(others)
+            raise DataError(f"folder {folder.absolute()}: {error.strerror}; set {option}") from None
+        files.append([name for name in names if os.path.isfile(folder / name)])
+        others = [name for name in names if not os.path.isfile(folder / name)]
+        irregular += [f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})" for name in others]
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"{image_dir} is used for {kind}s and masks; set {' and '.join(options)} to two folders")
-    paired, unpaired = pair_names(*names, types)
-    unpaired.others.extend(irregular)
-    if not paired:
-        message = f"no pairs: {len(unpaired.images)} {kind}s in {image_dir}, {len(unpaired.masks)} masks in {mask_dir}"
-        if unpaired.images and unpaired.masks:
-            message += f", and no {kind} has a mask of the same name ({unpaired.images[0]}, {unpaired.masks[0]}, ...)"
-            message += unpaired.near_miss
-        raise DataError(message + (f"; ignored: {truncate_list(unpaired.others)}" if unpaired.others else ""))
-    for skipped, what in (
-        (unpaired.images, f"{kind}s without a mask"),
-        (unpaired.masks, f"masks without {a_kind}"),
-        (unpaired.duplicates, "files with a duplicate name"),
-    ):
-        if skipped:
-            log(f"warning: skipped {len(skipped):,} {what}: {truncate_list(skipped)}")
-    if unpaired.others:
-        log(f"data: {len(unpaired.others):,} entries of other types, ignored: {truncate_list(unpaired.others)}")
+        raise DataError(f"{image_dir} is used for images and masks; set {' and '.join(options)} to two folders")
+    paired, skipped = pair_names(*files, folders, log, types, irregular)
     pairs = PairList(Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired)
-    pairs.skipped = unpaired.skipped
+    pairs.skipped = skipped
     return pairs
 
 
