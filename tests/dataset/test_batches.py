@@ -1,7 +1,5 @@
 """Batches: they follow the plan, streaming gives the same, the split is the caller's."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -91,25 +89,3 @@ def test_any_split_is_served_by_the_same_cache(tmp_path):
             assert torch.equal(x, expected)
     assert sum("filled" in line for line in lines) == 1
     assert lines.count("data: 6 pairs for training, 3 for validation") == 3
-    with pytest.raises(DataError, match="at least 12 required"):
-        open_data(pairs, [], 32, dist=Processes())
-
-
-class Processes:
-    """Of a `DistContext`, what is read: twelve processes, of which this machine runs one."""
-
-    size, local_size = 12, 1
-
-    def main_process_first(self):
-        return warnings.catch_warnings()
-
-
-def test_the_fingerprint_is_of_names_contents_and_split(tmp_path):
-    pairs = pair_folders(*make_folders(tmp_path / "a", 4))
-    first = open_data(pairs[:3], pairs[3:], 32).fingerprint
-    assert open_data(pairs[:3], pairs[3:], 48).fingerprint == first  # read from files, not from the rescaled images
-    assert open_data(pairs[:2], pairs[2:], 32).fingerprint != first
-    copies = pair_folders(*make_folders(tmp_path / "b", 4))  # other files, other times
-    assert open_data(copies[:3], copies[3:], 32).fingerprint == first
-    Image.fromarray(255 - disc(60, 80)).save(copies[0].mask)  # a corrected mask under the same name
-    assert open_data(copies[:3], copies[3:], 32).fingerprint != first

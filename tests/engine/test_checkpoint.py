@@ -1,11 +1,11 @@
 """Checkpoints of a run: whole or absent, resumed from the newest whole file; full, read-only and corrupting disks."""
 
-import copy
 import errno
 import os
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -68,23 +68,6 @@ def test_the_file_before_stays_and_a_failed_write_touches_neither(saver, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "last_before.pth"]
 
 
-def test_on_a_full_disk_the_file_before_gives_way(saver, tmp_path, monkeypatch, capsys):
-    before = tmp_path / "last_before.pth"
-    saver.save_last(TrainState(iteration=1))
-    saver.save_last(TrainState(iteration=2))
-    write = torch.save
-
-    def only_two_files_fit(content, file):
-        if before.exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(content, file)
-
-    monkeypatch.setattr(torch, "save", only_two_files_fit)
-    saver.save_last(TrainState(iteration=3))
-    assert saver.saved and not capsys.readouterr().out
-    assert iteration(saver.last) == 3 and not before.exists()
-
-
 def test_a_damaged_last_pth_never_takes_the_place_of_the_good_one(saver, tmp_path):
     saver.save_last(TrainState(iteration=1))
     saver.last.rename(saver.before)
@@ -104,13 +87,6 @@ def test_old_weights_files_are_deleted_and_the_rest_stays(run, tmp_path):
     assert len(list(folder.glob("tiny_bce_itr_*_1.pth"))) == 6  # the archived run's
     for name in ("last.pth", "last_before.pth", "best.pth", "last_1.pth", "best_1.pth"):
         read_file(folder / name)
-
-
-def test_a_later_file_of_an_earlier_try_does_not_cost_the_new_one(tmp_path):
-    for number in (3000, 3500, 4000):
-        (tmp_path / run_folder.weights_name("tiny", number, 1, 1)).touch()
-    run_folder.prune(tmp_path, keep=1, iteration=3500)
-    assert [i for i, _ in run_folder.weights_files(tmp_path)] == [3500, 4000]
 
 
 def test_the_last_weights_file_is_there_before_the_run_is_called_finished(run, tmp_path, monkeypatch):
@@ -220,19 +196,14 @@ def test_a_finished_run_can_be_longer_unless_it_would_have_small_crops_for_longe
         run(lr_schedule="cosine", epoch_num=3)
 
 
-def test_a_setting_that_the_run_did_not_know_counts_as_its_default_and_one_that_is_gone_by_its_own(run, tmp_path):
+def test_a_setting_that_is_gone_counts_where_it_was_not_its_default(run, tmp_path):
     run()
     path = tmp_path / "tiny" / "last.pth"
     saved = read_file(path)
-    for gone, wrong in ((0.0, ""), (0.5, "old_option: 0.5 -> None")):
-        changed = copy.deepcopy(saved)
-        del changed["run"]["settings"]["iou_weight"]
-        changed["run"]["settings"]["old_option"], changed["run"]["defaults"]["old_option"] = gone, 0.0
-        torch.save(changed, path)
-        if wrong:
-            with pytest.raises(UserError, match=wrong):
-                run()
-        else:
+    for value in (0.0, 0.5):
+        saved["run"]["settings"]["old_option"], saved["run"]["defaults"]["old_option"] = value, 0.0
+        torch.save(saved, path)
+        with pytest.raises(UserError, match=r"old_option: 0\.5 -> None") if value else nullcontext():
             assert "holds a finished run" in run()[1]
 
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 
 import u2mamba_train as script
-from u2mamba.dataset.augment import epoch_plan
-from u2mamba.engine import schedule as module
 from u2mamba.engine.schedule import Schedule, TrainState
 
 CFG = script.Config(epoch_num=10, batch_size_train=4, scale_min=0.5, scale_max=1.3, whole_fraction=0.4, early_crop=192)
@@ -28,12 +26,6 @@ def test_progress_and_iterations_are_those_of_the_pairs_used(drop_last, pairs):
     schedule.start_from(state)
     assert schedule.total_iterations == 26 + (6 if not drop_last else 5) * 6 - 2
     assert schedule.progress(state) == pytest.approx((4 + 8 / pairs) / 10)
-
-
-def test_the_length_of_an_epoch_is_that_of_its_plan(monkeypatch):
-    """An edited plan may draw pairs several times, or not at all."""
-    monkeypatch.setattr(module, "epoch_plan", lambda *args, **options: epoch_plan(*args, **options).repeat(2, 1))
-    assert Schedule(replace(CFG, drop_last=True), 23).pairs_per_epoch == 44
 
 
 def test_the_best_is_the_highest_score_the_lowest_error_and_the_later_of_equals():

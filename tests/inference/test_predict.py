@@ -296,6 +296,8 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
         ({"inputs": ("x" * 300,)}, ": there is no such file or folder"),
         ({"inputs": ("empty",)}, "empty: contains no image"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth: there is no such checkpoint"),
+        ({"checkpoint": "empty"}, "empty: is a folder"),
+        ({"checkpoint": "photos/last.pth"}, "there is no such checkpoint; that folder contains net.pth"),
         ({"checkpoint": "large"}, "u2mamba.pth not found; give the path of a weights file"),
         ({"out": "photos/a.png"}, "cannot be written"),
         ({"size": 8}, "size = 8: must be from 32 to 4096"),
@@ -307,6 +309,7 @@ def test_a_network_that_gives_no_numbers(photos, predict, tmp_path, capsys):
 def test_unusable_input_is_one_line(more, says, photos, predict, tmp_path, monkeypatch):
     monkeypatch.setattr(predictor_module, "PRETRAINED_DIR", tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "photos/net.pth").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         predict(*more.pop("inputs", ("photos",)), **more)

@@ -150,16 +150,6 @@ def test_a_damaged_int8_file(part, change, path):
 # ------------------------------------------------------------------------------------------------------- bad files
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
-    torch.save({}, tmp_path / "last.pth")
-    with pytest.raises(ValueError, match=r"no such checkpoint; that folder contains last\.pth") as error:
-        read_file(tmp_path / "none.pth")
-    one_line(error, tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="is a folder") as error:
-        read_file(tmp_path)
-    one_line(error, tmp_path)
-
-
 @pytest.mark.parametrize(
     "damage",
     [

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from u2mamba.runtime.config import OLD_NAMES, Range, check_settings, differences, read_settings, to_dict
+from u2mamba.runtime.config import OLD_NAMES, Range, check_settings, read_settings, to_dict
 from u2mamba.runtime.errors import UserError
 
 
@@ -107,8 +107,3 @@ def test_values_that_look_like_presets_and_old_names_pass():
     assert read("--name", "fast").name == "fast"
     assert read("--name", "best").name == "best"
     assert all(key.startswith("--") or key == "best" for key in OLD_NAMES)
-
-
-def test_differences_name_both_values_and_skip_what_is_ignored():
-    a, b = {"lr": 1, "gpu": 0, "sizes": [1, 2]}, {"lr": 2, "gpu": 1, "sizes": [1, 2], "new": 3}
-    assert differences(a, b, {"gpu"}) == ["lr: 1 -> 2", "new: None -> 3"]
