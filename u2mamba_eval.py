@@ -113,14 +113,11 @@ def check(cfg: Config) -> Config:
 
 def report_files(metrics: DatasetMetrics) -> list[str]:
     """One line per kind of problem with the paired files of a dataset."""
-    flagged = {
-        flag: [stem for stem, s in metrics.images if getattr(s, flag)] for flag in ("resized", "constant", "empty")
-    }
     remarks = (
         ([str(error) for error in metrics.bad], "skipped files that cannot be used"),
-        (flagged["resized"], "maps that were resized to the size of their mask"),
-        (flagged["constant"], "constant maps (used)"),
-        (flagged["empty"], "masks without an object (used)"),
+        ([stem for stem, s in metrics.images if s.resized], "maps that were resized to the size of their mask"),
+        ([stem for stem, s in metrics.images if s.constant], "constant maps (used)"),
+        ([stem for stem, s in metrics.images if s.size == "empty"], "masks without an object (used)"),
     )
     lines = [f"{metrics.name}: {len(names):,} {what}: {truncate_list(names)}" for names, what in remarks if names]
     if metrics.images and all(scores.faint for _, scores in metrics.images):
@@ -157,17 +154,15 @@ def sheet_rows(worst: Sequence[tuple[Item, ImageScores]], rule: MaskRule) -> lis
     for item, s in worst:
         mask, saliency = read_item(item, rule)
         images = [mask, np.rint(resize_map(saliency, mask.shape) * 255).astype(np.uint8)]
-        if any(other.image for other, _ in worst):
-            images.insert(0, np.zeros((1, 1), np.uint8))
-            with contextlib.suppress(BadFile, TypeError):  # an image is optional here
-                images[0] = read_image(item.image)
+        with contextlib.suppress(BadFile, TypeError):  # an image is optional here
+            images.insert(0, read_image(item.image))
         rows.append((f"{item.stem[:48]}  IoU {s.iou:.3f}  MAE {s.mae:.3f}  wF {s.wf:.3f}", images))
     return rows
 
 
 def images_csv(metrics: DatasetMetrics) -> bytes:
     """The scores of each image: a row per image."""
-    keys = ("mae", "missed", "extra", "area", "wf", "sm", "iou", "empty", "constant", "resized")
+    keys = ("mae", "missed", "extra", "area", "size", "wf", "sm", "iou", "constant", "resized")
     text = io.StringIO()
     rows = [("image", *keys), *((stem, *(getattr(s, key) for key in keys)) for stem, s in metrics.images)]
     csv.writer(text, lineterminator="\n").writerows(rows)

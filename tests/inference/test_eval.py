@@ -143,7 +143,7 @@ def test_scores_by_object_size(tmp_path, capsys):
 @pytest.mark.parametrize("level", [0.0, 0.25, 0.75])
 def test_an_empty_mask(level):
     got = score_map(np.full((6, 9), level), np.zeros((6, 9), bool))
-    assert got.empty and got.constant and not got.resized
+    assert got.size == "empty" and got.constant and not got.resized
     assert (got.mae, got.sm) == pytest.approx((level, 1 - level))
     assert got.wf == 0 and not any(curve.any() for curve in got.curves[:3])  # precision, recall, F
     assert got.iou == (1.0 if level <= 0.5 else 0.0)

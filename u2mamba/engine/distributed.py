@@ -95,10 +95,8 @@ class DistContext:
             )
 
     def broadcast_weights(self, net: nn.Module) -> None:
-        """Broadcasts the weights of the main process. Raises UserError on an Apple GPU."""
+        """Broadcasts the weights of the main process."""
         for tensor in net.state_dict().values() if self.size > 1 else ():
-            if tensor.device.type == "mps":
-                raise UserError("several processes require CUDA GPUs or CPUs; on an Apple GPU, start one")
             dist.broadcast(tensor, 0)
 
 

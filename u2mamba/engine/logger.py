@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import csv
 import datetime
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from u2mamba.dataset.augment import INDEX
 from u2mamba.dataset.batches import Batch
 from u2mamba.engine.schedule import Schedule, TrainState
 from u2mamba.engine.step import HISTORY, RunningMeans
-from u2mamba.runtime.errors import UserError
+from u2mamba.runtime.errors import UserError, discard_output
 from u2mamba.runtime.files import replacing
 
 MAX_NONFINITE_STEPS = 20  # in a row, before a run ends
@@ -52,7 +51,7 @@ class TrainLogger:
         try:
             print(text, flush=True)
         except OSError:  # the reader (tee, head) or the terminal has closed: the run saves and ends, as after a signal
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output(sys.stdout)
             signal.raise_signal(signal.SIGTERM)
 
     def update(self, batch: Batch) -> None:

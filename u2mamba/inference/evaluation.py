@@ -84,11 +84,6 @@ class ImageScores(NamedTuple):
             return "full" if self.area else "empty"
         return "small" if self.area < 0.1 else "large" if self.area > 0.3 else "medium"
 
-    @property
-    def empty(self) -> bool:
-        """The mask has no object."""
-        return self.area == 0
-
 
 class _Smeasure(psm.Smeasure):
     """An object centered on the last row or column leaves quadrants without pixels. Their weight is 0, but PySODMetrics
@@ -102,11 +97,10 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
     """(H, W) float64 probabilities against (H, W) bool."""
     curves = [psm.PrecisionHandler(True, False), psm.RecallHandler(True, False)]
     curves.append(psm.FmeasureHandler(True, False, beta=BETA2))
-    iou = psm.IOUHandler(False, False, with_binary=True, sample_based=False)
     mae, wf, sm, em = psm.MAE(), psm.WeightedFmeasure(), _Smeasure(), psm.Emeasure()
-    for metric in (mae, wf, sm, em, psm.FmeasureV2(dict(enumerate((*curves, iou))))):
+    for metric in (mae, wf, sm, em, psm.FmeasureV2(dict(enumerate(curves)))):
         metric.step(saliency, mask, normalize=False)
-    counts = iou.binary_results
+    found = saliency > 0.5
     return ImageScores(
         mae=float(mae.get_results()["mae"]),
         missed=float(np.maximum(mask - saliency, 0).mean()),
@@ -114,8 +108,8 @@ def score_map(saliency: np.ndarray, mask: np.ndarray, resized: bool = False) -> 
         area=float(mask.mean()),
         wf=float(wf.get_results()["wfm"]),
         sm=float(sm.get_results()["sm"]),
-        intersection=int(counts["tp"]),
-        union=int(counts["tp"] + counts["fp"] + counts["fn"]),
+        intersection=int((found & mask).sum()),
+        union=int((found | mask).sum()),
         curves=np.stack([c.dynamic_results[0] for c in curves] + [em.get_results()["em"]["curve"].clip(0, 1)]),
         constant=bool(saliency.min() == saliency.max()),
         resized=resized,

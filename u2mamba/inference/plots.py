@@ -44,12 +44,10 @@ def error_by_size(sizes: Mapping[str, Mapping[str, Mapping]]) -> bytes:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]]) -> bytes:
-    """Rows of (text, images), the images side by side below their text, in two columns.
-
-    Images: (H, W, 3) or (H, W), uint8; the same number in each row.
-    """
+    """Rows of (text, images), the images, (H, W, 3) or (H, W) uint8, side by side below their text, in two columns."""
     columns = min(2, len(rows))
-    width, height = len(rows[0][1]) * (TILE[0] + GAP) + GAP, TILE[1] + LINE + GAP
+    width = max(len(images) for _, images in rows) * (TILE[0] + GAP) + GAP
+    height = TILE[1] + LINE + GAP
     sheet = Image.new("RGB", (width * columns, height * -(-len(rows) // columns) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for index, (text, images) in enumerate(rows):

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal was closed; Windows has no such signal
@@ -48,7 +49,7 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of the pipe (head, less) has exited; nobody is left to read a message
-        _discard_output()
+        discard_output(sys.stdout)
         sys.exit(EXIT_TERMINATED)
     except Exception as error:
         if sys.flags.dev_mode:
@@ -57,13 +58,13 @@ def one_line_errors() -> Iterator[None]:
         try:
             sys.stdout.flush()
         except OSError:  # a full disk
-            _discard_output()
+            discard_output(sys.stdout)
         sys.exit(EXIT_USAGE)
 
 
-def _discard_output() -> None:
-    """Else Python's own flush at exit fails."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_output(stream: TextIO) -> None:
+    """What is still written to `stream` is lost; else Python's own flush at exit fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def locate(error: Exception) -> str:
@@ -114,4 +115,4 @@ class StopSignal:
         for stream in (sys.stdout, sys.stderr) if number != signal.SIGINT else ():
             with contextlib.suppress(OSError, ValueError):
                 if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and not stream.isatty():  # a closed terminal
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                    discard_output(stream)
