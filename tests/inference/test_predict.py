@@ -145,7 +145,7 @@ def test_maps_are_upright(orientation, tmp_path, predict):
 
 def test_folders_are_kept_and_what_is_done_is_skipped(photos, predict, tmp_path, capsys):
     out = photos / "maps"  # inside the input: outputs are no input of the next call
-    assert predict(photos, out=str(out)) == 0
+    assert predict(photos / "**" / "*.*", photos / "a.png", out=str(out)) == 0  # a pattern, and a file twice
     assert files(out) == ["map/a.png", "map/below/b.png", "map/settings.json"]
     times = [p.stat().st_mtime_ns for p in sorted(out.rglob("*.png"))]
     assert predict(photos, out=str(out)) == 0
@@ -236,12 +236,6 @@ def test_a_folder_called_like_a_mode_is_read_and_only_outputs_are_passed_over(ph
     assert [n for n in files(tmp_path / "out") if n.endswith("png")] == [
         "map/a.png", "map/below/b.png", "map/mask/teddy.png"
     ]  # fmt: skip
-
-
-def test_patterns_and_the_same_file_twice(photos, predict, tmp_path, capsys):
-    assert predict(photos / "**" / "*.*", photos / "a.png") == 0
-    assert files(tmp_path / "out") == ["map/a.png", "map/below/b.png", "map/settings.json"]
-    assert "images: 2," in capsys.readouterr().out
 
 
 def test_images_of_one_name_do_not_overwrite_one_another(photos, predict, tmp_path):
