@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import U2MAMBAP
-from tests.engine.test_step import script
+from tests.engine.test_step import same, script, weights
 from tests.fast.test_install import cosines
 from u2mamba import fast
 from u2mamba.engine.distributed import DistContext
@@ -42,14 +42,6 @@ def train(steps, batches):
     for i in batches:
         for step in steps:
             step(*batch(i))
-
-
-def weights(net):
-    return {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
-
-
-def same(net, before, prefix=""):
-    return all(torch.equal(v, before[k]) for k, v in weights(net).items() if k.startswith(prefix))
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_accum_steps": 2}, {"grad_clip": 1.0, "ema_decay": 0.9}], ids=str)
