@@ -90,12 +90,6 @@ def _divide(values: np.ndarray, by: float) -> np.ndarray:
     return values / by if by > 1e-6 else values
 
 
-def _label_in_01(label: np.ndarray) -> np.ndarray:
-    # Fixed: divided by the crop's own maximum, a crop that holds only noise or a soft edge of the object became full
-    # foreground. read_mask has scaled files of 0 and 1 to 255; labels that end at 1 stay.
-    return label / (255 if label.max() > 1 else 1)
-
-
 def _standardize(channels: np.ndarray) -> np.ndarray:
     """Each channel to [0, 1] by its own range, then to mean 0 and standard deviation 1."""
     out = np.empty(channels.shape)
@@ -117,7 +111,10 @@ class ToTensorLab:
         self.flag = flag
 
     def __call__(self, sample: Sample) -> Sample:
-        image, label = sample["image"], _label_in_01(sample["label"])
+        image, label = sample["image"], sample["label"]
+        # Fixed: divided by the crop's own maximum, a crop that holds only noise or a soft edge of the object became
+        # full foreground. read_mask has scaled files of 0 and 1 to 255; labels that end at 1 stay.
+        label = label / (255 if label.max() > 1 else 1)
         if image.shape[2] == 1:
             image = np.repeat(image, 3, axis=2)
         if self.flag == 1:
@@ -126,8 +123,8 @@ class ToTensorLab:
             image = _standardize(np.concatenate([image, color.rgb2lab(image)], axis=2))
         else:
             image = (_divide(image, image.max()) - MEAN) / STD
-        to_chw = (torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))) for array in (image, label))
-        return {"imidx": torch.from_numpy(sample["imidx"]), **dict(zip(("image", "label"), to_chw, strict=True))}
+        image, label = (torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))) for array in (image, label))
+        return {"imidx": torch.from_numpy(sample["imidx"]), "image": image, "label": label}
 
 
 class ToTensor(ToTensorLab):

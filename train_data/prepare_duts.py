@@ -16,20 +16,18 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shutil
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the packages are one folder up
 import u2mamba.runtime.start  # noqa: F401  # isort: skip
 from PIL import Image
 
 from u2mamba.dataset.decode import Pair, read_pair
-from u2mamba.dataset.image_file import BadFile, DataError
+from u2mamba.dataset.image_file import BadFile, DataError, errors_as_bad_file
 from u2mamba.dataset.pairs import MIRROR_SUFFIX, pair_names, truncate_list
 from u2mamba.runtime.errors import one_line_errors
 
@@ -37,11 +35,11 @@ FOLDERS = ("DUTS-TR-Image", "DUTS-TR-Mask")
 MIRROR_QUALITY = 95  # of the flipped JPEGs
 
 
-def files_of(source: Path) -> dict[PurePosixPath, Callable[[], BinaryIO]]:
-    """Each file of a folder or zip -> function that opens it. Raises DataError, also for unsafe names in the zip."""
+def files_of(source: Path) -> dict[PurePosixPath, Callable[[], bytes]]:
+    """Each file of a folder or zip -> function that reads it. Raises DataError, also for unsafe names in the zip."""
     if source.is_dir():
         paths = [path for path in source.rglob("*") if path.is_file()]
-        return {PurePosixPath(*p.relative_to(source).parts): functools.partial(open, p, "rb") for p in paths}
+        return {PurePosixPath(*p.relative_to(source).parts): p.read_bytes for p in paths}
     try:
         archive = zipfile.ZipFile(source)
     except FileNotFoundError:
@@ -50,22 +48,11 @@ def files_of(source: Path) -> dict[PurePosixPath, Callable[[], BinaryIO]]:
         raise DataError(f"{source}: not a complete zip file ({error}); download it again") from None
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     # old Windows tools write backslashes
-    files = {PurePosixPath(e.filename.replace("\\", "/")): functools.partial(archive.open, e) for e in entries}
+    files = {PurePosixPath(e.filename.replace("\\", "/")): functools.partial(archive.read, e) for e in entries}
     for path in files:
         if path.is_absolute() or ".." in path.parts or ":" in str(path):
             raise DataError(f"{source}: refused, '{path}' in it leads out of the folder; nothing was written")
     return files
-
-
-def copy(open_source: Callable[[], BinaryIO], to: Path) -> None:
-    """Writes one file of the source. Raises BadFile for an entry that is damaged in the zip."""
-    try:
-        with open_source() as file, open(to, "wb") as target:
-            shutil.copyfileobj(file, target)  # stops at the declared size and checks the checksum
-    except OSError:
-        raise
-    except Exception as error:  # BadZipFile, zlib.error, EOFError, NotImplementedError, ...
-        raise BadFile(to, f"damaged in the zip ({error})") from None
 
 
 def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[BadFile], int]:
@@ -104,8 +91,10 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
                         continue
                     new = Pair(stem, new_images / to.image.name, new_masks / to.mask.name)
                     if to is pair:
-                        copy(sources[0][image_name], new.image)
-                        copy(sources[1][mask_name], new.mask)
+                        for path, read in ((new.image, sources[0][image_name]), (new.mask, sources[1][mask_name])):
+                            with errors_as_bad_file(path):
+                                content = read()
+                            path.write_bytes(content)
                         read_pair(new)
                     else:
                         image, mask = (Image.fromarray(array[:, ::-1]) for array in read_pair(pair))
@@ -123,24 +112,21 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code. Raises DataError."""
-
-    def path(word: str) -> Path:
-        return Path(os.path.expanduser(word)).absolute()  # for messages
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="DUTS-TR.zip, or the folder it unpacks to")
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
-    parser.add_argument("--out", type=path, default="train_data", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default="train_data", help="default: %(default)s")
     args = parser.parse_args(arguments)
+    source, out = (path.expanduser().absolute() for path in (args.source, args.out))
     try:
-        count, bad, skipped = prepare(args.source, args.out, args.mirror)
+        count, bad, skipped = prepare(source, out, args.mirror)
     except OSError as error:
-        message = f"{error.filename or args.out}: {error.strerror or error}; fix that and run it again"
+        message = f"{error.filename or out}: {error.strerror or error}; fix that and run it again"
         raise DataError(message) from None
     if bad:
         names = [f"{error.path.parent.name}/{error.path.name} ({error.reason})" for error in bad]
         print(f"warning: skipped {len(bad):,} unreadable pairs: {truncate_list(names)}")
-    print(f"{count:,} pairs{' and their flipped copies' if args.mirror else ''} in {args.out / 'DUTS-TR' / 'DUTS-TR'}")
+    print(f"{count:,} pairs{' and their flipped copies' if args.mirror else ''} in {out / 'DUTS-TR' / 'DUTS-TR'}")
     return 2 if not count else 1 if bad or skipped else 0
 
 

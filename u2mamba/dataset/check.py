@@ -47,29 +47,26 @@ class DataReport:
             out.append(f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks")
         if self.rule.line:
             out.append(self.rule.line)
-        drawn = "stored, as other pairs show" if self.rule.as_stored else "displayed"
+        drawn = "masks count as drawn on the image as "
+        drawn += "stored, as other pairs show" if self.rule.as_stored else "displayed"
         for key, names in {"skipped": self.unusable, **self.found}.items():
-            fraction, text = FINDINGS[key]
-            if names and len(names) >= fraction * pairs:
-                out.append(f"{text.format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
+            if names and len(names) >= MIN_FRACTION.get(key, 0) * pairs:
+                out.append(f"{FINDINGS[key].format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
         return out
 
 
-FINDINGS = {  # minimum fraction of the pairs to report, line
-    "skipped": (0, "warning: skipped {} pairs that are unreadable or do not match"),
-    "resized": (0, "data: {} masks differ from their image in size, but not in aspect ratio"),
-    "other": (0, "masks: {} of another, but unambiguous kind are used too"),
-    "empty": (0, "data: {} masks are empty"),
-    "white": (0, "warning: {} masks are all object, without background"),
-    "inverted": (0.1, "warning: {} masks are object along most of the border: object and background seem swapped"),
-    "vanished": (0, "warning: {} masks are empty at training size: their objects are too small"),
-    "trimap": (0, "warning: {} masks are trimaps (0, 128, 255): 128 is trained as probability 0.5"),
-    "untagged": (
-        0,
-        "warning: {} images have an EXIF orientation, but their masks do not; where shapes are inconclusive, masks "
-        "count as drawn on the image as {drawn}",
-    ),
-    "gray": (0.5, "warning: {} masks are gray-level images: are the image and mask folders swapped?"),
+MIN_FRACTION = {"inverted": 0.1, "gray": 0.5}  # of the pairs, from which a finding is reported
+FINDINGS = {
+    "skipped": "warning: skipped {} pairs that are unreadable or do not match",
+    "resized": "data: {} masks differ from their image in size, but not in aspect ratio",
+    "other": "masks: {} of another, but unambiguous kind are used too",
+    "empty": "data: {} masks are empty",
+    "white": "warning: {} masks are all object, without background",
+    "inverted": "warning: {} masks are object along most of the border: object and background seem swapped",
+    "vanished": "warning: {} masks are empty at training size: their objects are too small",
+    "trimap": "warning: {} masks are trimaps (0, 128, 255): 128 is trained as probability 0.5",
+    "untagged": "warning: {} images have an EXIF orientation, but their masks do not; unless shapes tell, {drawn}",
+    "gray": "warning: {} masks are gray-level images: are the image and mask folders swapped?",
 }
 
 

@@ -110,8 +110,8 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
 
 
 def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], T]) -> tuple[T, int]:
-    """The first frame of an opened file, converted by `to_rgb`, `to_mask` or `to_probabilities`, upright, and its EXIF
-    orientation as stored. Raises BadFile."""
+    """The first frame of an opened file, upright and converted, by `to_rgb` say, and its EXIF orientation as stored.
+    Raises BadFile."""
     with errors_as_bad_file(path):
         orientation = _orientation(image)
         loaded = load_pixels(path, image)
@@ -137,12 +137,6 @@ def read_orientation(path: str | os.PathLike) -> int:
     """EXIF tag 0x0112, 1 to 8, from the header alone. Raises BadFile."""
     with open_image(path) as image:
         return _orientation(image)
-
-
-def read_alpha(path: str | os.PathLike) -> np.ndarray | None:
-    """An image's alpha channel, (H, W) uint8, upright; None where it has none, without decoding. Raises BadFile."""
-    with open_image(path) as image, DECODE_BUDGET.hold(image.width * image.height):
-        return decode(path, image, alpha_channel)[0] if _has_alpha(image) else None
 
 
 def read_raw_mask(path: str | os.PathLike) -> RawMask:

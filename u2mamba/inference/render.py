@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from u2mamba.dataset.decode import decode, read_alpha, to_rgb
+from u2mamba.dataset.decode import alpha_channel, decode, to_rgb
 from u2mamba.dataset.image_file import DECODE_BUDGET, PNG_TEXT, BadFile, errors_as_bad_file, open_image
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.foreground import foreground_colors
@@ -28,20 +28,22 @@ SHEET_TILE = 512  # pixels: longest side
 
 
 @contextlib.contextmanager
-def open_rgb(path: Path) -> Iterator[tuple[np.ndarray, bytes | None]]:
-    """The image of a file, (H, W, 3) uint8, upright, and its ICC profile, without which the colors of a cut-out would
-    change; None for one that Pillow could not read back from a PNG. The block counts toward DECODE_BUDGET.
+def open_rgb(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, bytes | None]]:
+    """The image of a file, (H, W, 3) uint8, upright, its alpha channel (H, W), and its ICC profile, without which the
+    colors of a cut-out would change; None for one that Pillow could not read back from a PNG. The block counts toward
+    DECODE_BUDGET.
 
     Raises BadFile, also for errors inside the block.
     """
     with open_image(path) as file, DECODE_BUDGET.hold(file.width * file.height):
         profile = file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
-        yield decode(path, file, to_rgb)[0], profile if profile and len(profile) <= PNG_TEXT else None
+        (image, alpha), _ = decode(path, file, lambda upright: (to_rgb(upright), alpha_channel(upright)))
+        yield image, alpha, profile if profile and len(profile) <= PNG_TEXT else None
 
 
 def read_rescaled(source: Source, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     """(image resized to (size, size, 3), its own height and width). Raises BadFile."""
-    with open_rgb(source.image) as (image, _):
+    with open_rgb(source.image) as (image, *_):
         return rescale_image(image, size), image.shape[:2]
 
 
@@ -86,10 +88,9 @@ def encode(result: tuple, modes: Iterable[str], cfg: Any) -> Iterator[tuple[str,
     low, high = np.rint(255 * saliency.min()), np.rint(255 * saliency.max())
     if low == high:
         tqdm.write(f"{source.image}: its map is constant ({low:.0f} of 255)", file=sys.stderr)
-    opaque = read_alpha(source.image) if "cutout" in modes else None
     # the image is decoded again: only small maps are queued between network and writing
     with (open_rgb if NEEDS_IMAGE & set(modes) else errors_as_bad_file)(source.image) as opened:
-        image, profile = opened or (None, None)
+        image, opaque, profile = opened or (None, None, None)
         saliency = resize_map(saliency, shape)
         for mode in modes:
             shown = saliency
