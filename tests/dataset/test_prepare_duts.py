@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import u2mamba_train
+from tests.dataset.samples import disc, photo
 from u2mamba.dataset.decode import read_image, read_mask
 from u2mamba.dataset.image_file import DataError
 from u2mamba.dataset.pairs import pair_folders
@@ -40,18 +41,11 @@ def encoded(array: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def pair(seed: int) -> tuple[bytes, bytes]:
-    y, x = np.mgrid[0:32, 0:48]
-    waves = np.stack([127 + 120 * np.sin(x / (2 + k) + y / 5 + seed) for k in range(3)], axis=2).astype(np.uint8)
-    mask = np.zeros((32, 48), np.uint8)
-    mask[8:20, 4 : 14 + seed] = 255
-    return encoded(waves, "JPEG"), encoded(mask, "PNG")
-
-
 def members(count: int = 3, root: str = "DUTS-TR/") -> dict[str, bytes]:
     out = {}
     for k in range(count):
-        out[f"{root}DUTS-TR-Image/n{k}.jpg"], out[f"{root}DUTS-TR-Mask/n{k}.png"] = pair(k)
+        out[f"{root}DUTS-TR-Image/n{k}.jpg"] = encoded(photo(32, 48, seed=k), "JPEG")
+        out[f"{root}DUTS-TR-Mask/n{k}.png"] = encoded(disc(32, 48), "PNG")
     return out
 
 
@@ -142,9 +136,8 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
 
 def test_unusable_sources_as_a_user_runs_it(tmp_path):
     (tmp_path / "text.zip").write_text("hello")
-    make_zip(tmp_path / "other.zip", {"a/b.txt": b"x"})
     (tmp_path / "empty").mkdir()
-    for name in ("text.zip", "other.zip", "empty"):
+    for name in ("text.zip", "empty"):
         assert command(tmp_path / name, tmp_path / "out") == 2
     done = subprocess.run([sys.executable, SCRIPT, "missing.zip"], capture_output=True, text=True, cwd=tmp_path)
     line = f"error: {tmp_path}/missing.zip: not found; DUTS-TR.zip is at http://saliencydetection.net/duts/\n"
@@ -189,10 +182,7 @@ def test_below_a_path_that_is_not_utf_8_without_a_temporary_folder(tmp_path):
     [
         ({"DUTS-TE/DUTS-TE-Image/a.jpg": b"", "DUTS-TE/DUTS-TE-Mask/a.png": b""}, "this is the test set, DUTS-TE"),
         ({"download/DUTS-TR.zip": b""}, "unpack download/DUTS-TR.zip and pass the result"),
-        (
-            {"DUTS-TR-Image/ILSVRC 1.jpg": b"", "DUTS-TR-Mask/ilsvrc1.png": b""},
-            "'ILSVRC 1.jpg' and 'ilsvrc1.png' differ only in case or spaces",
-        ),
+        ({"a/b.txt": b""}, "DUTS-TR-Image"),
     ],
 )
 def test_what_is_there_instead_is_named(content, says, tmp_path, capsys):
