@@ -241,7 +241,9 @@ def test_a_parameter_that_never_gets_a_gradient_is_left_alone():
     assert net.bn.weight.grad is None and torch.equal(net.bn.weight, torch.ones(7))
 
 
-def train_and_resume(whole, half, resumed):
+@both_steps
+def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
+    whole, half, resumed = (make(Net(), kind=kind, ema_decay=0.9) for _ in range(3))
     for i in range(4):
         whole(*batch(i))
     for i in range(2):
@@ -250,12 +252,6 @@ def train_and_resume(whole, half, resumed):
     resumed.load_state_dict(half.state_dict())
     for i in range(2, 4):
         resumed(*batch(i))
-
-
-@both_steps
-def test_state_resumes_exactly_also_with_another_number_of_losses(kind):
-    whole, half, resumed = (make(Net(), kind=kind, ema_decay=0.9) for _ in range(3))
-    train_and_resume(whole, half, resumed)
     assert same(whole.net, resumed.net.state_dict())
     assert same(whole.ema_model(), resumed.ema_model().state_dict())
     one, other = whole.read(), resumed.read()
