@@ -15,7 +15,7 @@ from tests.dataset.samples import disc, make_folders, make_set, open_folders, ph
 from u2mamba.dataset import batches
 from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import Pair, read_image, read_mask, read_pair
-from u2mamba.dataset.image_file import BadFile, DataError, PixelSemaphore
+from u2mamba.dataset.image_file import DECODE_LIMIT, BadFile, DataError, decode_budget
 from u2mamba.dataset.pairs import is_validation, pair_folders
 from u2mamba.dataset.rescale import rescale_mask
 from u2mamba_eval import Config as EvalConfig
@@ -340,19 +340,19 @@ def test_what_the_system_says_is_the_reason(tmp_path):
 
 
 def test_decoding_waits_for_memory():
-    semaphore, inside, most = PixelSemaphore(10), [], []
+    inside, most = [], []
 
-    def work(pixels: int) -> None:
-        with semaphore.hold(pixels):
-            inside.append(pixels)
+    def work(megapixels: int) -> None:
+        with decode_budget((megapixels << 20) - 1):
+            inside.append(megapixels)
             most.append(sum(inside))
             time.sleep(0.002)
-            inside.remove(pixels)
+            inside.remove(megapixels)
 
     with ThreadPoolExecutor(40) as pool:
-        list(pool.map(work, [1 + k % 10 for k in range(40)]))
-    assert len(most) == 40 and max(most) <= 10
-    with pytest.raises(KeyError), semaphore.hold(10):
+        list(pool.map(work, [1 + 13 * k % DECODE_LIMIT for k in range(40)]))
+    assert len(most) == 40 and DECODE_LIMIT / 2 < max(most) <= DECODE_LIMIT
+    with pytest.raises(KeyError), decode_budget(10 << 20):
         raise KeyError
-    with semaphore.hold(99):  # above the limit, but alone
+    with decode_budget(999 << 20):  # above the limit, but alone
         pass

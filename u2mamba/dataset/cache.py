@@ -53,26 +53,6 @@ class PairCache:
     def bytes_for(count: int, size: int) -> int:
         return count * size * size * (len(MEAN) + 1)
 
-    def save(self, path: Path, report: DataReport) -> None:
-        """Raises OSError."""
-        text = np.frombuffer(json.dumps(asdict(report)).encode(), np.uint8)
-        arrays = [text, self.images.numpy(), self.masks.numpy()]
-        with replacing(path) as file:
-            for array in ([zlib.crc32(array) for array in arrays], *arrays):
-                np.save(file, array)
-
-    @classmethod
-    def load(cls, path: Path) -> tuple[PairCache, DataReport]:
-        """Raises FileNotFoundError, or ValueError and others for damaged files."""
-        with open(path, "rb") as file:
-            checksums, *arrays = (np.load(file) for _ in range(4))
-        if [zlib.crc32(array) for array in arrays] != checksums.tolist():
-            raise ValueError("a checksum does not match")
-        text, images, masks = arrays
-        report = DataReport(**json.loads(text.tobytes()))
-        report.rule = MaskRule(*report.rule)
-        return cls(torch.from_numpy(images), torch.from_numpy(masks)), report
-
 
 def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
     """The file for these pairs: `.cache_<size>_<folders>_<key>.npy`."""
@@ -100,10 +80,26 @@ def _store(cache: PairCache, path: Path, report: DataReport, log: Callable[[str]
         if free < need + DISK_MARGIN:
             needed = f"{format_bytes(need)} plus a margin of {format_bytes(DISK_MARGIN)}"
             raise OSError(errno.ENOSPC, f"{format_bytes(free)} free, but it requires {needed}")
-        cache.save(path, report)
+        text = np.frombuffer(json.dumps(asdict(report)).encode(), np.uint8)
+        arrays = [text, cache.images.numpy(), cache.masks.numpy()]
+        with replacing(path) as file:
+            for array in ([zlib.crc32(array) for array in arrays], *arrays):
+                np.save(file, array)
         log(f"cache: stored as {path}")
     except OSError as error:
         log(f"cache: not stored on disk: {error.strerror or error} ({path.parent})")
+
+
+def _load(path: Path) -> tuple[PairCache, DataReport]:
+    """What `_store` stored. Raises FileNotFoundError, or ValueError and others for a damaged file."""
+    with open(path, "rb") as file:
+        checksums, *arrays = (np.load(file) for _ in range(4))
+    if [zlib.crc32(array) for array in arrays] != checksums.tolist():
+        raise ValueError("a checksum does not match")
+    text, images, masks = arrays
+    report = DataReport(**json.loads(text.tobytes()))
+    report.rule = MaskRule(*report.rule)
+    return PairCache(torch.from_numpy(images), torch.from_numpy(masks)), report
 
 
 def cached_pairs(
@@ -116,7 +112,7 @@ def cached_pairs(
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
     try:
-        cache, report = PairCache.load(path)
+        cache, report = _load(path)
         log(f"cache: read from {path} in {time.perf_counter() - start:.1f} s")
         return cache, report
     except FileNotFoundError:

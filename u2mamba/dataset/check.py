@@ -47,8 +47,8 @@ class DataReport:
             out.append(f"data: {pairs:,} pairs, mask values {low}-{high}, {empty:,} empty masks")
         if self.rule.line:
             out.append(self.rule.line)
-        drawn = "masks count as drawn on the image as "
-        drawn += "stored, as other pairs show" if self.rule.as_stored else "displayed"
+        view = "stored, as other pairs show" if self.rule.as_stored else "displayed"
+        drawn = f"where shapes are inconclusive, masks count as drawn on the image as {view}"
         for key, names in {"skipped": self.unusable, **self.found}.items():
             if names and len(names) >= MIN_FRACTION.get(key, 0) * pairs:
                 out.append(f"{FINDINGS[key].format(f'{len(names):,}', drawn=drawn)}: {truncate_list(names)}")
@@ -65,7 +65,7 @@ FINDINGS = {
     "inverted": "warning: {} masks are object along most of the border: object and background seem swapped",
     "vanished": "warning: {} masks are empty at training size: their objects are too small",
     "trimap": "warning: {} masks are trimaps (0, 128, 255): 128 is trained as probability 0.5",
-    "untagged": "warning: {} images have an EXIF orientation, but their masks do not; unless shapes tell, {drawn}",
+    "untagged": "warning: {} images have an EXIF orientation, but their masks do not; {drawn}",
     "gray": "warning: {} masks are gray-level images: are the image and mask folders swapped?",
 }
 

@@ -16,9 +16,9 @@ from PIL import Image
 from PIL.Image import Transpose as Turn
 
 from u2mamba.dataset.image_file import (
-    DECODE_BUDGET,
     FULL_RANGES,
     BadFile,
+    decode_budget,
     errors_as_bad_file,
     load_pixels,
     open_image,
@@ -123,7 +123,7 @@ def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image
 
 
 def _read(path: str | os.PathLike, convert: Callable[[Image.Image], T]) -> T:
-    with open_image(path) as image, DECODE_BUDGET.hold(image.width * image.height):
+    with open_image(path) as image, decode_budget(image.width * image.height):
         return decode(path, image, convert)[0]
 
 
@@ -206,7 +206,7 @@ class RawPair(NamedTuple):
 
 @contextlib.contextmanager
 def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
-    """Decodes a pair; DECODE_BUDGET counts it until the `with` block ends.
+    """Decodes a pair; `decode_budget` counts it until the `with` block ends.
 
     A mask without the image's EXIF tag that was drawn on the image as stored is rotated with it: where the
     shapes show that, else if as_stored. Raises BadFile, also for a mask whose aspect ratio is not the image's.
@@ -214,7 +214,7 @@ def open_pair(pair: Pair, as_stored: bool = False) -> Iterator[RawPair]:
     with contextlib.ExitStack() as budget:
         with open_image(pair.image) as image_file, open_image(pair.mask) as mask_file:
             pixels = image_file.width * image_file.height + mask_file.width * mask_file.height
-            budget.enter_context(DECODE_BUDGET.hold(pixels))
+            budget.enter_context(decode_budget(pixels))
             image, orientation = decode(pair.image, image_file, to_rgb)
             (values, kind), mask_orientation = decode(pair.mask, mask_file, to_mask)
         size, untagged = image.shape[:2], ""

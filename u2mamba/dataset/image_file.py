@@ -1,5 +1,5 @@
 """Opens untrusted image files: regular files only (reading a pipe would block), six formats (some of Pillow's others
-start programs), a limit on pixels. `DECODE_BUDGET` bounds the memory of all threads. decode.py reads the pixels.
+start programs), a limit on pixels. `decode_budget` bounds the memory of all threads. decode.py reads the pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from u2mamba.runtime.errors import UserError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels: 0.2 GB of RGB, 1 to 4 s to decode; larger images are refused unread
 MAX_SIDE = 65_535  # JPEG's own limit
+DECODE_LIMIT = 128  # megapixels that all threads together decode at a time; each takes 10 to 20 MB of memory
+_free, _turn = threading.Semaphore(DECODE_LIMIT), threading.Lock()
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # detected by content, whatever the file name
 
 # limit on PNG color profiles and texts; with Pillow's default, PNGs with a profile above 1 MB are unreadable
@@ -52,27 +54,17 @@ class BadFile(DataError):
         self.path, self.reason = Path(path), printable(reason)
 
 
-class PixelSemaphore:
-    """Bounds the pixels that threads decode concurrently; an image above the limit is decoded alone."""
-
-    def __init__(self, limit: int):
-        self._limit, self._held, self._changed = limit, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        """Waits until `pixels` more fit, and holds them inside the `with` block. Not reentrant."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._limit)
-            self._held += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= pixels
-                self._changed.notify_all()
-
-
-DECODE_BUDGET = PixelSemaphore(2 * MAX_PIXELS)  # decoding takes 10 to 20 bytes of memory per pixel
+@contextlib.contextmanager
+def decode_budget(pixels: int) -> Iterator[None]:
+    """Waits until `pixels` more fit into DECODE_LIMIT, and holds them inside the `with` block. Not reentrant."""
+    megapixels = min(DECODE_LIMIT, 1 + (pixels >> 20))
+    with _turn:  # two threads that each hold a part of what they need would wait for each other
+        for _ in range(megapixels):
+            _free.acquire()
+    try:
+        yield
+    finally:
+        _free.release(megapixels)
 
 
 @contextlib.contextmanager

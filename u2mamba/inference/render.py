@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from u2mamba.dataset.decode import alpha_channel, decode, to_rgb
-from u2mamba.dataset.image_file import DECODE_BUDGET, PNG_TEXT, BadFile, errors_as_bad_file, open_image
+from u2mamba.dataset.image_file import PNG_TEXT, BadFile, decode_budget, errors_as_bad_file, open_image
 from u2mamba.dataset.rescale import rescale_image, resize_map
 from u2mamba.inference.foreground import foreground_colors
 from u2mamba.inference.inputs import Source
@@ -30,12 +30,12 @@ SHEET_TILE = 512  # pixels: longest side
 @contextlib.contextmanager
 def open_rgb(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, bytes | None]]:
     """The image of a file, (H, W, 3) uint8, upright, its alpha channel (H, W), and its ICC profile, without which the
-    colors of a cut-out would change; None for one that Pillow could not read back from a PNG. The block counts toward
-    DECODE_BUDGET.
+    colors of a cut-out would change; None for one that Pillow could not read back from a PNG. The block holds a
+    `decode_budget`.
 
     Raises BadFile, also for errors inside the block.
     """
-    with open_image(path) as file, DECODE_BUDGET.hold(file.width * file.height):
+    with open_image(path) as file, decode_budget(file.width * file.height):
         profile = file.info.get("icc_profile") if file.mode in ("RGB", "RGBA", "P") else None
         (image, alpha), _ = decode(path, file, lambda upright: (to_rgb(upright), alpha_channel(upright)))
         yield image, alpha, profile if profile and len(profile) <= PNG_TEXT else None
