@@ -2,10 +2,7 @@
 
 Nothing here imports torch, which the evaluation of saved maps does not need.
 
-Conventions are PySODMetrics' with `normalize=False`: a mask is binarized at > 128, a map is used unchanged. The 256
-thresholds of precision, recall, F and E are 255, 254, ..., 0: the map times 255, truncated, is at or above them. IoU
-binarizes at > 0.5. MAE, weighted F-measure and S-measure use the map itself. With an empty mask MAE is mean(map),
-S-measure 1 - mean(map), weighted F, precision, recall and F are 0, and E is the fraction of pixels below the threshold.
+Conventions are PySODMetrics' with `normalize=False`; docs/evaluation.md lists them and the edge cases.
 
 Three things differ, so that every score is in [0, 1]. E divides by n - 1 for n pixels and can exceed 1: it is clipped.
 Quadrants without pixels count 0 in the S-measure, where PySODMetrics returns NaN. Masks of 0 and 1, or of 0 and another

@@ -70,8 +70,7 @@ def choose_device(wanted: str = "auto", gpu: int = 0) -> tuple[torch.device, str
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(wanted, True):
-        kind = {"cuda": "CUDA", "mps": "Apple"}[wanted]
-        raise UserError(f'device = "{wanted}": PyTorch finds no {kind} GPU; use device = "auto" or "cpu"')
+        raise UserError(f'device = "{wanted}": PyTorch finds no such GPU; use device = "auto" or "cpu"')
     if wanted in ("auto", "cuda") and there["cuda"]:
         count = torch.cuda.device_count()
         if gpu >= count:
