@@ -13,22 +13,13 @@ from PIL import Image
 from model import U2MAMBAP, U2NETP, build_model
 from model.u2net import REBNCONV
 from model.weights import cpu_state_dict
+from tests.trained import trained
 from u2mamba.dataset.augment import normalize
 from u2mamba.dataset.rescale import rescale_image
 from u2mamba.inference import Predictor, load_model
 from u2mamba.inference.predictor import fold_batch_norm, input_size, weights_path
 
 ROOT = Path(__file__).parents[2]
-
-
-def trained(net: torch.nn.Module) -> torch.nn.Module:
-    """With batch norm statistics and weights as a run leaves them: all of them different from their start."""
-    generator = torch.Generator().manual_seed(0)
-    for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
-            for t, low, high in ((m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 2.0), (m.weight.data, 0.5, 1.5)):
-                t.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
-    return net.eval()
 
 
 @pytest.fixture(scope="module")

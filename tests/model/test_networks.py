@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import model
 from model import U2MAMBA, U2MAMBAP, U2NET, U2NETP, load_u2net_weights
 from model.u2net import RSU, saliency_map
+from tests.trained import trained
 
 
 @pytest.mark.parametrize(
@@ -36,12 +37,7 @@ def test_keys_and_shapes_are_the_published_ones(network, name):
 
 def small(network=U2MAMBAP, **options):
     torch.manual_seed(3)
-    net = network(**options).eval()
-    for module in net.modules():  # statistics of a trained network, so that batch norm is not the identity
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return net
+    return trained(network(**options))
 
 
 def test_without_mamba_it_equals_u2net_exactly():
