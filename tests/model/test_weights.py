@@ -1,5 +1,6 @@
 """model/weights.py: files are read safely, carry their settings, and are refused in one line that names them."""
 
+import contextlib
 import math
 import pickle
 import sys
@@ -23,9 +24,12 @@ from model.weights import (
 )
 
 
-def one_line(error, path) -> str:
+@contextlib.contextmanager
+def refused(path: Path, match: str = "", kind: type = ValueError):
+    """In one line that names the file."""
+    with pytest.raises(kind, match=match) as error:
+        yield
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.fixture
@@ -83,9 +87,8 @@ def test_an_arch_of_the_users_own_is_built_with_the_options_of_its_signature(pat
     torch.save(cpu_state_dict(build_model({"arch": "tiny", "width": 7, "mamba_at": "none"})), path)
     assert load_model(path)[0].out_channels == 7
     monkeypatch.delitem(model.ARCHS, "tiny")
-    with pytest.raises(ValueError, match=r"arch = 'tiny': must be one of u2net, ") as error:
+    with refused(path, r"arch = 'tiny': must be one of u2net, "):
         load_model(path)
-    one_line(error, path)
 
 
 def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
@@ -96,9 +99,8 @@ def test_safetensors_are_read_or_their_library_is_named(tmp_path, monkeypatch):
     with pytest.raises(CorruptFileError):
         load_model(path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="pip install safetensors") as error:
+    with refused(path, "pip install safetensors"):
         load_model(path)
-    one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- int8 files
@@ -142,9 +144,8 @@ def test_a_damaged_int8_file(part, change, path):
     state[f"side1.weight.{part}"] = change(state[f"side1.weight.{part}"])
     torch.save(state, path)
     for read in (load_model, lambda path: load_pretrained(U2NETP(), path)):
-        with pytest.raises(CorruptFileError, match=r"side1\.weight\.int8 does not have one finite scale") as error:
+        with refused(path, r"side1\.weight\.int8 does not have one finite scale", kind=CorruptFileError):
             read(path)
-        one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- bad files
@@ -165,9 +166,8 @@ def test_a_damaged_int8_file(part, change, path):
 def test_a_truncated_file_a_flipped_bit_and_a_file_of_another_kind(damage, path):
     torch.save({f"w{i}": torch.randn(100) for i in range(30)} | {"zeros": torch.zeros(100)}, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CorruptFileError) as error:
+    with refused(path, kind=CorruptFileError):
         read_file(path)
-    one_line(error, path)
 
 
 class Malicious:
@@ -189,28 +189,24 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     writer(nested(Malicious()), path)
     for read in (read_file, load_model, lambda path: load_pretrained(U2NETP(), path)):
-        with pytest.raises(ValueError, match="refused, it contains code") as error:
+        with refused(path, "refused, it contains code"):
             read(path)
-        one_line(error, path)
     assert not Path("ran.txt").exists()
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], {"w": 3}, torch.ones(2)], ids=str)
 def test_a_file_without_weights(content, path):
     torch.save(content, path)
-    with pytest.raises(ValueError, match="does not contain a state dict") as error:
+    with refused(path, "does not contain a state dict"):
         read_state_dict(path)
-    one_line(error, path)
 
 
 def test_weights_of_another_network_are_named(path):
-    with pytest.raises(ValueError, match=r"arch 'u2mambap': .* first stage1\.mamba7.*or a changed network") as error:
+    with refused(path, r"arch 'u2mambap': .* first stage1\.mamba7.*or a changed network"):
         load_state_dict(build_model({"arch": "u2mambap"}), U2NETP().state_dict(), path)
-    one_line(error, path)
     torch.save({"layer1.weight": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="a network other than U²-Net") as error:
+    with refused(path, "a network other than U²-Net"):
         load_model(path)
-    one_line(error, path)
 
 
 # ------------------------------------------------------------------------------------------------------- warm start
@@ -244,9 +240,8 @@ def test_a_warm_start_from_another_network_is_refused_and_changes_nothing(norm_a
     net = U2MAMBAP(mamba_norm=norm_at)
     before = cpu_state_dict(net)
     torch.save(other().state_dict(), path)
-    with pytest.raises(ValueError, match=says) as error:
+    with refused(path, says):
         load_pretrained(net, path)
-    one_line(error, path)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
