@@ -120,7 +120,8 @@ def pair_folders(
         others = [name for name in names if not os.path.isfile(folder / name)]
         irregular += [f"{name} ({'a folder' if (folder / name).is_dir() else 'not a regular file'})" for name in others]
     if image_dir.resolve() == mask_dir.resolve():
-        raise DataError(f"{image_dir} is used for images and masks; set {' and '.join(options)} to two folders")
+        kind = "image" if types is IMAGE_TYPES else "map"
+        raise DataError(f"{image_dir} is used for {kind}s and masks; set {' and '.join(options)} to two folders")
     paired, skipped = pair_names(*files, folders, log, types, irregular)
     pairs = PairList(Pair(stem, image_dir / image, mask_dir / mask) for stem, image, mask in paired)
     pairs.skipped = skipped
