@@ -288,7 +288,7 @@ def run(cfg: Config, dist: DistContext) -> int:
         if step.read().steps:  # else it was just done
             save_weights()  # before last.pth says that the run is finished
         checkpoints.save_last(state, finished=True)
-    return checkpoints.report_end(state, skipped=pairs.skipped + data.report.skipped)
+    return checkpoints.report_end(state, skipped=pairs.skipped + len(data.report.unusable))
 
 
 if __name__ == "__main__":

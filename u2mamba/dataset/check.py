@@ -34,11 +34,6 @@ class DataReport:
     values: list[int] = field(default_factory=lambda: [255, 0])  # value range of the mask files
     found: dict[str, list[str]] = field(default_factory=dict)  # key of FINDINGS -> file names
 
-    @property
-    def skipped(self) -> int:
-        """Number of pairs that are not used."""
-        return len(self.unusable)
-
     def lines(self) -> list[str]:
         """What is printed: one line per finding."""
         pairs, empty, out = len(self.usable), len(self.found.get("empty", [])), []
