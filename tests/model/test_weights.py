@@ -25,7 +25,7 @@ from model.weights import (
 
 
 @contextlib.contextmanager
-def refused(path: Path, match: str = "", kind: type = ValueError):
+def refused(path: Path, match: str | None = None, kind: type = ValueError):
     """In one line that names the file."""
     with pytest.raises(kind, match=match) as error:
         yield
