@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from model import U2MAMBAP
-from tests.engine.tiny import copy_pairs, same, start, train, weights
+from tests.engine.tiny import draw_pairs, same, start, train, weights
 from u2mamba.engine.distributed import init_distributed
 from u2mamba.runtime.errors import UserError
 
@@ -141,15 +141,15 @@ def test_unusable_input_is_one_line(settings, says, run, tmp_path):
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_fewer_pairs_than_a_batch_and_no_held_out_pair(run, data, tmp_path):
-    copy_pairs(data, tmp_path, (11, 12))
+def test_fewer_pairs_than_a_batch_and_no_held_out_pair(run, tmp_path):
+    draw_pairs(tmp_path, ("d11", "d12"))
     code, out = run(data_dir=str(tmp_path), drop_last=True)
     assert code == 0 and "batch: 2/2, ite: 1]" in out
     assert (tmp_path / "tiny" / "preview.png").exists()
 
 
-def test_damaged_files_are_set_aside_and_the_exit_code_tells(run, data, tmp_path):
-    copy_pairs(data, tmp_path, range(10, 16))
+def test_damaged_files_are_set_aside_and_the_exit_code_tells(run, tmp_path):
+    draw_pairs(tmp_path, [f"d{i}" for i in range(10, 16)])
     (tmp_path / "images" / "d11.png").write_bytes(b"not an image")
     (tmp_path / "masks" / "d12.png").unlink()
     code, out = run(data_dir=str(tmp_path))

@@ -77,14 +77,6 @@ def draw_pairs(folder, names, mode="RGB", labels=False, seed=0):
     return folder
 
 
-def copy_pairs(data, folder, numbers):
-    """Some of the pairs of `data` in folders of their own."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir()
-        for i in numbers:
-            (folder / kind / f"d{i}.png").write_bytes((data / kind / f"d{i}.png").read_bytes())
-
-
 def last(folder):
     return torch.load(folder / "last.pth", weights_only=True)
 
