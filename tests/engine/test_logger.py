@@ -84,6 +84,20 @@ def test_nan_in_every_batch_ends_the_run_and_it_can_be_resumed(run, tmp_path, mo
     assert all(v.isfinite().all() for v in weights(tmp_path / "tiny").values())
 
 
+def test_rows_of_an_epoch_that_is_repeated_are_dropped(tmp_path):
+    state = TrainState(iteration=10)
+    logger = TrainLogger(tmp_path, ["a"], SCHEDULE, state)
+    scores = {"IoU": 0.5, "MAE": 0.1, "maxF": 0.6}
+    logger.log_validation(scores, True, 0.1, U2NETP())
+    state.end_epoch()
+    state.iteration = 20
+    logger.log_validation(scores | {"wF": 0.4}, True, 0.1, U2NETP())  # a score more is a column more
+    logger.__exit__()
+    assert [(r["epoch"], r["val_wF"]) for r in rows_of(tmp_path)] == [("1", ""), ("2", "0.4")]
+    TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=20)).__exit__()
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["1"]
+
+
 @pytest.mark.parametrize("content", [b"", b"1,2,3\n", b"ite,loss\nx,1\n", b"\xff\xfe\x00 not a log"])
 def test_a_damaged_log_does_not_stop_a_run(content, tmp_path):
     (tmp_path / "log.csv").write_bytes(content)
