@@ -96,6 +96,8 @@ def test_rows_of_an_epoch_that_is_repeated_are_dropped(tmp_path):
     assert [(r["epoch"], r["val_wF"]) for r in rows_of(tmp_path)] == [("1", ""), ("2", "0.4")]
     TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=20)).__exit__()
     assert [row["epoch"] for row in rows_of(tmp_path)] == ["1"]
+    TrainLogger(tmp_path, ["a"], SCHEDULE, TrainState(epoch=1, iteration=5)).__exit__()
+    assert not rows_of(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"1,2,3\n", b"ite,loss\nx,1\n", b"\xff\xfe\x00 not a log"])
