@@ -12,11 +12,10 @@ from PIL import Image
 from tests.dataset.samples import disc, make_folders, open_folders, photo
 from tests.forked import context
 from u2mamba.dataset import cache as cache_module
-from u2mamba.dataset import decode, rescale
+from u2mamba.dataset import decode, image_file, rescale
 from u2mamba.dataset.cache import cache_path
 from u2mamba.dataset.check import check_pairs
 from u2mamba.dataset.decode import read_image, read_mask
-from u2mamba.dataset.image_file import BadFile
 from u2mamba.dataset.pairs import is_validation, pair_folders
 from u2mamba.dataset.rescale import rescale_image, rescale_mask
 
@@ -100,26 +99,23 @@ def test_the_key_notices_every_change(tmp_path, monkeypatch):
         assert not changed()
 
 
-def test_a_permission_that_is_given_is_noticed(tmp_path, monkeypatch):
-    """It changes neither size nor time of a file."""
+def test_a_file_that_becomes_readable_is_noticed(tmp_path, monkeypatch):
+    """A permission or a disk error changes neither size nor time of a file."""
     images, masks = make_folders(tmp_path, 4)
-    open_image = decode.open_image
 
-    def refused(path: Path):  # chmod does not stop root
+    def refused(path: Path, mode: str):  # chmod does not stop root
         if path.name == "p001.png":
-            raise BadFile(path, "Permission denied")
-        return open_image(path)
+            raise PermissionError(13, "Permission denied")
+        return open(path, mode)
 
-    monkeypatch.setattr(decode, "open_image", refused)
-    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "p001.png")
-    for message in ("stored", "read from"):
+    with monkeypatch.context() as patch:
+        patch.setattr(image_file, "open", refused, raising=False)
         data, log, _ = open_folders(images, masks)
-        assert data.report.unusable == ["p001.png (Permission denied)"]
-        assert f"cache: {message}" in log
-    monkeypatch.undo()
+    assert data.report.unusable == ["p001.png (Permission denied)"]
+    assert "cache: not stored on disk, because" in log
     data, log, _ = open_folders(images, masks)
     assert len(data.report.usable) == 4
-    assert "cache: read from" in open_folders(images, masks).log
+    assert "cache: stored" in log
 
 
 def test_a_cache_that_cannot_be_stored_costs_one_line(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """The pairs at training size, as bytes in memory: 320x320 pixels take 0.41 MB per pair, 4.3 GB for all of DUTS-TR.
 
 They are also stored next to the data, so that the next start reads instead of decoding: a file of NumPy arrays, with
-checksums and the data report. A key in its name covers what it depends on: names, sizes, modification times and
-permissions of the data files, and the code that decodes and rescales.
+checksums and the data report. A key in its name covers what it depends on: names, sizes and modification times of the
+data files, and the code that decodes and rescales.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 import zlib
@@ -62,7 +61,7 @@ def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
         line = path.name
         with contextlib.suppress(OSError):
             status = path.stat()
-            line += f" {status.st_size} {status.st_mtime_ns} {os.access(path, os.R_OK)}"
+            line += f" {status.st_size} {status.st_mtime_ns}"
         key = zlib.crc32(f"{line}\n".encode(errors="surrogateescape"), key)
     # names only, so that a data folder that was moved finds its cache
     folders = "|".join(sorted({path.parent.name for path in files})).encode(errors="surrogateescape")
@@ -125,5 +124,8 @@ def cached_pairs(
     log(f"cache: filled in {seconds:.1f} s, {len(pairs) / seconds:.0f} pairs/s")
     count = len(report.usable)
     cache = PairCache(cache.images[:count], cache.masks[:count])
-    _store(cache, path, report, log)
+    if report.retry:
+        log("cache: not stored on disk, because the next start may be able to read more files")
+    else:
+        _store(cache, path, report, log)
     return cache, report

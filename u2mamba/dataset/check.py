@@ -30,6 +30,7 @@ class DataReport:
     usable: list[int] = field(default_factory=list)  # indices
     checksums: list[int] = field(default_factory=list)  # of the two files of each usable pair
     unusable: list[str] = field(default_factory=list)  # file names and reasons
+    retry: bool = False  # the next start may be able to read some of them
     rule: MaskRule = GRAY  # how the masks are read
     values: list[int] = field(default_factory=lambda: [255, 0])  # value range of the mask files
     found: dict[str, list[str]] = field(default_factory=dict)  # key of FINDINGS -> file names
@@ -104,7 +105,7 @@ def check_pairs(
         except BadFile as error:
             return error
         except (OSError, MemoryError) as error:
-            return BadFile(pair.image, getattr(error, "strerror", None) or "does not fit into memory")
+            return BadFile(pair.image, getattr(error, "strerror", None) or "does not fit into memory", retry=True)
 
     visits: dict[int, _Visit] = {}
     report, bad = DataReport(), {}
@@ -151,4 +152,5 @@ def check_pairs(
             if is_so:
                 report.found.setdefault(key, []).append(pairs[index].mask.name)
     report.unusable = [f"{bad[index].path.name} ({bad[index].reason})" for index in sorted(bad)]
+    report.retry = any(error.retry for error in bad.values())
     return report

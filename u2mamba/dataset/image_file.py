@@ -47,11 +47,11 @@ class DataError(UserError):
 
 
 class BadFile(DataError):
-    """A file that cannot be used. `path`: the file, `reason`: why."""
+    """A file that cannot be used. `path`: the file, `reason`: why, `retry`: the next start may be able to read it."""
 
-    def __init__(self, path: str | os.PathLike, reason: str):
+    def __init__(self, path: str | os.PathLike, reason: str, retry: bool = False):
         super().__init__(printable(f"{path}: {reason}"))
-        self.path, self.reason = Path(path), printable(reason)
+        self.path, self.reason, self.retry = Path(path), printable(reason), retry
 
 
 @contextlib.contextmanager
@@ -76,10 +76,11 @@ def errors_as_bad_file(path: str | os.PathLike) -> Iterator[None]:
     except UnidentifiedImageError:
         raise BadFile(path, "not an image (JPEG, PNG, WebP, BMP, TIFF or GIF)") from None
     except MemoryError:
-        raise BadFile(path, "does not fit into memory") from None
+        raise BadFile(path, "does not fit into memory", retry=True) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise BadFile(path, reason.splitlines()[0]) from None
+        system = getattr(error, "strerror", None)  # only the system's own errors have it
+        reason = system or str(error) or type(error).__name__
+        raise BadFile(path, reason.splitlines()[0], retry=bool(system)) from None
 
 
 @contextlib.contextmanager
