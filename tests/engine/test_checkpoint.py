@@ -69,6 +69,23 @@ def test_the_file_before_stays_and_a_failed_write_touches_neither(saver, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pth", "last_before.pth"]
 
 
+def test_on_a_full_disk_the_file_before_gives_way(saver, tmp_path, monkeypatch, capsys):
+    before = tmp_path / "last_before.pth"
+    saver.save_last(TrainState(iteration=1))
+    saver.save_last(TrainState(iteration=2))
+    write = torch.save
+
+    def only_two_files_fit(content, file):
+        if before.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", only_two_files_fit)
+    saver.save_last(TrainState(iteration=3))
+    assert saver.saved and not capsys.readouterr().out
+    assert iteration(saver.last) == 3 and not before.exists()
+
+
 def test_a_damaged_last_pth_never_takes_the_place_of_the_good_one(saver, tmp_path):
     saver.save_last(TrainState(iteration=1))
     saver.last.rename(saver.before)
@@ -88,6 +105,13 @@ def test_old_weights_files_are_deleted_and_the_rest_stays(run, tmp_path):
     assert len(list(folder.glob("tiny_bce_itr_*_1.pth"))) == 6  # the archived run's
     for name in ("last.pth", "last_before.pth", "best.pth", "last_1.pth", "best_1.pth"):
         read_file(folder / name)
+
+
+def test_a_later_file_of_an_earlier_try_does_not_cost_the_new_one(tmp_path):
+    for number in (3000, 3500, 4000):
+        (tmp_path / run_folder.weights_name("tiny", number, 1, 1)).touch()
+    run_folder.prune(tmp_path, keep=1, iteration=3500)
+    assert [i for i, _ in run_folder.weights_files(tmp_path)] == [3500, 4000]
 
 
 def test_the_last_weights_file_is_there_before_the_run_is_called_finished(run, tmp_path, monkeypatch):
