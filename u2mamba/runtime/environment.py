@@ -44,8 +44,8 @@ class Environment:
         seed_everything(cfg.seed, cfg.deterministic)
         device, device_line = choose_device(cfg.device, cfg.gpu + dist.local_rank)
         precision, precision_line = choose_precision(cfg.precision, device)
-        batch = cfg.batch_size_train
-        print(f"device: {device_line}\nprocesses: {dist.size}, batch size {batch} each\nprecision: {precision_line}")
+        batch = f"batch size {cfg.batch_size_train}" + " each" * (dist.size > 1)
+        print(f"device: {device_line}\nprocesses: {dist.size}, {batch}\nprecision: {precision_line}")
         # for operations that stay in fp32, TF32 is as precise as the bf16 around them
         torch.set_float32_matmul_precision("high" if precision == "bf16" and device.type == "cuda" else "highest")
         return cls(device, precision)
