@@ -20,6 +20,7 @@ from .mamba import Mamba
 
 METADATA_KEY = "u2mamba"  # of the state dict's _metadata, which load_state_dict ignores and torch.save keeps
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "ema")  # keys of a checkpoint under which weights lie
+FIRST = "stage1.rebnconvin.conv_s1.weight"  # every network of the U²-Net family has this key
 FITS = "u2net.pth fits arch u2net and u2mamba, u2netp.pth fits u2netp and u2mambap"
 OPTIONAL = "num_batches_tracked"  # of batch norm: PyTorch before 0.4.1 has none, and nothing here uses it
 DEFAULT_SIZE = 320  # pixels: the training size of the public weights
@@ -74,7 +75,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """(weights, settings) of a weights file or of a run's last.pth (the weights in training, not their average).
 
     settings: as stored by `cpu_state_dict`: those of `model.build_model`, and "size", the training size in pixels;
-    empty for foreign files. Wrapper keys and common prefixes ("module.", "_orig_mod.") are removed.
+    empty for foreign files. Wrapper keys and prefixes ("module.", "_orig_mod.", "net.") are removed, and what a training
+    framework stores beside the network.
     """
     state = read_file(path)
     for key in WRAPPERS:
@@ -89,6 +91,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     settings = dict(settings) if isinstance(settings, Mapping) else {}
     state = {str(k): v for k, v in state.items()}
     _dequantize(state, path)
+    if not settings and (prefix := next((k.removesuffix(FIRST) for k in state if k.endswith(FIRST)), "")):
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     while len(parts := {key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
         if settings and not parts <= {"module", "_orig_mod"}:  # a network of the user's own with a single child
             break
@@ -150,7 +154,7 @@ def uncompiled(net: nn.Module) -> nn.Module:
 def infer_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Settings for `model.build_model`, inferred from names and shapes, for files without settings."""
     try:
-        in_ch = state["stage1.rebnconvin.conv_s1.weight"].shape[1]
+        in_ch = state[FIRST].shape[1]
         mid_ch = state["stage1.rebnconv1.conv_s1.weight"].shape[0]
         out_ch = state["outconv.weight"].shape[0]
     except KeyError:
