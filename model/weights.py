@@ -75,8 +75,8 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """(weights, settings) of a weights file or of a run's last.pth (the weights in training, not their average).
 
     settings: as stored by `cpu_state_dict`: those of `model.build_model`, and "size", the training size in pixels;
-    empty for foreign files. Wrapper keys and prefixes ("module.", "_orig_mod.", "net.") are removed, and what a training
-    framework stores beside the network.
+    empty for foreign files. Wrapper keys and prefixes ("module.", "_orig_mod.", "net.") are removed, and what Lightning
+    and others store beside the network.
     """
     state = read_file(path)
     for key in WRAPPERS:
