@@ -1,1 +1,1 @@
-"""One script per figure of docs/performance.md and docs/results.md; each prints hardware and versions first."""
+"""Scripts behind the tables and figures of docs/; those that measure print hardware and versions first."""

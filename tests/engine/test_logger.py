@@ -140,7 +140,7 @@ def test_a_warmup_longer_than_the_run_is_warned_of(run):
 
 
 def test_a_run_of_many_iterations_does_not_grow(run):
-    """Memory, open files and threads of the second half of 360 iterations."""
+    """Memory and threads of the second half of 360 iterations."""
     held = []
 
     def look():
