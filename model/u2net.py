@@ -113,8 +113,8 @@ def as_list(outputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> list[T
 class U2NET(nn.Module):
     """U²-Net: (B, in_ch, H, W) float, H and W at least 32 -> (d0, ..., d6), each (B, 1, H, W).
 
-    `net(x)` returns probabilities, `net(x, logits=True)` the logits (B, out_ch, H, W) for the loss. Raises ValueError
-    for other shapes.
+    `net(x)` returns probabilities, `net(x, logits=True)` the logits (B, out_ch, H, W) for the loss. mamba: as in `RSU`;
+    levels: function (stage, height) -> the RSU's mamba_levels. Raises ValueError for other shapes.
     """
 
     ops = PlainOps

@@ -1,12 +1,13 @@
 """Official DUTS-TR -> the layout that the trainer reads: OUT/DUTS-TR/DUTS-TR/{im_aug,gt_aug}/.
+
 OUT is train_data in the current folder, where the trainer looks too.
 
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
 
-SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask at any
-depth). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
-files that are in place are kept.
+SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask at any depth). Every
+new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again: files that are
+in place are kept.
 
 Exit codes: 0 done, 1 done but files were skipped, 2 SOURCE cannot be used, 130 stopped by Ctrl-C.
 """

@@ -69,7 +69,7 @@ def cache_path(folder: Path, pairs: Sequence[Pair], size: int) -> Path:
 
 
 def _store(cache: PairCache, path: Path, report: DataReport, log: Callable[[str], None]) -> None:
-    """Saves the cache in place of an older one of the same folders; if that fails, one line says why."""
+    """Saves the cache and deletes older ones of the same folders; if that fails, one line says why."""
     need = PairCache.bytes_for(len(cache.images), cache.images.shape[1])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ def _orientation(file: Image.Image) -> int:
 
 
 def _is_wide(file: Image.Image) -> bool:
+    """Whether pixels are integers of more than 8 bits, or floats."""
     return file.mode == "F" or file.mode.startswith("I")
 
 
@@ -69,6 +70,7 @@ def to_rgb(file: Image.Image) -> np.ndarray:
 
 
 def _has_shape(alpha: np.ndarray | None) -> bool:
+    """Whether an alpha channel has transparent and opaque parts."""
     return alpha is not None and bool(alpha.min() <= OBJECT < alpha.max())
 
 
@@ -83,7 +85,7 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
         return values, classify(values, "gray", full_range=full_range if full_range in FULL_RANGES else 255)
     alpha, flat_alpha = alpha_channel(file), -1
     if alpha is not None:
-        if np.count_nonzero(np.unique(alpha)) < 2:  # of one opacity
+        if np.count_nonzero(np.unique(alpha)) < 2:  # at most one opacity besides 0
             alpha = np.where(alpha > 0, np.uint8(255), np.uint8(0))
         if _has_shape(alpha):
             return alpha, classify(alpha, "alpha")
@@ -110,7 +112,7 @@ def to_mask(file: Image.Image) -> tuple[np.ndarray, MaskKind]:
 
 
 def decode(path: str | os.PathLike, image: Image.Image, convert: Callable[[Image.Image], T]) -> tuple[T, int]:
-    """The first frame of an opened file, upright and converted, by `to_rgb` say, and its EXIF orientation as stored.
+    """The first frame of an opened file, upright and converted (`to_rgb`, `to_mask`, ...), and its EXIF orientation.
     Raises BadFile."""
     with errors_as_bad_file(path):
         orientation = _orientation(image)

@@ -24,7 +24,7 @@ from skimage.color import rgb2lab
 
 from u2mamba.runtime.errors import UserError
 
-VERSION = 1  # increase it with any change of the images, so that older datasets are not used
+VERSION = 1  # increase it with any change of the images, so that older datasets are refused
 COUNT = 480  # 24 of them are for validation
 FOLDER = Path("DUTS-TR", "DUTS-TR")
 PHOTOGRAPHS = Path(skimage.data.__file__).parent

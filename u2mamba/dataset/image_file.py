@@ -1,5 +1,5 @@
 """Opens untrusted image files: regular files only (reading a pipe would block), six formats (some of Pillow's others
-start programs), a limit on pixels. `decode_budget` bounds the memory of all threads. decode.py reads the pixels.
+start programs), a limit on pixels. `decode_budget` bounds the memory of all threads. decode.py converts the pixels.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def decode_budget(pixels: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_as_bad_file(path: str | os.PathLike) -> Iterator[None]:
+    """Raises any error inside the block as a BadFile of `path`."""
     try:
         yield
     except BadFile:
@@ -78,7 +79,7 @@ def errors_as_bad_file(path: str | os.PathLike) -> Iterator[None]:
     except MemoryError:
         raise BadFile(path, "does not fit into memory", retry=True) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        system = getattr(error, "strerror", None)  # only the system's own errors have it
+        system = getattr(error, "strerror", None)  # set in errors of the operating system alone
         reason = system or str(error) or type(error).__name__
         raise BadFile(path, reason.splitlines()[0], retry=bool(system)) from None
 

@@ -49,9 +49,9 @@ def pair_names(
 ) -> tuple[list[tuple[str, str, str]], int]:
     """File names -> sorted [(stem, image name, mask name)] and the number of files without a partner; prints which.
 
-    folders: of the images and the masks, for messages. types: IMAGE_TYPES or MAP_TYPES. irregular: entries that are no
-    files. Stems are compared in Unicode NFC, so that names written by macOS sort and split like any others. Raises
-    DataError if there are no pairs.
+    folders: of the images and the masks, for messages. types: IMAGE_TYPES or MAP_TYPES. irregular: entries that are
+    not regular files. Stems are compared in Unicode NFC, so that names written by macOS sort and split like any others.
+    Raises DataError if there are no pairs.
     """
     kind, a_kind = ("image", "an image") if types is IMAGE_TYPES else ("map", "a map")
     duplicates, others = [], []
@@ -129,8 +129,8 @@ def pair_folders(
 
 
 def find_pairs(cfg, log: Callable[[str], None] = print) -> PairList:
-    """The pairs of a run: of tra_image_dir and tra_label_dir, and where val_image_dir and val_label_dir are set theirs
-    too, with `split` set; relative folders are below data_dir. Raises DataError."""
+    """The pairs of a run, in tra_image_dir and tra_label_dir. If val_image_dir and val_label_dir are set: theirs too,
+    and each pair's `split`. Relative folders are below data_dir. Raises DataError."""
     images, masks = Path(cfg.data_dir, cfg.tra_image_dir), Path(cfg.data_dir, cfg.tra_label_dir)
     if not images.is_dir() and not masks.is_dir():
         raise DataError(f"data_dir and tra_image_dir: there is no folder {images.absolute()}\n{DATA_HELP}")

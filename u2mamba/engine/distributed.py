@@ -1,6 +1,6 @@
 """Distributed training, one process per GPU, started by torchrun: rendezvous, sharding of the pairs, shared decisions.
 
-The hosts communicate through gloo about decisions: when to stop, which settings, what to resume from. The gradients are
+The processes agree through gloo on decisions: when to stop, which settings, what to resume from. The gradients are
 averaged in the step itself (engine/gradients.py).
 """
 
@@ -28,12 +28,12 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class DistContext:
-    """The processes of a run, and the rank of this one. By default there is one, and all methods are free."""
+    """The processes of a run, and the rank of this one. By default there is one, which communicates with none."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # among the processes of this machine
-    local_size: int = 1
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
