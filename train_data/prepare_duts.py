@@ -5,9 +5,9 @@ OUT is train_data in the current folder, where the trainer looks too.
     python train_data/prepare_duts.py DUTS-TR.zip
     python train_data/prepare_duts.py path/to/DUTS-TR --mirror
 
-SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask at any depth). Every
-new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again: files that are
-in place are kept.
+SOURCE is DUTS-TR.zip as downloaded, or the folder it unpacks to (DUTS-TR-Image and DUTS-TR-Mask may be one level
+deeper). Every new pair is decoded; one that cannot be read is skipped and named. After an interruption, run it again:
+files that are in place are kept.
 
 Exit codes: 0 done, 1 done but files were skipped, 2 SOURCE cannot be used, 130 stopped by Ctrl-C.
 """
@@ -39,7 +39,8 @@ MIRROR_QUALITY = 95  # of the flipped JPEGs
 def files_of(source: Path) -> dict[PurePosixPath, Callable[[], bytes]]:
     """Each file of a folder or zip -> function that reads it. Raises DataError, also for unsafe names in the zip."""
     if source.is_dir():
-        paths = [path for path in source.rglob("*") if path.is_file()]
+        # not rglob, which enters no linked folders
+        paths = [path for pattern in ("*", "*/*", "*/*/*") for path in source.glob(pattern) if path.is_file()]
         return {PurePosixPath(*p.relative_to(source).parts): p.read_bytes for p in paths}
     try:
         archive = zipfile.ZipFile(source)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mirror", action="store_true", help=f"add horizontally flipped copies, *{MIRROR_SUFFIX}")
     parser.add_argument("--out", type=Path, default="train_data", help="default: %(default)s")
     args = parser.parse_args(arguments)
-    source, out = (path.expanduser().absolute() for path in (args.source, args.out))
+    source, out = (Path(os.path.expanduser(path)).absolute() for path in (args.source, args.out))
     try:
         count, bad, skipped = prepare(source, out, args.mirror)
     except OSError as error:
