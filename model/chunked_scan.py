@@ -1,8 +1,8 @@
 """The selective scan in pure PyTorch, backend "torch" of `model.selective_scan`, which explains the symbols.
 
-`scan` processes the tokens in blocks of lanes x steps. The decays and states of a block are buffers (tokens, b, n, d)
-that stay in the CPU's cache; its lanes advance in parallel, which hides the 2 µs overhead of a PyTorch call. Only the
-state before each block is kept for the backward pass, which recomputes the others.
+`scan` processes the tokens in blocks of lanes x steps; a lane is `steps` consecutive tokens. The decays and states of a
+block are buffers (tokens, b, n, d) that stay in the CPU's cache; its lanes advance in parallel, which hides the 2 µs
+overhead of a PyTorch call. Only the state before each block is kept for the backward pass, which recomputes the others.
 docs/performance.md compares its time with that of the loop.
 
 `traceable_scan` computes the same in some 250 plain operations.

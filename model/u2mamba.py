@@ -36,6 +36,7 @@ class U2MAMBA(U2NET):
             raise ValueError(f'mamba_at must be "none", "bottleneck" or "encoder", not {mamba_at!r}')
 
         def levels(stage: str, height: int) -> range:
+            """The REBNCONVs of a stage that a Mamba layer follows."""
             everywhere = mamba_at == "encoder" and not stage.endswith("d")
             return range(1 if everywhere else height, height + 1) if mamba_at != "none" else range(0)
 

@@ -23,7 +23,7 @@ INDEX, TOP, LEFT, FLIP = range(4)  # columns of a plan
 VFLIP, HFLIP = 1, 2  # bits of the column FLIP
 NUM_RANDOM = 12  # random numbers per image
 RANDOM_STEPS = 1 << 24  # they are stored as integers below this, which float32 represents exactly
-SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(8)
+SCALE, ASPECT, ANGLE, CENTER_X, CENTER_Y, BRIGHTNESS, CONTRAST, SATURATION = range(8)  # what each one decides
 SHARPNESS, NOISE, NOISE_X, NOISE_Y = range(8, NUM_RANDOM)
 NOISE_SHIFT = 256  # pixels: the noise of an image is a random crop of one field, larger by this than the image
 MAX_ASPECT = 4 / 3  # of a random resized crop, wide or high
@@ -33,7 +33,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 class Augmentation(NamedTuple):
     """Strength of the augmentation; all 0: the published random crop alone.
 
-    With rotation or color jitter and both scales 0, whole images are used.
+    With both scales 0 and anything else above 0, whole images are resized to the crop size.
     """
 
     scale_min: float = 0.0  # side of the random resized crop over the image's side

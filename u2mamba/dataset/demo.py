@@ -155,7 +155,7 @@ class Composer:
             (name, box), side, max_area = FILLINGS[rng.integers(len(FILLINGS))], "free", 0.4
             pixels = self.piece(name, box, mask.size, rng)
             pixels = tint(pixels, rng, rng.uniform(0.45, 0.75), HUES) if name in GRAY else pixels
-            # Darker towards its edge and away from the light, as a solid object is.
+            # Darker toward its edge and away from the light, as a solid object is.
             inside = np.asarray(mask.filter(ImageFilter.GaussianBlur(mask.width / 14)), np.float32)[..., None] / 255
             light = (0.35 + 0.8 * inside) * (1 + 0.22 * gradient(*mask.size, rng.uniform(0, 2 * np.pi)))
             pixels = Image.fromarray(np.clip(np.asarray(pixels) * light, 0, 255).astype(np.uint8))

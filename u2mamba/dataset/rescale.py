@@ -18,7 +18,7 @@ def axis_operator(length: int, size: int, published: bool = True) -> sparse.csr_
     """Linear interpolation along one axis, sparse: (size, length).
 
     published: what `skimage.transform.resize(..., mode="constant")` does, float32: after a Gaussian low-pass filter
-    truncated at 4 standard deviations, and with black around the image. Else neither, float64.
+    truncated at 4 standard deviations, and with black around the image. Otherwise without either, float64.
     """
     center = (np.arange(size)[:, None] + 0.5) * length / size - 0.5
     low = np.floor(center)

@@ -51,8 +51,8 @@ def try_batch(step: TrainStep, batch: Batch, best_by: str) -> None:
 def overfit(step: TrainStep, source: DataSource, count: int, batch_size: int, folder: Path) -> int:
     """Trains on `count` pairs without augmentation until their IoU exceeds TARGET_IOU -> exit code.
 
-    Scored in eval mode, as in use. Writes `folder`/preview.png. Raises UserError if MAX_STEPS are not enough, too few
-    pairs show an object, or there are several processes.
+    Scored in eval mode, as in prediction. Writes `folder`/preview.png. Raises UserError if MAX_STEPS are not enough,
+    too few pairs show an object, or there are several processes.
     """
     if step.dist.size > 1:
         raise UserError(f"overfit = {count}: this check runs in one process, without torchrun")

@@ -54,12 +54,12 @@ class Schedule:
         self.cfg, self.pairs, self.processes = cfg, pairs, processes
         self.batch = batch = cfg.batch_size_train * processes
         self.pairs_per_epoch = len(self.plan(0))
-        self.total_iterations = 0  # of the run, known once it has a state
+        self.total_iterations = 0  # of the run; set by start_from
         if batch > pairs:
             print(f"warning: batch size {batch} exceeds the {pairs} training pairs: one step per epoch")
 
     def start_from(self, state: TrainState) -> None:
-        """Counts the iterations of the run from `state` on; warns where they are fewer than the warmup."""
+        """Computes `total_iterations` of a run that continues from `state`; warns where the warmup is longer."""
         whole, rest = self._steps(self.pairs_per_epoch), self._steps(self.pairs_per_epoch - state.position)
         self.total_iterations = state.iteration + (self.cfg.epoch_num - state.epoch - 1) * whole + rest
         if self.cfg.warmup_iters > self.total_iterations:

@@ -17,7 +17,7 @@ class Provenance:
     """The record of one output folder; `outputs`: relative paths of the recorded outputs.
 
     Outputs are recorded before they are written, since a killed process could not record them afterward. A file at a
-    recorded path counts as done.
+    recorded path counts as done, unless it is empty.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):

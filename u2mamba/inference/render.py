@@ -29,9 +29,8 @@ SHEET_TILE = 512  # pixels: longest side
 
 @contextlib.contextmanager
 def open_rgb(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None, bytes | None]]:
-    """The image of a file, (H, W, 3) uint8, upright, its alpha channel (H, W), and its ICC profile, without which the
-    colors of a cut-out would change; None for one that Pillow could not read back from a PNG. The block holds a
-    `decode_budget`.
+    """(image (H, W, 3) uint8, upright; its alpha channel (H, W) or None; its ICC profile, without which the colors of a
+    cut-out would change, or None where Pillow could not read it back from a PNG). The block holds a `decode_budget`.
 
     Raises BadFile, also for errors inside the block.
     """

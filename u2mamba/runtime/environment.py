@@ -1,4 +1,4 @@
-"""The environment of a run: device, precision, memory format, cores, memory, random seeds. Chosen once, at start."""
+"""The environment of a run: device, precision, memory format, memory, random seeds. Chosen once, at start."""
 
 import contextlib
 import ctypes
