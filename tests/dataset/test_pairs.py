@@ -21,7 +21,7 @@ def pair_named(stem: str) -> Pair:
 
 def test_find_pairs(tmp_path):
     images, masks = make_folders(tmp_path, 2, (8, 8))
-    for name in ("p000.JPG", "lonely.webp", ".hidden.jpg", "notes.txt", "B.Tif", "a.b.bmp"):
+    for name in ("p000.JPG", "lonely.webp", ".hidden.jpg", "settings.json", "notes.txt", "B.Tif", "a.b.bmp"):
         (images / name).write_bytes(b"x")
     for name in ("p001.jpg", "other.png", "B.bmp", "a.b.png", "Thumbs.db"):
         (masks / name).write_bytes(b"x")

@@ -113,7 +113,7 @@ def pair_folders(
     files, irregular = [], []
     for folder, option in zip(folders, options, strict=True):
         try:
-            names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+            names = [n for n in sorted(os.listdir(folder)) if not n.startswith(".") and n != "settings.json"]  # of maps
         except OSError as error:
             raise DataError(f"folder {folder.absolute()}: {error.strerror}; set {option}") from None
         files.append([name for name in names if os.path.isfile(folder / name)])
