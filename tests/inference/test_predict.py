@@ -249,7 +249,7 @@ def test_outputs_of_another_image_or_of_unknown_origin_do_not_count_as_done(phot
         with pytest.raises(UserError, match=r"a\.\w+ exists, predicted from another image, or before .*more.a\.png"):
             predict(tmp_path / "more", mode=(mode,))
     assert cutout.read_bytes() == whole
-    cutout.write_bytes(b"")  # what a power cut leaves is predicted again
+    cutout.write_bytes(cutout.read_bytes()[:100])  # what a power cut leaves is predicted again
     assert predict(photos, mode=("cutout",)) == 0
     assert cutout.read_bytes() == whole
     cutout.unlink()

@@ -11,13 +11,14 @@ from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import atomic_write
 
 SETTINGS_FILE = "settings.json"
+ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
 class Provenance:
     """The record of one output folder; `outputs`: relative paths of the recorded outputs.
 
     Outputs are recorded before they are written, since a killed process could not record them afterward. A file at a
-    recorded path counts as done, unless it is empty.
+    recorded path counts as done, if it is complete.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -50,7 +51,9 @@ class Provenance:
         elif _state(image) != {key: entry[key] for key in _state(image)}:
             reason = f"predicted from another image, or before {image} changed"
         else:
-            return output.stat().st_size > 0  # a power cut may leave empty files, since outputs are not flushed
+            with output.open("rb") as file:  # a power cut may truncate outputs, since they are not flushed
+                file.seek(-min(8, output.stat().st_size), os.SEEK_END)
+                return file.read().endswith(ENDINGS)
         raise UserError(f"{output} exists, {reason}: choose another --out, or give --overwrite")
 
     def start(self, images: Mapping[Path, Path]) -> None:
