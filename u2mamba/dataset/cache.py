@@ -73,8 +73,9 @@ def _store(cache: PairCache, path: Path, report: DataReport, log: Callable[[str]
     need = PairCache.bytes_for(len(cache.images), cache.images.shape[1])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*.npy"):
-            old.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{path.name.rsplit('_', 1)[0]}_*"):
+            if old.suffix != ".tmp":  # version 0.1.0 wrote .u8
+                old.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < need + DISK_MARGIN:
             needed = f"{format_bytes(need)} plus a margin of {format_bytes(DISK_MARGIN)}"
