@@ -81,7 +81,7 @@ def test_the_home_folder_is_expanded_on_the_command_line_and_in_the_file(monkeyp
         (("fast", "--crop-early=128"), "--crop_early: now --early_crop"),
         (("--beyond", "0.3"), "--beyond: now --scale_max, 1 plus its value"),
         (("--no-cache",), "--cache: gone"),
-        (("--paste", "0.1"), "--paste: gone, see Removed options in CHANGELOG.md"),
+        (("--paste", "0.1"), "--paste: gone (it lowered the scores)"),
         (("--resume", "anyway"), "--resume anyway: now --resume force"),
         (("--resume=anyway",), "--resume anyway: now --resume force"),
         (("--mode", "map", "rgba"), "--mode rgba: now --mode cutout"),

@@ -49,6 +49,7 @@ OLD_NAMES = {  # options, values and the preset of 0.1.0 -> their replacement
     "--warmup": "now --warmup_iters",
     "--iou_loss": "now --iou_weight",
     "--edge_loss": "now --edge_weight",
+    "--optimizer": "gone (AdamW if weight_decay is above 0, else Adam)",
     "--stretch": "now --normalize",
     "--resume anyway": "now --resume force",
     "--mode soft": "now --mode map",
@@ -56,13 +57,25 @@ OLD_NAMES = {  # options, values and the preset of 0.1.0 -> their replacement
     "--mode rgba": "now --mode cutout",
     "--mamba_norm scan": "gone (use gate)",
     "best": "now fast_4gpu",
+    "--paste": "gone (it lowered the scores)",
+    "--mamba_residual": "gone (always on)",
+    "--mamba_directions": "gone (a second direction brought no gain)",
+    "--mamba_zero": "gone (--pretrained with plain U²-Net weights does it)",
+    "--sync_batch_norm": "gone (each GPU normalizes its own batch)",
+    "--scan_backend": "gone (always the fastest available; --plain uses PyTorch's)",
+    "--channels_last": "gone (--precision bf16 implies it)",
+    "--fused_kernels": "gone (--precision bf16 implies them; --plain disables them)",
+    "--cuda_graph": "gone (always used on CUDA; --plain disables it)",
+    "--cache": "gone (pairs are cached if they fit into memory)",
+    "--num_workers": "gone (set by the number of cores)",
+    "--batch_size_val": "gone (the validation batch size is fixed)",
+    "--max_bad_steps": "gone (20 NaN/Inf steps in a row end a run)",
+    "--save_minutes": "gone (last.pth is written every 5 minutes)",
+    "--csv": "gone (--json writes the scores)",
+    "--speed": "gone (python -m benchmarks.inference measures it)",
+    "--workers": "gone (one thread per core)",
+    "--gpu": "gone (CUDA_VISIBLE_DEVICES chooses the GPU)",
 }
-OLD_NAMES |= dict.fromkeys(
-    """--optimizer --paste --mamba_residual --mamba_directions --mamba_zero --sync_batch_norm --scan_backend
-    --channels_last --fused_kernels --cuda_graph --cache --num_workers --batch_size_val --max_bad_steps --save_minutes
-    --csv --speed --workers --gpu""".split(),
-    "gone, see Removed options in CHANGELOG.md",
-)
 
 
 def read_settings(default: C, presets: Mapping[str, C] | None = None, argv: Sequence[str] | None = None) -> C:
