@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,6 +46,7 @@ from u2mamba.runtime.errors import EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, UserError,
 from u2mamba.runtime.files import atomic_write, check_folder
 from u2mamba.runtime.workers import THREADS, ordered_map
 
+PROGRESS_SECONDS = 10  # between two lines, where standard error is not a terminal
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # the next file would fail too
 
 
@@ -128,6 +130,20 @@ def predict_stream(cfg: Config) -> int:
     return EXIT_OK
 
 
+def progress(results: Iterable[tuple], total: int) -> Iterator[tuple]:
+    """`results`, with progress on standard error: a bar on a terminal, else a line every ten seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(results, total=total, unit="img")
+        return
+    start = shown = time.monotonic()
+    for count, result in enumerate(results, 1):
+        yield result
+        if (now := time.monotonic()) - shown >= PROGRESS_SECONDS and count < total:
+            rate, shown = count / (now - start), now
+            left = (total - count) / rate
+            print(f"{count:,} of {total:,} images, {rate:.1f} images/s, {left:.0f} s left", file=sys.stderr)
+
+
 def main(cfg: Config) -> int:
     """Runs the command; returns the exit code."""
     cfg = check_settings(cfg)
@@ -171,8 +187,7 @@ def main(cfg: Config) -> int:
     results = ordered_map(functools.partial(write, outputs=outputs, cfg=cfg), maps, ahead=2 * batch + THREADS)
     skipped = 0
     with contextlib.closing(results):  # waits for files that are being written
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds
-        for _, failure in tqdm(results, total=len(outputs), unit="img", mininterval=interval):
+        for _, failure in progress(results, len(outputs)):
             if failure:
                 skipped += 1
                 tqdm.write(f"skipped: {failure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor.
+"""Latency of the network on a batch of images: the trained network as it is, and prepared by Predictor; a cold start.
 
     python -m benchmarks.inference                       U2MAMBA, one 320x320 image, on the device at hand
     python -m benchmarks.inference --arch u2net --batches 1 8
@@ -7,11 +7,16 @@ Baseline: eval mode, fp32, NCHW, eager. All variants take uint8 images that lie 
 there.
 """
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.hardware import cli, print_hardware, time_in_turn
@@ -30,7 +35,22 @@ class Config:
     size: int = 320  # pixels
     runs: int = 30
     warm_up: int = 5  # calls: cuDNN chooses its convolutions, Triton compiles, graphs are captured
+    cold_runs: int = 3  # of a cut-out of one photo from the shell
     device: str = "auto"
+
+
+def cold_start(runs: int) -> str:
+    """Seconds of a cut-out of one photo from the shell, beside those of importing PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        Image.radial_gradient("L").resize((640, 480)).convert("RGB").save(Path(folder, "photo.jpg"))
+        commands = {
+            "import": ["-c", "import torch, PIL.Image"],
+            "cut-out": [f"{Path(__file__).parents[1]}/u2mamba_predict.py", "photo.jpg", "--mode=cutout", "--overwrite"],
+        }
+        run = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+        calls = {name: partial(run, [sys.executable, *words]) for name, words in commands.items()}
+        (base, _), (middle, _) = time_in_turn(calls, torch.device("cpu"), runs).values()
+    return f"cold start: {middle:.2f} s, {middle / base:.2f} × import torch, PIL.Image ({base:.2f} s)"
 
 
 def make_variants(cfg: Config, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -55,6 +75,8 @@ def main(cfg: Config) -> None:
     torch.backends.cudnn.benchmark = True
     print_hardware(device)
     print(f"{cfg.arch}, {cfg.size}x{cfg.size}, {cfg.runs} runs, variants in turn")
+    if cfg.cold_runs:
+        print(cold_start(cfg.cold_runs), flush=True)
     variants = make_variants(cfg, device)
     for batch in cfg.batches:
         images = torch.randint(256, (batch, cfg.size, cfg.size, 3), dtype=torch.uint8).to(device)

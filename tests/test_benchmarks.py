@@ -14,7 +14,7 @@ SMALL = "--arch u2mambap --size 64 --runs 1 --device cpu"
 TINY = {  # name: (options, what one of the last lines holds)
     "train_step": (f"{SMALL} --batches 2 --steps 1 --variants baseline fast", "1 × batch   2, fast"),
     "scan": ("--runs 1 --memory_length 64 --ratio_length 32 --device cpu", "ratio: "),
-    "inference": (f"{SMALL} --warm_up 1", "Predictor"),
+    "inference": (f"{SMALL} --warm_up 1 --cold_runs 0", "Predictor"),
     "cutout": ("--count 1 --width 160", "true alpha"),
     "data": ("--data {demo} --runs 1", "cached "),
     "remove_mamba": ("--data {demo} --size 64 --device cpu --each", "without stage1d.mamba"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import u2mamba_predict
 from model import U2NETP
 from tests.trained import trained
 from u2mamba.dataset.rescale import rescale_image
@@ -402,6 +403,13 @@ def test_unusable_standard_input_is_one_line(content, more, says, predict, monke
     with pytest.raises(UserError) as caught:
         predict("-", **{"out": "-"} | more)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(u2mamba_predict, "PROGRESS_SECONDS", 0)
+    assert list(u2mamba_predict.progress([1, 2, 3], 3)) == [1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["1 of 3 images", "2 of 3 images"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
