@@ -125,6 +125,17 @@ def orientations(photo: np.ndarray) -> Iterator[Case]:
         yield Case(f"exif_{name}.png", best(stored, "png", exif=exif), photo)
 
 
+def ycck(photo: np.ndarray) -> bytes:
+    """An Adobe YCCK JPEG: Y, Cb, Cr of the inverted inks C, M, Y, and K next to them."""
+    black = (255 - photo.max(axis=2)) // 2
+    inks = 255 - photo.astype(int) - black[..., None]
+    inks = np.rint(inks * 255 / (255 - black[..., None])).clip(0, 255).astype(np.uint8)  # r = (255 - c)(255 - k) / 255
+    light = np.asarray(Image.fromarray(inks).convert("YCbCr"))
+    content = encode(Image.fromarray(np.dstack([255 - light, black]), "CMYK"), "jpeg", quality=95)
+    at = content.index(b"Adobe")
+    return content[: at + 11] + b"\x02" + content[at + 12 :]  # the byte that names the transform
+
+
 def jpegs(photo: np.ndarray) -> Iterator[Case]:
     """Sound JPEGs of the kinds that cameras, printers and the web make."""
     image = Image.fromarray(photo)
@@ -138,6 +149,8 @@ def jpegs(photo: np.ndarray) -> Iterator[Case]:
         yield Case(f"jpeg_{name}.jpg", best(image, "jpeg", **options), photo, LOSSY)
     for name, options in {"420": {"subsampling": 2}, "422": {"subsampling": 1}, "quality_5": {"quality": 5}}.items():
         yield Case(f"jpeg_{name}.jpg", encode(image, "jpeg", **options), photo, 255)
+    yield Case("jpeg_ycck.jpg", ycck(photo), photo, LOSSY + 15)
+    yield Case("jpeg_tail.jpg", best(image, "jpeg") + b"\xff\xda" * 5000, photo, LOSSY)
     two = encode(image, "mpo", save_all=True, append_images=[Image.fromarray(255 - photo)], quality=95, subsampling=0)
     yield Case("jpeg_two_images.jpg", two, photo, LOSSY)
 
@@ -146,10 +159,12 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(size: tuple[int, int], depth: int, color: int, rows: bytes, before: bytes = b"") -> bytes:
-    """A PNG of (width, height) with these filtered rows, and `before` ahead of them."""
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + before + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
+def png(size: tuple[int, int], depth: int, color: int, rows: bytes, interlace=0, before=b"", idat=0) -> bytes:
+    """A PNG of (width, height) with these filtered rows, `before` ahead of them, `idat` bytes in one chunk (0: all)."""
+    pixels, idat = zlib.compress(rows), idat or len(rows) + 99
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, color, 0, 0, interlace))
+    parts = (_chunk(b"IDAT", pixels[at : at + idat]) for at in range(0, len(pixels), idat))
+    return b"\x89PNG\r\n\x1a\n" + head + before + b"".join(parts) + _chunk(b"IEND", b"")
 
 
 def _rows(pixels: np.ndarray) -> bytes:
@@ -159,7 +174,7 @@ def _rows(pixels: np.ndarray) -> bytes:
 
 
 def pngs(photo: np.ndarray) -> Iterator[Case]:
-    """Sound PNGs: depths, transparency, profiles, text."""
+    """Sound PNGs: depths, interlacing, transparency, profiles, text, pixels in small pieces, animation."""
     size, gray, image = photo.shape[1::-1], photo[..., 1], Image.fromarray(photo)
     for depth in (1, 2, 4):
         few = gray >> (8 - depth)
@@ -168,6 +183,10 @@ def pngs(photo: np.ndarray) -> Iterator[Case]:
         yield Case(f"png_{depth}_bit.png", png(size, depth, 0, _rows(bits)), _gray3(shown))
     for name, color, pixels in (("rgb16", 2, photo), ("rgba16", 6, np.dstack([photo, np.full_like(gray, 255)]))):
         yield Case(f"png_{name}.png", png(size, 16, color, _rows(pixels.astype(">u2") * np.uint16(257))), photo, 1)
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    adam7 = b"".join(_rows(photo[y::down, x::across]) for y, x, down, across in passes)
+    yield Case("png_interlaced.png", png(size, 8, 2, adam7, interlace=1), photo)
+    yield Case("png_small_chunks.png", png(size, 8, 2, _rows(photo), idat=50), photo)
     see_through = np.where((photo == photo[0, 0]).all(axis=2, keepdims=True), np.uint8(255), photo)
     key = _chunk(b"tRNS", struct.pack(">HHH", *photo[0, 0].tolist()))
     yield Case("png_color_key.png", png(size, 8, 2, _rows(photo), before=key), see_through)
@@ -278,10 +297,29 @@ def declared(photo: np.ndarray) -> Iterator[Case]:
         yield Case(f"declared_{name}", content, outcome="skip")
     whole = encode(image, "tiff", compression="raw")
     directory = int.from_bytes(whole[4:8], "little")
-    for tag, value in itertools.product((256, 257, 273, 277, 278), (0, 30_000, 2**31 - 1)):  # width, height, ...
+    tags = {"width": 256, "height": 257, "offset": 273, "rows": 278, "count": 279, "bits": 258, "samples": 277}
+    for (name, tag), value in itertools.product(tags.items(), (0, 30_000, 2**31 - 1)):
         at = whole.index(struct.pack("<H", tag), directory + 2)
         content = whole[: at + 8] + struct.pack("<I", value) + whole[at + 12 :]
-        yield Case(f"declared_{tag}_{value}.tif", content, outcome="either")
+        yield Case(f"declared_{name}_{value}.tif", content, outcome="either")
+    after = directory + 2 + 12 * int.from_bytes(whole[directory : directory + 2], "little")
+    yield Case("tiff_circle.tif", whole[:after] + struct.pack("<I", directory) + whole[after + 4 :], photo)
+
+
+def broken_pngs(photo: np.ndarray) -> Iterator[Case]:
+    """Chunks lost, doubled or with a wrong checksum."""
+    whole = encode(Image.fromarray(photo), "png")
+    idat, end = whole.index(b"IDAT"), len(whole) - 12
+    crc = idat + 4 + int.from_bytes(whole[idat - 4 : idat], "big")
+    for name, content in {
+        "pixels_crc": whole[:crc] + b"\0\0\0\0" + whole[crc + 4 :], "no_end": whole[:end],
+        "one_bit": whole[: idat + 40] + bytes([whole[idat + 40] ^ 1]) + whole[idat + 41 :],
+        "head_crc": whole[:29] + b"\0\0\0\0" + whole[33:], "no_pixels": whole[: idat - 4] + whole[end:],
+        "length": whole[: idat - 4] + b"\x7f" + whole[idat - 3 :],
+        "short_rows": png((120, 96), 8, 2, _rows(photo)[:5000]),
+    }.items():  # fmt: skip
+        yield Case(f"broken_{name}.png", content, outcome="skip")
+    yield Case("broken_no_palette.png", png((120, 96), 8, 3, _rows(photo[..., 1])), outcome="either")
 
 
 WHOLE = {  # kinds of file to damage
@@ -308,10 +346,22 @@ def cuts(photo: np.ndarray) -> Iterator[Case]:
             yield Case(f"cut_{at}_{whole.name}", whole.content[:at], whole.pixels, outcome=outcome)
 
 
+def flips(photo: np.ndarray) -> Iterator[Case]:
+    """Each kind of file with 1 to 64 bytes changed; a PNG's checksums find every one."""
+    rng = np.random.default_rng(0)
+    for kind, count in itertools.product(WHOLE, (1, 1, 2, 4, 16, 64)):
+        whole = whole_file(photo, kind)
+        content = np.frombuffer(whole.content, np.uint8).copy()
+        at = rng.choice(len(content), count, replace=False)
+        content[at] ^= rng.integers(1, 256, count, dtype=np.uint8)
+        outcome = "whole" if kind == "png" else "either"
+        yield Case(f"flip_{count}_{at[0]}_{whole.name}", content.tobytes(), whole.pixels, outcome=outcome)
+
+
 @functools.cache
 def all_cases() -> list[Case]:
     """Every case, of photos that take turns; names are unique."""
-    makers = modes, orientations, jpegs, pngs, tiffs, animations, not_images, declared, cuts
+    makers = modes, orientations, jpegs, pngs, tiffs, animations, not_images, declared, broken_pngs, cuts, flips
     cases = [case for turn, maker in enumerate(makers) for case in maker(photos()[turn % 4])]
     assert len({case.name for case in cases}) == len(cases)
     return cases
