@@ -64,7 +64,7 @@ def prepare(source: Path, out: Path, mirror: bool = False) -> tuple[int, list[Ba
     """
     files = files_of(source)
     sources = []
-    for folder in FOLDERS:  # at any depth and in any case
+    for folder in FOLDERS:  # in upper or lower case
         names = [p for p in files if p.parent.name.lower() == folder.lower() and not p.name.startswith(".")]
         sources.append({path.name: files[path] for path in names})
     if not all(sources):

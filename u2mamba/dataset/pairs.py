@@ -26,6 +26,8 @@ DATA_HELP = """\
   no data yet: generate a small synthetic dataset and train on it, in minutes
     python u2mamba_train.py demo"""
 
+SETTINGS_FILE = "settings.json"  # that prediction writes beside its maps
+
 
 def truncate_list(names: Sequence[str], limit: int = 5) -> str:
     """The first few names, and how many more there are."""
@@ -113,7 +115,7 @@ def pair_folders(
     files, irregular = [], []
     for folder, option in zip(folders, options, strict=True):
         try:
-            names = [n for n in sorted(os.listdir(folder)) if not n.startswith(".") and n != "settings.json"]  # of maps
+            names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".") and name != SETTINGS_FILE]
         except OSError as error:
             raise DataError(f"folder {folder.absolute()}: {error.strerror}; set {option}") from None
         files.append([name for name in names if os.path.isfile(folder / name)])

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from u2mamba.dataset.pairs import IMAGE_TYPES
-from u2mamba.inference.provenance import SETTINGS_FILE, Provenance
+from u2mamba.dataset.pairs import IMAGE_TYPES, SETTINGS_FILE
+from u2mamba.inference.provenance import Provenance
 from u2mamba.runtime.errors import UserError
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from u2mamba.dataset.pairs import SETTINGS_FILE
 from u2mamba.runtime.errors import UserError
 from u2mamba.runtime.files import atomic_write
 
-SETTINGS_FILE = "settings.json"
 ENDINGS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a complete PNG, JPEG
 
 
